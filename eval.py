@@ -1,0 +1,71 @@
+"""Evaluate a run: python eval.py checkpoint=runs/NAME [data=...]. The same pieces as train.py without the loop."""
+
+import json
+import sys
+from pathlib import Path
+
+from reconverge import config
+from reconverge.errors import Exit, Stop, exit_code
+from reconverge.progress import say
+from reconverge.run import catch_signals, opened, told_to_stop
+from reconverge.settings import Eval
+
+
+def main() -> int:
+    catch_signals()
+    cfg = config.from_command_line(Path(__file__).parent / "conf", "eval", Eval)
+    run = opened(Path(cfg.checkpoint))
+    data = config.evaluation_data(cfg.data, run.cfg.data)
+
+    import torch
+
+    from reconverge import checkpoint, models, world
+    from reconverge.data import sources, transforms
+    from reconverge.data.loader import Feed, Images, in_sequence
+    from reconverge.data.mix import Normalise
+    from reconverge.evaluate import evaluate
+
+    here = world.World(cfg.device, cfg.precision, deterministic=True)
+    workers = world.default_workers(here.device) if cfg.workers is None else cfg.workers
+    here.set_threads(cfg.threads or world.default_threads(here.device, workers))
+
+    path, skipped = checkpoint.choose(Path(cfg.checkpoint))
+    for reason in skipped:
+        say(f"skipped a damaged checkpoint: {reason}")
+    _, validation = sources.open_sources(data)
+    if validation.classes != run.classes:
+        raise Stop(
+            Exit.NOT_COMPARABLE,
+            f"{data.name} has {len(validation.classes)} classes and {run.folder} was trained on {len(run.classes)}, or they are named otherwise",
+            "validation images with the class folders of training (classes.txt)",
+            "data= or data.root=",
+        )
+    tensors, numbers = checkpoint.load(path)
+    nets = {}
+    for name, weights in (("raw", "model"), ("ema", "ema")):
+        if weights in tensors:
+            net = models.build(run.cfg.model, len(run.classes), run.cfg.seed)
+            net.load_state_dict(tensors[weights])
+            nets[name] = net.to(here.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format).eval()
+
+    images = Images(validation, transforms.evaluation(run.cfg.evaluate), run.cfg.seed)
+    batches = Feed(images, in_sequence(len(validation), cfg.batch or run.cfg.evaluate.batch), workers, here.device, ahead=True)
+    normalise = Normalise(data.mean, data.std, here.device, cfg.channels_last)
+    results = evaluate(nets, batches, normalise, here, len(validation), len(run.classes), told_to_stop)
+    if results is None:
+        say("stopped before the end: nothing is written")
+        return Exit.PREEMPTED
+
+    say(f"{path}: step {numbers['step']}, {len(validation)} images of {data.name}")
+    report = {"checkpoint": str(path), "step": numbers["step"], "data": data.name, "fingerprint": validation.fingerprint}
+    for name, result in results.items():
+        say(f"{name:<4} top-1 {result.top1:.3f} %  top-5 {result.top5:.3f} %  loss {result.loss:.4f}")
+        report[name] = {"top1": result.top1, "top5": result.top5, "loss": result.loss, "images": result.images}
+    output = run.folder / f"eval-{data.name}-step-{numbers['step']:08d}.json"
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    say(f"written to {output}")
+    return Exit.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,309 @@
+"""From the command line to plain, checked dataclasses. The only file that says hydra or omegaconf; imports no torch.
+
+Hydra composes the yaml files and the overrides, the schema of settings.py refuses what it does not know, and every
+refusal becomes three lines: what was given, what is allowed, what to change.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from reconverge.errors import Exit, Stop
+from reconverge.settings import Data, Eval, Train
+
+Schema = TypeVar("Schema", Train, Eval)
+Loaded = TypeVar("Loaded")
+
+FLAGS = (
+    "-h",
+    "--help",
+    "--hydra-help",
+    "--version",
+    "--cfg",
+    "-c",
+    "--resolve",
+    "--package",
+    "-p",
+    "--shell-completion",
+    "-sc",
+    "--info",
+    "-i",
+)
+
+
+def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
+    """Compose `conf/name.yaml` with sys.argv. Ends the process (exit 0) after --help, --cfg and completion. Errors: Stop(USAGE)."""
+    for argument in sys.argv[1:]:
+        _refuse_override(argument)
+    composed: list[DictConfig] = []
+    ConfigStore.instance().store(name="schema", node=schema)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of a report of Hydra's own and exit 1
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(composed.append)()
+        if not composed:
+            sys.exit(0)
+        return _typed(composed[0], schema)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, schema) from None
+
+
+def from_text(text: str, schema: type[Schema]) -> Schema:
+    """The configuration that `to_text` wrote."""
+    try:
+        return _typed(OmegaConf.create(text), schema)
+    except OmegaConfBaseException as error:
+        raise _explain(error, schema) from None
+
+
+def to_text(config: Train | Eval) -> str:
+    """Resolved YAML, every setting in the order of the schema."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _typed(config: DictConfig, schema: type[Loaded]) -> Loaded:
+    # Through a plain container: merged as it is, the composed configuration would bring keys that the schema lacks.
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    loaded: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+    for key, value, checks in flat(loaded):
+        _check_value(key, value, checks)
+    return loaded
+
+
+def flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Each setting of a section and the sections below it: dotted key, value, metadata."""
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from flat(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value, field.metadata
+
+
+def _check_value(key: str, value: Any, checks: Any) -> None:
+    if value is None:
+        return
+    if checks["choices"] and value not in checks["choices"]:
+        raise Stop(
+            Exit.USAGE,
+            f"{key}={value}",
+            f"{key}: {', '.join(map(str, checks['choices']))}",
+            f"{key}={_nearest(str(value), checks['choices'])}",
+        )
+    low, high = checks["low"], checks["high"]
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = " and ".join([f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None))
+        raise Stop(
+            Exit.USAGE, f"{key}={value}", f"{key}: {bounds} ({checks['help']})", f"{key}={low if low is not None and value < low else high}"
+        )
+    if checks["pattern"] and not re.fullmatch(checks["pattern"], str(value)):
+        raise Stop(Exit.USAGE, f"{key}={value}", f"{key}: {checks['help']}; it matches {checks['pattern']}", f"another {key}")
+
+
+def _refuse_override(argument: str) -> None:
+    if argument.startswith("-"):
+        if argument in ("-m", "--multirun") or argument.split("=")[0] not in FLAGS:
+            raise Stop(Exit.USAGE, argument, f"key=value, or {' '.join(FLAGS)}", "python train.py --help")
+    elif argument[0] in "+~":
+        raise Stop(Exit.USAGE, argument, "key=value, with a key that exists: none can be added or removed", argument.lstrip("+~"))
+    elif argument.startswith("hydra"):
+        raise Stop(Exit.USAGE, argument, "the settings of reconverge; the run's folder is set by run=NAME", "drop it")
+
+
+def _nearest(given: str, allowed: Any) -> str:
+    found = difflib.get_close_matches(given, list(map(str, allowed)), n=1, cutoff=0)
+    return found[0] if found else str(next(iter(allowed), ""))
+
+
+def _explain(error: Exception, schema: type) -> Stop:
+    """What Hydra or OmegaConf refused, in our three lines."""
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    where = str(error).splitlines()[0]
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return Stop(Exit.USAGE, f"{group}={choice}", f"{group}: {', '.join(error.options)}", f"{group}={_nearest(choice, error.options)}")
+    if isinstance(error, OverrideParseException):
+        return Stop(
+            Exit.USAGE, error.override, "key=value; quote what the shell or Hydra's grammar would read otherwise", "'key=\"value\"'"
+        )
+    if isinstance(cause, InterpolationKeyError):
+        return _missing_size(cause)
+    if isinstance(cause, MissingMandatoryValue):
+        key = str(cause.full_key)
+        return Stop(Exit.USAGE, f"nothing for {key}", f"{key}: {_help(schema, key)}", f"{key}=...")
+    if isinstance(cause, OmegaConfBaseException):
+        key = str(cause.full_key or cause.key)
+        parent, _, name = key.rpartition(".")
+        while (section := _section(schema, parent)) is None:  # inside a table such as recipe.drop_path
+            parent, _, name = parent.rpartition(".")
+            key = f"{parent}.{name}" if parent else name
+        known = {field.name for field in fields(section)}
+        if name not in known:
+            return Stop(
+                Exit.USAGE,
+                f"the setting {key}, which does not exist ({where})",
+                f"{parent + ': ' if parent else ''}{', '.join(sorted(known))}",
+                f"{parent + '.' if parent else ''}{_nearest(name, known)}",
+            )
+        kind = next(field.type for field in fields(section) if field.name == name)  # type: ignore[arg-type]
+        kind = kind.__name__ if isinstance(kind, type) else kind
+        reason = str(cause).splitlines()[0]
+        return Stop(Exit.USAGE, f"{key}: {reason}", f"{key}: {kind}: {_help(schema, key)}", f"{key}=... of that type")
+    return Stop(Exit.USAGE, where, "what python train.py --help shows", "the override")
+
+
+def _missing_size(error: InterpolationKeyError) -> Stop:
+    """`${recipe.drop_path.${model.size}}` found no entry: the recipe does not know this size of model."""
+    root = error.parent_node
+    while root is not None and root._get_parent() is not None:
+        root = root._get_parent()
+    table = "microbatch" if str(error.full_key) == "microbatch" else "drop_path"
+    recipe, model = OmegaConf.to_container(root["recipe"]), OmegaConf.to_container(root["model"])  # type: ignore[index]
+    return Stop(
+        Exit.USAGE,
+        f"model={model['name']} (size {model['size']}) with recipe={recipe['name']}",  # type: ignore[index,call-overload]
+        f"sizes that this recipe has an entry for: {', '.join(recipe[table])}",  # type: ignore[index,call-overload]
+        "a model of such a size, another recipe, or your own values: model.drop_path=... microbatch=...",
+    )
+
+
+def _section(schema: Any, dotted: str) -> Any:
+    for part in filter(None, dotted.split(".")):
+        schema = next((field.type for field in fields(schema) if field.name == part and is_dataclass(field.type)), None)
+        if schema is None:
+            return None
+    return schema
+
+
+def _help(schema: Any, key: str) -> str:
+    parent, _, name = key.rpartition(".")
+    section = _section(schema, parent)
+    return next((field.metadata.get("help", "") for field in fields(section) if field.name == name), "") if section else ""
+
+
+# ---- what the parts must agree on -----------------------------------------------------------------------------------
+
+
+def check(cfg: Train) -> None:
+    """Refuse combinations that cannot be trained. Errors: Stop(USAGE)."""
+    if cfg.microbatch % 2 or cfg.batch % cfg.microbatch:
+        fitting = [size for size in range(2, cfg.batch + 1, 2) if cfg.batch % size == 0]
+        nearest = min(fitting, key=lambda size: abs(size - cfg.microbatch), default=None)
+        if nearest is None:
+            raise Stop(Exit.USAGE, f"batch={cfg.batch}", "an even batch: Mixup pairs the images of a microbatch", f"batch={cfg.batch + 1}")
+        raise Stop(
+            Exit.USAGE,
+            f"microbatch={cfg.microbatch} with batch={cfg.batch}",
+            f"even numbers that divide the batch: {', '.join(map(str, fitting))}",
+            f"microbatch={nearest}",
+        )
+    if cfg.optim.warmup_epochs >= cfg.epochs:
+        raise Stop(
+            Exit.USAGE,
+            f"optim.warmup_epochs={cfg.optim.warmup_epochs} with epochs={cfg.epochs}",
+            "a warm-up shorter than the schedule",
+            f"optim.warmup_epochs={cfg.epochs // 15} or more epochs",
+        )
+    for key, pair, low, high in (
+        ("augment.scale", cfg.augment.scale, 0.0, 1.0),
+        ("augment.ratio", cfg.augment.ratio, 0.0, float("inf")),
+    ):
+        if len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
+            raise Stop(Exit.USAGE, f"{key}={pair}", f"[smallest, largest], above {low}, at most {high}", f"{key}=[{max(low, 0.08)},1.0]")
+    if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
+        raise Stop(Exit.USAGE, f"optim.betas={cfg.optim.betas}", "two numbers from 0 up to, but not, 1", "optim.betas=[0.9,0.999]")
+    check_data(cfg.data)
+    if cfg.data.kind == "trained":
+        raise Stop(Exit.USAGE, "data=trained", "the data of a run: for eval.py only", "data=digits or data=folder data.root=...")
+    if cfg.precision == "tf32" and cfg.device == "cpu":
+        raise Stop(Exit.USAGE, "precision=tf32 with device=cpu", "fp32, bf16, fp16 on a CPU", "precision=fp32")
+
+
+def check_data(data: Data) -> None:
+    for key, triple in (("data.mean", data.mean), ("data.std", data.std)):
+        if len(triple) != 3 or (key == "data.std" and not all(value > 0 for value in triple)):
+            raise Stop(Exit.USAGE, f"{key}={triple}", "three numbers, for R, G, B in 0..1; deviations above 0", f"{key}=[0.5,0.5,0.5]")
+    if data.kind == "folder" and not data.root:
+        raise Stop(Exit.USAGE, "data=folder without data.root", _help(Train, "data.root"), "data.root=/path")
+
+
+def evaluation_data(given: Data, trained: Data) -> Data:
+    """The data that eval.py reads: what was given, or that of the run, from the root and cache given. Errors: Stop(USAGE)."""
+    if given.kind == "trained":
+        return replace(trained, root=given.root or trained.root, cache=given.cache if given.cache != Data.cache else trained.cache)
+    check_data(given)
+    return given
+
+
+def batch_notice(cfg: Train) -> str | None:
+    """What to say where the batch is not the one that the recipe's learning rate was chosen for."""
+    if cfg.batch == cfg.recipe.batch or any(argument.startswith("optim.lr=") for argument in sys.argv):
+        return None
+    scaled = cfg.optim.lr * cfg.batch / cfg.recipe.batch
+    return (
+        f"batch={cfg.batch} is not the recipe's {cfg.recipe.batch}: the learning rate is not rescaled and stays {cfg.optim.lr:g}; "
+        f"the linear rule would give optim.lr={scaled:g}"
+    )
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Everything that is counted, in optimizer steps: derived here, once."""
+
+    steps_per_epoch: int
+    total: int  # length of the schedule
+    warmup: int
+    end: int  # where this run stops
+    save_every: int  # 0: at the end only
+    evaluate_every: int
+    microbatches: int  # of one step: V
+
+    @classmethod
+    def of(cls, cfg: Train, images: int) -> "Clock":
+        """The tail of an epoch that does not fill a batch is dropped, as published. Errors: Stop(USAGE)."""
+        if cfg.batch > images:
+            raise Stop(
+                Exit.USAGE,
+                f"batch={cfg.batch} with {images} training images",
+                "a batch within the data set",
+                f"batch={images // cfg.microbatch * cfg.microbatch or 2}",
+            )
+        steps_per_epoch = images // cfg.batch
+        total = steps_per_epoch * cfg.epochs
+
+        def every(text: str) -> int:
+            return int(text.removesuffix("epoch")) * (steps_per_epoch if text.endswith("epoch") else 1)
+
+        return cls(
+            steps_per_epoch=steps_per_epoch,
+            total=total,
+            warmup=steps_per_epoch * cfg.optim.warmup_epochs,
+            end=min(total, cfg.steps or total),
+            save_every=every(cfg.save_every),
+            evaluate_every=every(cfg.evaluate_every),
+            microbatches=cfg.batch // cfg.microbatch,
+        )
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something that happens `every` so many steps happens after `step` of them."""
+        return step == self.end or (every > 0 and step % every == 0)
+
+
+def differences(old: Train, new: Train) -> list[tuple[str, Any, Any]]:
+    """The settings that a resumed run may not change without being told so: key, value then, value now."""
+    before = {key: value for key, value, _ in flat(old)}
+    return [
+        (key, before[key], value)
+        for key, value, checks in flat(new)
+        if not checks["free"] and before[key] != value and not (key == "threads" and value is None)
+    ]

@@ -1,0 +1,77 @@
+"""What happens to a microbatch on the device: normalise, erase, mix, in this order. All draws are made on the host, from the
+key of (seed, step, microbatch), so that they do not hang on the device; only pixels are computed there.
+"""
+
+import math
+import random
+
+import torch
+from timm.data import Mixup
+from torch import Tensor
+
+from reconverge import chance, settings
+
+
+class Normalise:
+    """Normalises images by `mean` and `std` (of R, G, B in 0..1); uint8 (N, 3, H, W) becomes float32."""
+
+    def __init__(self, mean: list[float], std: list[float], device: torch.device, channels_last: bool):
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(std, device=device).view(3, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        # Bit-equal to ToTensor and Normalize; folding the division into mean and std would not be.
+        return images.to(torch.float32, memory_format=self.format).div_(255).sub_(self.mean).div_(self.std)
+
+
+class Mix:
+    """Random erasing (mode pixel), then Mixup or CutMix with one lambda a microbatch, partner = the microbatch flipped, then label smoothing."""
+
+    def __init__(self, erase: float, mix: settings.Mix, classes: int):
+        self.erase = erase
+        self.mixup = Mixup(
+            mix.mixup,
+            mix.cutmix,
+            prob=mix.probability if mix.mixup or mix.cutmix else 0.0,  # timm asserts that one of them is on
+            switch_prob=mix.switch,
+            label_smoothing=mix.smoothing,
+            num_classes=classes,
+        )
+
+    def __call__(self, images: Tensor, labels: Tensor, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Normalised images (N, 3, H, W), changed in place, and labels (N,) -> images, targets (N, classes). key = (seed, step, microbatch)."""
+        with chance.scope(*key[:1], "erase", *key[1:]):
+            erase(images, self.erase)
+        with chance.scope(*key[:1], "mix", *key[1:]):
+            return self.mixup(images, labels)
+
+
+def erase(images: Tensor, probability: float) -> None:
+    """Random erasing (Zhong et al., 2017), in place: each image of (N, 3, H, W) with `probability`; one box of 2 % to a third
+    of its area, of aspect 0.3 to 1 / 0.3, filled with standard normal noise.
+
+    Draws from the global generators of python and torch in the order of timm's RandomErasing(mode="pixel"), and equals it bit by
+    bit; but the noise of all boxes is drawn on the host and crosses to the device in one copy, without making the host wait.
+    """
+    count, channels, height, width = images.shape
+    boxes, noise = [], []
+    for image in range(count):
+        if random.random() > probability:
+            continue
+        for _attempt in range(10):
+            area = random.uniform(0.02, 1 / 3) * height * width
+            aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h < height and w < width:
+                top, left = random.randint(0, height - h), random.randint(0, width - w)
+                boxes.append((image, top, left, h, w))
+                noise.append(torch.empty(channels, h, w).normal_().flatten())
+                break
+    if not boxes:
+        return
+    flat = torch.cat(noise)
+    if images.is_cuda:
+        flat = flat.pin_memory().to(images.device, non_blocking=True)
+    for (image, top, left, h, w), pixels in zip(boxes, flat.split([channels * h * w for *_, h, w in boxes]), strict=True):
+        images[image, :, top : top + h, left : left + w] = pixels.view(channels, h, w)

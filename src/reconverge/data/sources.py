@@ -1,0 +1,134 @@
+"""Where images come from. A source has `classes`, `fingerprint`, `len`, `labels(ids)`, `image(id)` and `describe(id)`."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from reconverge import chance
+from reconverge.data.index import Index, open_index
+from reconverge.errors import Exit, Stop
+from reconverge.settings import Data
+
+
+class Source(Protocol):
+    classes: list[str]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+    def labels(self, ids: np.ndarray) -> np.ndarray: ...
+    def image(self, sample: int) -> Image.Image: ...
+    def describe(self, sample: int) -> str: ...
+
+
+def open_sources(data: Data) -> tuple[Source, Source]:
+    """The training and the validation images. Errors: Stop(MISSING, PERMISSION, USAGE)."""
+    return KINDS[data.kind](data)
+
+
+class Folder:
+    """Images of class folders, in any format that Pillow reads, as RGB."""
+
+    def __init__(self, index: Index):
+        self.index = index
+        self.classes = index.classes
+        self.fingerprint = index.fingerprint
+        self.labels = index.labels
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def image(self, sample: int) -> Image.Image:
+        """RGB as Pillow's convert gives it, whatever the mode of the file; EXIF is not parsed. Errors: Stop(DAMAGED, MISSING, PERMISSION)."""
+        path = self.index.path(sample)
+        try:
+            with open(path, "rb") as file:
+                return Image.open(file).convert("RGB")
+        except FileNotFoundError:
+            raise Stop(
+                Exit.MISSING,
+                f"{path} is gone (sample {sample})",
+                "the files that were listed when the run began",
+                "put it back, or start a new run",
+            ) from None
+        except PermissionError:
+            raise Stop(
+                Exit.PERMISSION, f"{path} (sample {sample}) may not be read", "files that this user may read", f"chmod +r {path}"
+            ) from None
+        except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error and more on broken files
+            raise Stop(
+                Exit.DAMAGED,
+                f"{path} (sample {sample}): {type(error).__name__}: {error}",
+                "images that Pillow can decode whole",
+                "replace or remove the file, and start a new run",
+            ) from None
+
+    def describe(self, sample: int) -> str:
+        return str(self.index.path(sample))
+
+
+def _folder(data: Data) -> tuple[Source, Source]:
+    root, cache = Path(str(data.root)).expanduser(), Path(data.cache).expanduser()
+    train = open_index(root / data.train, cache)
+    return Folder(train), Folder(open_index(root / data.val, cache, train.classes))
+
+
+def _digits(data: Data) -> tuple[Source, Source]:
+    """The scanned digits that scikit-learn bundles, as PNG class folders, read like any other data.
+
+    A fifth of each class is held out, the same on every machine: the images with the smallest keys.
+    """
+    root = Path(data.cache).expanduser() / "digits-1"
+    if not root.exists():
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        root.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=root.parent))
+        for label in range(10):
+            ids = sorted(np.flatnonzero(digits.target == label), key=lambda sample: chance.key("digits-1", int(sample)))
+            for rank, sample in enumerate(ids):
+                folder = new / ("val" if rank < round(len(ids) / 5) else "train") / str(label)
+                folder.mkdir(parents=True, exist_ok=True)
+                pixels = np.round(digits.images[sample] * (255 / 16)).astype(np.uint8)  # scanned in 17 levels
+                Image.fromarray(pixels).save(folder / f"{sample:04d}.png")
+        try:
+            new.rename(root)
+        except OSError:  # another process was first, with the same content
+            shutil.rmtree(new)
+    return _folder(Data(name=data.name, kind="folder", root=os.fspath(root), cache=data.cache))
+
+
+class Synthetic:
+    """Noise, each image a function of its sample id, for speed and memory without a data set."""
+
+    def __init__(self, images: int, classes: int, split: str):
+        self.images, self.split = images, split
+        self.classes = [f"class{label:05d}" for label in range(classes)]
+        self.fingerprint = sha256(f"synthetic-1 {split} {images} {classes}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.images
+
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        return ids % len(self.classes)
+
+    def image(self, sample: int) -> Image.Image:
+        noise = chance.uniform((400, 500, 3), "synthetic", self.split, sample)  # ImageNet's usual size
+        return Image.fromarray((noise * 256).astype(np.uint8))
+
+    def describe(self, sample: int) -> str:
+        return f"synthetic {self.split} image {sample}"
+
+
+def _synthetic(data: Data) -> tuple[Source, Source]:
+    return Synthetic(data.images, data.classes, "train"), Synthetic(max(1, data.images // 10), data.classes, "val")
+
+
+KINDS: dict[str, Callable[[Data], tuple[Source, Source]]] = {"digits": _digits, "folder": _folder, "synthetic": _synthetic}

@@ -1,0 +1,70 @@
+"""What a run's bits hang on beside its configuration: versions, code, git, hardware. Imports no torch."""
+
+import os
+import platform
+import socket
+import subprocess
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "torchmetrics", "hydra-core", "omegaconf")
+DECISIVE = ("torch", "torchvision", "timm", "numpy", "pillow")  # another version of these may compute other bits
+ROOT = Path(__file__).parents[2]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def code_hash() -> str:
+    """sha256 over train.py and every module of the package: the code that decides the bits."""
+    digest = sha256()
+    for path in [ROOT / "train.py", *sorted((ROOT / "src" / "reconverge").rglob("*.py"))]:
+        if path.exists():
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def git() -> dict[str, str] | None:
+    """Commit, and hash of what differs from it; None outside a checkout."""
+
+    def ask(*command: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True).stdout
+
+    try:
+        if Path(ask("rev-parse", "--show-toplevel").strip()) != ROOT:
+            return None
+        diff = ask("diff", "HEAD", "--", "train.py", "eval.py", "src", "conf")
+        return {"commit": ask("rev-parse", "HEAD").strip(), "diff": sha256(diff.encode()).hexdigest() if diff else ""}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def host() -> dict[str, Any]:
+    """Of this start: who runs it and where."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

@@ -1,0 +1,89 @@
+"""The one exception that a person is meant to read, and the exit codes of every command."""
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    DONE = 0
+    BUG = 1  # or: a check found a difference
+    USAGE = 2
+    DAMAGED = 65  # data or checkpoint
+    MISSING = 66
+    NOT_FINITE = 70
+    OUT_OF_MEMORY = 71
+    IN_USE = 73
+    DISK = 74  # full, or failing
+    PREEMPTED = 75  # run again to go on
+    PERMISSION = 77
+    NOT_COMPARABLE = 78  # changed configuration, code, data or versions
+
+
+class Stop(Exception):
+    """Ends the command with `code` and three lines: what was given, what is allowed, what to change."""
+
+    def __init__(self, code: Exit, given: str, allowed: str, change: str):
+        super().__init__(f"  given    {given}\n  allowed  {allowed}\n  change   {change}")
+        self.code = code
+        self.given = given
+
+    def __reduce__(self):
+        """Data workers hand their failure to the main process as a value."""
+        return _stop, (self.code, self.given, str(self))
+
+
+def _stop(code: Exit, given: str, text: str) -> Stop:
+    stop = Stop(code, given, "", "")
+    stop.args = (text,)
+    return stop
+
+
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+
+
+def explain(error: BaseException) -> Stop | None:
+    """The Stop that an exception of Python, Pillow or torch stands for; None for a bug of ours."""
+    if isinstance(error, Stop):
+        return error
+    if isinstance(error, PermissionError):
+        return Stop(
+            Exit.PERMISSION,
+            str(error),
+            "files that this user may read, and a run folder that it may write",
+            "the permissions, or data.root=, or the working folder",
+        )
+    if isinstance(error, FileNotFoundError):
+        return Stop(Exit.MISSING, str(error), "files that exist", "the path")
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        return Stop(
+            Exit.DISK,
+            str(error),
+            "a disk with free space that can be written",
+            "free some space and run the same command again: the last good checkpoint is kept",
+        )
+    # torch.OutOfMemoryError on a GPU; a plain RuntimeError from torch's CPU allocator.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return Stop(
+            Exit.OUT_OF_MEMORY,
+            str(error).splitlines()[0] if str(error) else "out of memory",
+            "a forward pass of one microbatch that fits the device's memory",
+            "checkpointing=true (stores about half the activations), or precision=bf16; "
+            "a smaller microbatch= changes Mixup and needs a run of its own",
+        )
+    return None
+
+
+def exit_code(job: Callable[[], int]) -> int:
+    """Run a command; print what stopped it and return the exit code."""
+    try:
+        return job()
+    except Exception as error:
+        stop = explain(error)
+        if stop is None:
+            traceback.print_exc()
+            return Exit.BUG
+        print(f"reconverge stopped (exit {stop.code}):\n{stop}", file=sys.stderr)
+        return stop.code

@@ -1,0 +1,65 @@
+"""Exact top-1, top-5 and loss, each image counted once."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from reconverge.data.loader import Batch
+from reconverge.data.mix import Normalise
+from reconverge.world import World
+
+
+class Result(NamedTuple):
+    top1: float  # percent
+    top5: float  # percent; of all classes where there are fewer than five
+    loss: float  # cross-entropy without smoothing, mean over the images
+    images: int
+    predicted: np.ndarray  # int64 (images,), class of each sample in order
+
+
+@torch.no_grad()
+def evaluate(
+    models: dict[str, nn.Module],
+    batches: Iterable[Batch],
+    normalise: Normalise,
+    world: World,
+    images: int,
+    classes: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Result] | None:
+    """The result of each model (in evaluation mode), by name, on the same images, read once. None if `stop` says so before the end."""
+    from torchmetrics import MeanMetric, MetricCollection  # a second or two to import: not at start
+    from torchmetrics.classification import MulticlassAccuracy
+
+    def metrics() -> MetricCollection:
+        return MetricCollection(
+            {
+                "top1": MulticlassAccuracy(classes, average="micro", validate_args=False),
+                "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", validate_args=False),
+            }
+        ).to(world.device)
+
+    accuracy = {name: metrics() for name in models}
+    losses = {name: MeanMetric().set_dtype(torch.float64).to(world.device) for name in models}
+    predicted: dict[str, list[torch.Tensor]] = {name: [] for name in models}
+    for batch in batches:
+        if stop():
+            return None
+        pixels = normalise(batch.images)
+        for name, model in models.items():
+            with world.autocast():
+                logits = model(pixels)
+            logits = logits.float()
+            accuracy[name].update(logits, batch.labels)
+            losses[name].update(nn.functional.cross_entropy(logits, batch.labels, reduction="none"))
+            predicted[name].append(logits.argmax(1))
+    results = {}
+    for name in models:
+        classes_of = torch.cat(predicted[name]).cpu().numpy()
+        assert len(classes_of) == images, f"{len(classes_of)} of {images} images were evaluated"
+        top1, top5 = (100 * float(accuracy[name].compute()[key]) for key in ("top1", "top5"))
+        results[name] = Result(top1, top5, float(losses[name].compute()), images, classes_of)
+    return results

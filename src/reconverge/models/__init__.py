@@ -1,0 +1,65 @@
+"""The models: one table, name -> how to build it, and the parameters and multiply-adds that it must have."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+
+from reconverge import chance, settings
+from reconverge.models import drop_path
+
+
+@dataclass(frozen=True)
+class Spec:
+    build: Callable[[settings.Model, int], nn.Module]  # (settings, classes); draws from the global generators, in a keyed scope
+    initialise: Callable[[nn.Module, int], None]  # (model, seed): the initial weights
+    parameters: float  # millions, with 1000 classes, as published
+    macs: float  # billions, of one image of 224 x 224 and 1000 classes, as published
+    source: str
+
+
+def build(model: settings.Model, classes: int, seed: int) -> nn.Module:
+    """A classifier of `classes` with the initial weights of `seed`, on the CPU, stochastic depth taking its masks as data."""
+    spec = MODELS[model.name]
+    with chance.scope(seed, "init"):
+        net = spec.build(model, classes)
+    drop_path.replace(net)
+    spec.initialise(net, seed)
+    with torch.no_grad():
+        head = net.get_classifier()
+        head.weight.mul_(model.head_init_scale)
+        head.bias.mul_(model.head_init_scale)
+    return net
+
+
+def _convnext(timm_name: str) -> Callable[[settings.Model, int], nn.Module]:
+    def build(model: settings.Model, classes: int) -> nn.Module:
+        return timm.create_model(timm_name, num_classes=classes, drop_path_rate=model.drop_path, ls_init_value=model.layer_scale)
+
+    return build
+
+
+@torch.no_grad()
+def truncated_normal(net: nn.Module, seed: int) -> None:
+    """Convolutions and linear layers truncated normal of deviation 0.02, biases 0 (official code; Table 5's 0.2 is a misprint).
+
+    Each weight has a key of its own, its name: nothing hangs on the order of the modules. torch's initialiser and not timm's,
+    which leaves a few weights at 100 deviations.
+    """
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02, generator=chance.generator(seed, "init", name))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+MODELS = {
+    "convnext_atto": Spec(_convnext("convnext_atto"), truncated_normal, 3.70, 0.55, "timm; not in the paper"),
+    "convnext_t": Spec(_convnext("convnext_tiny"), truncated_normal, 28.6, 4.5, "Table 9"),
+    "convnext_s": Spec(_convnext("convnext_small"), truncated_normal, 50, 8.7, "Table 1"),
+    "convnext_b": Spec(_convnext("convnext_base"), truncated_normal, 89, 15.4, "Table 1"),
+    "convnext_l": Spec(_convnext("convnext_large"), truncated_normal, 198, 34.4, "Table 1"),
+    "convnext_xl": Spec(_convnext("convnext_xlarge"), truncated_normal, 350, 60.9, "Table 1"),
+}

@@ -1,0 +1,63 @@
+"""Stochastic depth whose masks are data: drawn once per microbatch from its key and handed to the model with the images.
+
+So neither splitting or joining forward passes, nor torch.compile, activation checkpointing or the device changes them.
+"""
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from reconverge import chance
+
+
+class StochasticDepth(nn.Module):
+    """Takes timm's DropPath's place: multiplies each image's branch by its entry of the mask (0, or 1 / keep rate)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.mask: Tensor | None = None  # (N,), set before each training forward pass
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training:
+            return branch
+        assert self.mask is not None and len(self.mask) == len(branch), "a training forward pass wants a mask an image"
+        return branch * self.mask.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class Masked(nn.Module):
+    """A classifier called with its images and their masks: forward((N, 3, H, W), (drops, N)) -> logits (N, classes)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self._drops = [module for module in model.modules() if isinstance(module, StochasticDepth)]
+
+    def forward(self, images: Tensor, masks: Tensor) -> Tensor:
+        for drop, mask in zip(self._drops, masks, strict=True):
+            drop.mask = mask
+        return self.model(images)
+
+
+def replace(model: nn.Module) -> None:
+    """Put StochasticDepth in the place of every DropPath of a timm model, with its rate."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, DropPath):
+                setattr(module, name, StochasticDepth(child.drop_prob or 0.0))
+
+
+def rates(model: nn.Module) -> list[float]:
+    """Drop rate of every block that has one above 0, in the order of the blocks."""
+    return [module.rate for module in model.modules() if isinstance(module, StochasticDepth)]
+
+
+def draw(rates: list[float], images: int, key: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Masks float32 (len(rates), images) of 0 or 1 / (1 - rate). key = (seed, step, microbatch)."""
+    keep = 1 - torch.tensor(rates, dtype=torch.float64).view(-1, 1)
+    draws = torch.from_numpy(chance.uniform((len(rates), images), *key[:1], "drop_path", *key[1:]))
+    masks = ((draws < keep) / keep).float()
+    return masks.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else masks

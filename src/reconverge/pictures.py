@@ -1,0 +1,84 @@
+"""Pictures of what goes in and what comes out, drawn without being asked: first_batch.png, curves.png, predictions.png."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from reconverge.data.loader import Images
+from reconverge.evaluate import Result
+
+
+def first_batch(path: Path, images: Tensor, targets: Tensor, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
+    """Up to 32 images as the model sees them, normalised (N, 3, H, W), with the classes of their mixed targets (N, classes)."""
+    captions = []
+    for target in targets[:32].cpu():
+        weights, labels = target.topk(min(2, len(target)))
+        # Label smoothing gives every class a little; a second class is named only where mixing put it there.
+        named = [(w, c) for w, c in zip(weights.tolist(), labels.tolist(), strict=True) if w > 2 * float(target.min()) + 1e-6]
+        captions.append("\n".join(f"{weight:.0%} {_short(classes[label])}" for weight, label in named))
+    pixels = images[:32].float().cpu() * np.reshape(std, (1, 3, 1, 1)) + np.reshape(mean, (1, 3, 1, 1))
+    _sheet(path, pixels, captions, ["black"] * len(captions), "first microbatch, augmented and mixed, as the model sees it")
+
+
+def predictions(path: Path, validation: Images, results: dict[str, Result], classes: Sequence[str]) -> None:
+    """32 validation images, spread over the set, with their true class in green or, in red, what the better weights say in its place."""
+    weights, result = max(results.items(), key=lambda item: item[1].top1)
+    ids = np.unique(np.linspace(0, result.images - 1, 32).astype(np.int64))
+    images, labels = torch.stack([validation.sample(0, sample) for sample in ids.tolist()]), validation.source.labels(ids)
+    pairs = [(classes[true], classes[said]) for true, said in zip(labels, result.predicted[ids], strict=True)]
+    captions = [_short(true) if true == said else f"{_short(said)}\nis {_short(true)}" for true, said in pairs]
+    colours = ["green" if true == said else "crimson" for true, said in pairs]
+    title = f"validation: {weights} weights, top-1 {result.top1:.2f} % of {result.images} images; red: said, and what it is"
+    _sheet(path, images.float() / 255, captions, colours, title)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else name[:13] + "…"
+
+
+def _sheet(path: Path, images: Tensor, captions: Sequence[str], colours: Sequence[str], title: str) -> None:
+    columns = 8
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(columns * 1.25, rows * 1.6 + 0.4), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for axes, image, caption, colour in zip(figure.subplots(rows, columns, squeeze=False).flat, images, captions, colours, strict=False):
+        axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+        axes.set_title(caption, fontsize=8, color=colour)
+    for axes in figure.axes:
+        axes.axis("off")
+    figure.savefig(path)
+
+
+def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) -> None:
+    """Loss, learning rate, top-1 of raw and EMA weights, over epochs, from the lines of metrics.jsonl."""
+    figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
+    loss, rate, accuracy = figure.subplots(1, 3)
+
+    def series(axes: Any, key: str, label: str, marker: str = "") -> None:
+        points = [(record["step"] / steps_per_epoch, record[key]) for record in records if key in record]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, label=label, marker=marker or ("." if len(points) < 3 else ""), markersize=4, linewidth=1.4)
+
+    series(loss, "loss", "training (mixed, smoothed)")
+    series(loss, "raw_loss", "validation, raw", "o")
+    series(loss, "ema_loss", "validation, EMA", "o")
+    series(rate, "lr", "")
+    series(accuracy, "raw_top1", "raw", "o")
+    series(accuracy, "ema_top1", "EMA", "o")
+    for axes, title in ((loss, "loss"), (rate, "learning rate"), (accuracy, "top-1, %")):
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes is not rate and axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=9)
+    best = max([record.get("ema_top1", 0) for record in records] + [record.get("raw_top1", 0) for record in records], default=0)
+    if best > 90:  # the last percents are what one looks for
+        accuracy.set_ylim(80, 100.5)
+    figure.savefig(path)

@@ -1,0 +1,62 @@
+"""What a person sees while a run trains: a panel at start, a live bar on a terminal, one plain line an interval elsewhere."""
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+console = Console(soft_wrap=True)
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+def panel(title: str, rows: Mapping[str, str]) -> None:
+    """The start panel: a name and a text a row."""
+    if not console.is_terminal:
+        for name, text in rows.items():
+            say(f"{name:<12} {text}")
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}", text)
+    console.print(Panel(table, title=title, title_align="left", expand=False))
+
+
+class Progress:
+    """Steps start..end; `end` is where this process stops."""
+
+    def __init__(self, start: int, end: int):
+        self._start, self._end = start, end
+        self._began = time.perf_counter()
+        self._bar = Bar(BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), console=console)
+        self._task = self._bar.add_task("", total=end, completed=start)
+        if console.is_terminal:
+            self._bar.start()
+
+    def update(self, step: int, loss: float, lr: float, images_per_second: float, data_wait: float) -> None:
+        """`data_wait`: share of the interval in which the host waited for images."""
+        left = (time.perf_counter() - self._began) / max(1, step - self._start) * (self._end - step)
+        line = (
+            f"step {step}/{self._end}  loss {loss:.4f}  lr {lr:.3g}  {images_per_second:.0f} images/s  "
+            f"data-wait {data_wait:.0%}  left {_duration(left)}"
+        )
+        if console.is_terminal:
+            self._bar.update(self._task, completed=step, description=line)
+        else:
+            say(line)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if days else f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"

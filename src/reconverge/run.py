@@ -1,0 +1,286 @@
+"""A run's folder, and everything that is written while it trains. Imports no torch.
+
+runs/<name>/ holds config.yaml, environment.json, classes.txt, metrics.jsonl, status.json, pictures, checkpoints/ and, while a
+process trains, its lock.
+"""
+
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import reconverge
+from reconverge import config, environment
+from reconverge.errors import Exit, Stop, explain
+from reconverge.lock import Lock
+from reconverge.progress import Progress, say
+from reconverge.settings import Train
+from reconverge.tracker import Tracker
+
+RUNS = Path("runs")
+OVERFLOWS = 30  # steps in a row that fp16 may skip while its loss scale settles
+
+_signals: list[int] = []
+
+
+def catch_signals() -> None:
+    """From now on SIGTERM, SIGINT and SIGUSR1 only raise a flag, which the loop looks at between steps. For use before torch is imported."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda received, frame: _signals.append(received))
+
+
+def told_to_stop() -> bool:
+    return bool(_signals)
+
+
+class Opened(NamedTuple):
+    """A run's folder as eval.py reads it."""
+
+    folder: Path
+    cfg: Train
+    classes: list[str]
+
+
+def opened(path: Path) -> Opened:
+    """The run that `path`, its folder or one of its checkpoints, belongs to. Errors: Stop(MISSING)."""
+    for folder in (path, *path.parents[:2]):
+        if (folder / "config.yaml").exists() and (folder / "classes.txt").exists():
+            cfg = config.from_text((folder / "config.yaml").read_text(), Train)
+            return Opened(folder, cfg, (folder / "classes.txt").read_text().splitlines())
+    raise Stop(Exit.MISSING, f"{path} is no run and no checkpoint of one", "runs/NAME or runs/NAME/checkpoints/step-...", "checkpoint=")
+
+
+class Run:
+    """Used as a context: whatever ends the training is written to status.json, and the lock is given back."""
+
+    def __init__(self, cfg: Train):
+        """Errors: Stop(IN_USE, NOT_COMPARABLE)."""
+        self.folder = RUNS / cfg.run
+        self.checkpoints = self.folder / "checkpoints"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = Lock(self.folder / "lock")
+        self.step = 0
+        self.samples_of: Callable[[int], Any] = lambda step: None  # sample ids of a step, for a message
+        self._cfg = cfg
+        self._pending: list[tuple[int, Any, Any, float]] = []
+        self._progress: Progress | None = None
+        self._tracker: Tracker | None = None
+        try:
+            self.resuming = any(self.checkpoints.glob("step-*"))
+            self._environment = self._open()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _open(self) -> dict[str, Any]:
+        if self.lock.takeover:
+            say(self.lock.takeover)
+        path = self.folder / "environment.json"
+        recorded = json.loads(path.read_text()) if self.resuming else {"facts": {}, "lost": [], "starts": []}
+        if self.resuming:
+            before = config.from_text((self.folder / "config.yaml").read_text(), Train)
+            for key, old, new in config.differences(before, self._cfg):
+                self._refuse(key, old, new, recorded)
+        return recorded
+
+    def finished(self) -> str | None:
+        """The last line of a run that has nothing left to do."""
+        if not self.resuming or not (self.folder / "status.json").exists():
+            return None
+        status = json.loads((self.folder / "status.json").read_text())
+        over = status["reason"] == "done" and status["step"] >= min(status["total"], self._cfg.steps or status["total"])
+        return status["summary"] if over else None
+
+    def write_classes(self, classes: list[str]) -> None:
+        self._write("classes.txt", "".join(f"{name}\n" for name in classes))
+
+    def begin(self) -> None:
+        """Record this start."""
+        self._write("config.yaml", config.to_text(self._cfg))
+        self._environment |= {
+            "reconverge": reconverge.__version__,
+            "git": environment.git(),
+            "packages": environment.versions(),
+        }
+        self._environment["starts"].append({"time": _now(), "command": shlex.join([sys.executable, *sys.argv]), **environment.host()})
+        self.fact("code", environment.code_hash())
+        self.fact("versions", {name: environment.versions()[name] for name in environment.DECISIVE})
+
+    def fact(self, name: str, value: Any) -> None:
+        """Record something that the bits hang on. Errors: Stop(NOT_COMPARABLE) if the run began with another value and may not go on with this."""
+        before = self._environment["facts"].get(name)
+        if self.resuming and before is not None and before != value:
+            self._refuse(name, before, value, self._environment)
+        self._environment["facts"][name] = value
+        self.note()
+
+    def recorded(self, name: str) -> Any:
+        """A fact of the first start; None for a new run."""
+        return self._environment["facts"].get(name)
+
+    def note(self, **entries: Any) -> None:
+        """Add entries to environment.json."""
+        self._environment |= entries
+        self._write("environment.json", json.dumps(self._environment, indent=1))
+
+    def _refuse(self, name: str, old: Any, new: Any, recorded: dict[str, Any]) -> None:
+        if isinstance(old, dict) and isinstance(new, dict):
+            old, new = ({key: side.get(key) for key in {**old, **new} if old.get(key) != new.get(key)} for side in (old, new))
+        if name not in self._cfg.resume_allow:
+            raise Stop(
+                Exit.NOT_COMPARABLE,
+                f"{name}: this run began with {old}, and now it is {new}",
+                "the same again: a resumed run gives the bits of an uninterrupted one (R2)",
+                f"{name} back; or run=NAME for a new run; or resume_allow=[{name}] to go on and lose R2",
+            )
+        recorded["lost"].append({"time": _now(), "promise": "R2", "because": name, "from": old, "to": new})
+        say(f"{name} differs from the start of this run ({old} -> {new}): promise R2 is lost, and environment.json says so")
+
+    def lost(self) -> list[str]:
+        return [entry["because"] for entry in self._environment["lost"]]
+
+    # ---- while it trains ----
+
+    def start(self, step: int, clock: config.Clock) -> None:
+        """Training goes on after `step`: what was logged later, by a process that was killed, is cut off."""
+        self.step, self._clock = step, clock
+        path = self.folder / "metrics.jsonl"
+        records = [record for record in self.records() if record["step"] <= step]
+        self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        self._metrics = open(path, "a")
+        self._status("running", Exit.DONE)
+        self._progress = Progress(step, clock.end)
+        self._tracker = Tracker(self._cfg.tracker, self.folder)
+        self._interval = (time.perf_counter(), step, 0.0)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl; a last one that a kill cut short is left out."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().split("\n") if path.exists() else []
+        return [json.loads(line) for line in lines[:-1]]
+
+    def step_done(self, step: int, loss: Any, grad_norm: Any, lr: float, waited: float) -> None:
+        """After each step. `loss` and `grad_norm` may be on the device and stay there until log_every. Errors: Stop(NOT_FINITE)."""
+        self.step = step
+        self._pending.append((step, loss, grad_norm, lr))
+        if step % self._cfg.log_every == 0 or step == self._clock.end:
+            self.flush(waited)
+
+    def flush(self, waited: float) -> None:
+        """Wait for the device and write what is pending. `waited`: seconds, so far, in which the host had no images."""
+        if not self._pending:
+            return
+        values = [(step, float(loss), float(norm), lr) for step, loss, norm, lr in self._pending]
+        self._pending.clear()
+        self._stop_if_not_finite(values)
+        step, _, norm, lr = values[-1]
+        began, first, waited_before = self._interval
+        self._interval = (time.perf_counter(), step, waited)
+        seconds = self._interval[0] - began
+        loss = sum(value[1] for value in values) / len(values)
+        speed = {"images_per_second": (step - first) * self._cfg.batch / seconds, "data_wait": (waited - waited_before) / seconds}
+        self.log(step, loss=loss, lr=lr, grad_norm=norm, **speed)
+        if self._progress:
+            self._progress.update(step, loss, lr, **speed)
+
+    def _stop_if_not_finite(self, values: list[tuple[int, float, float, float]]) -> None:
+        in_a_row = 0
+        for step, loss, norm, _ in values:
+            in_a_row = 0 if math.isfinite(norm) else in_a_row + 1
+            if in_a_row > (OVERFLOWS if self._cfg.precision == "fp16" else 0):
+                raise Stop(
+                    Exit.NOT_FINITE,
+                    f"step {step}: the loss is {loss} and the gradient's norm {norm}; its sample ids: {self.samples_of(step - 1)}",
+                    "finite numbers; the weights are those before this step, and the last checkpoint is good",
+                    "a lower optim.lr=, optim.clip=1, precision=fp32, or look at these images; a resumed run meets the same step again",
+                )
+
+    def log(self, step: int, **values: float) -> None:
+        """One line of metrics.jsonl."""
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Evaluating and saving do not count in images/s."""
+        stopped = time.perf_counter()
+        yield
+        began, first, waited = self._interval
+        self._interval = (began + time.perf_counter() - stopped, first, waited)
+
+    def evaluated(self, step: int) -> bool:
+        return any(record["step"] == step and "raw_top1" in record for record in self.records())
+
+    def _status(self, reason: str, code: int, summary: str = "") -> None:
+        entries = {
+            "reason": reason,
+            "exit_code": int(code),
+            "step": self.step,
+            "end": self._clock.end,
+            "total": self._clock.total,
+            "summary": summary,
+            "time": _now(),
+        }
+        self._write("status.json", json.dumps(entries, indent=1))
+
+    def done(self, best: dict[str, Any]) -> int:
+        """The last line: top-1 of the last evaluation by the better weights, the best checkpoint, where everything is."""
+        last = next(record for record in reversed(self.records()) if "raw_top1" in record)
+        top1 = {name: last[f"{name}_top1"] for name in ("raw", "ema") if f"{name}_top1" in last}
+        better = max(top1, key=lambda name: top1[name])
+        others = "".join(f", {name} {value:.2f} %" for name, value in top1.items() if name != better)
+        summary = (
+            f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {self.step}; "
+            f"best {best['top1']:.2f} % ({best['weights']}, step {best['step']}); everything is in {self.folder}/"
+        )
+        self._status("done", Exit.DONE, summary)
+        self._close(summary)
+        return Exit.DONE
+
+    def preempted(self) -> int:
+        name = signal.Signals(_signals[-1]).name
+        self._status("preempted", Exit.PREEMPTED, name)
+        self._close(f"{name}: saved step {self.step} in {self.folder}; the same command again goes on from here")
+        return Exit.PREEMPTED
+
+    def _close(self, last_line: str) -> None:
+        if self._progress:
+            self._progress.close()
+        trouble = self._tracker.close() if self._tracker else None
+        if trouble:
+            say(trouble)
+        say(last_line)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self._progress is not None:
+            stop = explain(error)
+            self._progress.close()
+            try:
+                self._status("failed", stop.code if stop else Exit.BUG, str(stop or repr(error)))
+            except OSError:
+                pass  # a full disk is what ended the run; the exit code says so
+        self.lock.release()
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a file of the folder whole."""
+        new = self.folder / f".{name}.new"
+        with open(new, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(self.folder / name)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

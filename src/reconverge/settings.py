@@ -1,0 +1,172 @@
+"""Every setting, one section a part, with unit, default and source: the one page of all knobs.
+
+Imports no torch. "Table 5" and "Table 6" are those of "A ConvNet for the 2020s" (arXiv 2201.03545 v2).
+The defaults are neutral; the values of an experiment stand in conf/recipe/. A part of the program gets its own section
+and plain values, never the whole configuration.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING = "???"  # must be given by a yaml file or on the command line
+
+
+def setting(
+    default: Any,
+    help: str,
+    choices: tuple[Any, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    pattern: str = "",
+    free: bool = False,
+) -> Any:
+    """A field of a section. `low` and `high` are allowed themselves; `free` settings may change when a run is resumed."""
+    checks = {"help": help, "choices": choices, "low": low, "high": high, "pattern": pattern, "free": free}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata=checks)
+    return field(default=default, metadata=checks)
+
+
+NAME = r"[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*"  # a plain folder name: no separators, not "." or ".."
+EVERY = r"[0-9]+(epoch)?"
+
+
+# fmt: off
+
+@dataclass
+class Model:
+    name: str = setting(MISSING, "an entry of the table MODELS, as model=NAME")
+    size: str = setting(MISSING, "the row of the recipe's tables that this model takes: atto, t, s, b, l, xl")
+    drop_path: float = setting(MISSING, "stochastic depth: drop rate of the last block, linear over all blocks (Table 5); the recipe's table by size", low=0, high=0.99)
+    layer_scale: float | None = setting(1e-6, "initial gamma of each block's branch (Table 5); null: no layer scale", low=0)
+    head_init_scale: float = setting(1.0, "multiplies the initial weights of the head (Table 5: none; Table 6: 0.001 for fine-tuning)", low=0)
+
+
+@dataclass
+class Recipe:
+    name: str = setting(MISSING, "a file of conf/recipe, as recipe=NAME")
+    batch: int = setting(MISSING, "images of one step that lr was chosen for", low=1)
+    drop_path: dict[str, float] = setting({}, "model size -> stochastic depth (Table 5)")
+    microbatch: dict[str, int] = setting({}, "model size -> images of one forward pass, on which Mixup draws (the published images per GPU)")
+
+
+@dataclass
+class Augment:
+    size: int = setting(224, "pixels, side of a training image (Table 5)", low=1)
+    scale: list[float] = setting([0.08, 1.0], "random resized crop: smallest and largest share of the area (timm)")
+    ratio: list[float] = setting([0.75, 4 / 3], "random resized crop: smallest and largest aspect ratio (timm)")
+    interpolation: str = setting("bicubic", "of the random resized crop (official code)", ("bicubic", "bilinear", "random"))
+    flip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
+    auto: str = setting("rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy, or none (Table 5: magnitude 9, deviation 0.5)", pattern=r"none|rand(-[a-z]+[0-9.]+)*")
+    erase: float = setting(0.25, "probability of random erasing with normal noise, per image (Table 5, mode pixel)", low=0, high=1)
+
+
+@dataclass
+class Mix:
+    mixup: float = setting(0.8, "alpha of Mixup's beta distribution, 0 for none (Table 5)", low=0)
+    cutmix: float = setting(1.0, "alpha of CutMix's beta distribution, 0 for none (Table 5)", low=0)
+    probability: float = setting(1.0, "that a microbatch is mixed", low=0, high=1)
+    switch: float = setting(0.5, "share of CutMix where both are on", low=0, high=1)
+    smoothing: float = setting(0.1, "label smoothing (Table 5)", low=0, high=1)
+
+
+@dataclass
+class Optim:
+    lr: float = setting(4e-3, "AdamW's learning rate after warm-up, of one step of recipe.batch images (Table 5)", low=0)
+    min_lr: float = setting(1e-6, "where the cosine ends (official code)", low=0)
+    warmup_epochs: int = setting(20, "epochs of linear warm-up from 0 (Table 5)", low=0)
+    weight_decay: float = setting(0.05, "on weights of two or more dimensions (Table 5)", low=0)
+    betas: list[float] = setting([0.9, 0.999], "decay of AdamW's two moments, per step (Table 5)")
+    eps: float = setting(1e-8, "AdamW's epsilon (official code)", low=0)
+    clip: float | None = setting(None, "largest norm of the gradient; null clips nothing (Table 5: none)", low=0)
+
+
+@dataclass
+class Ema:
+    decay: float | None = setting(None, "per step, after every step, without warm-up; null keeps no EMA (Table 5: 0.9999)", low=0, high=1)
+
+
+@dataclass
+class Evaluate:
+    size: int = setting(224, "pixels, side of an evaluation image (Table 5)", low=1)
+    crop_ratio: float = setting(0.875, "side of the centre crop / shorter side after resizing: 224 from 256 (official code)", low=0.01, high=1)
+    mode: str = setting("crop", "crop: resize the shorter side, crop the centre; squash: warp to a square (official code at 384)", ("crop", "squash"))
+    interpolation: str = setting("bicubic", "of the resize (official code)", ("bicubic", "bilinear"))
+    batch: int = setting(128, "images of one forward pass", low=1, free=True)
+
+
+@dataclass
+class Data:
+    name: str = setting(MISSING, "a file of conf/data, as data=NAME", pattern=NAME)
+    kind: str = setting(MISSING, "how it is read", ("digits", "folder", "synthetic", "trained"))
+    root: str | None = setting(None, "folder that holds the train and val folders", free=True)
+    train: str = setting("train", "folder below root with one folder a class")
+    val: str = setting("val", "folder below root with one folder a class")
+    cache: str = setting("~/.cache/reconverge", "folder for indexes and generated images", free=True)
+    mean: list[float] = setting([0.485, 0.456, 0.406], "of R, G, B in 0..1 (ImageNet's)")
+    std: list[float] = setting([0.229, 0.224, 0.225], "of R, G, B in 0..1 (ImageNet's)")
+    images: int = setting(5120, "synthetic only: training images; a tenth as many for validation", low=10)
+    classes: int = setting(1000, "synthetic only: number of classes", low=2)
+
+
+@dataclass
+class Tracker:
+    name: str = setting("none", "mirrors metrics.jsonl", ("none", "wandb", "tensorboard"), free=True)
+    project: str = setting("reconverge", "wandb only: project", free=True)
+
+
+@dataclass
+class Debug:
+    overfit: bool = setting(False, "train every step on the images of step 0, with the augmentation of epoch 0")
+    profile: int = setting(0, "steps to trace into trace.json after the second one", low=0, free=True)
+
+
+@dataclass
+class Train:
+    """train.py"""
+
+    run: str = setting(MISSING, "name of the folder under runs/", pattern=NAME)
+    seed: int = setting(0, "key of every random draw", low=0)
+    batch: int = setting(MISSING, "images of one step over all ranks; recipe.batch", low=2)
+    microbatch: int = setting(MISSING, "images of one forward pass, even; the recipe's table by size", low=2)
+    epochs: int = setting(300, "length of the schedule (Table 5)", low=1)
+    steps: int | None = setting(None, "stop after so many steps; the schedule stays that of epochs", low=1, free=True)
+    workers: int | None = setting(None, "processes that load images; null: from the cores of this process", low=0, free=True)
+    threads: int | None = setting(None, "torch threads of this process; null: from its cores at the first start, then as recorded", low=1)
+    device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
+    precision: str = setting("fp32", "of forward and backward: fp32 (as published), tf32 and fp16 (with loss scaling) want a GPU that has them, bf16", ("fp32", "tf32", "bf16", "fp16"))
+    compile: bool = setting(False, "torch.compile the model")
+    channels_last: bool = setting(False, "memory format of images and weights")
+    checkpointing: bool = setting(False, "recompute activations in backward: less memory, about 30 % more time")
+    deterministic: bool = setting(True, "deterministic kernels only; false gives up promises R1 and R2")
+    fused: bool = setting(True, "AdamW as one kernel; false: a kernel an operation, and the host waits for each step's gradient norm")
+    copy_ahead: bool = setting(True, "load and copy the next microbatch while the device works on this one", free=True)
+    save_every: str = setting("1epoch", "steps, or epochs as in 2epoch; 0: at the end only", pattern=EVERY, free=True)
+    evaluate_every: str = setting("1epoch", "steps, or epochs as in 2epoch; 0: at the end only", pattern=EVERY, free=True)
+    log_every: int = setting(10, "steps between two lines of metrics.jsonl", low=1, free=True)
+    keep: int = setting(2, "newest checkpoints to keep, beside the best", low=1, free=True)
+    resume_allow: list[str] = setting([], "what may differ when a run is resumed: settings, or code, data, versions, hardware; a promise is lost and recorded", free=True)
+    model: Model = field(default_factory=Model)
+    recipe: Recipe = field(default_factory=Recipe)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    mix: Mix = field(default_factory=Mix)
+    optim: Optim = field(default_factory=Optim)
+    ema: Ema = field(default_factory=Ema)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    tracker: Tracker = field(default_factory=Tracker)
+    debug: Debug = field(default_factory=Debug)
+
+
+@dataclass
+class Eval:
+    """eval.py"""
+
+    checkpoint: str = setting(MISSING, "a run's folder (its newest valid checkpoint), or one of its checkpoints")
+    batch: int | None = setting(None, "images of one forward pass; null: as in the run", low=1)
+    workers: int | None = setting(None, "processes that load images; null: from the cores of this process", low=0)
+    threads: int | None = setting(None, "torch threads of this process; null: from its cores", low=1)
+    device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
+    precision: str = setting("fp32", "of the forward pass", ("fp32", "tf32", "bf16", "fp16"))
+    channels_last: bool = setting(False, "memory format of images and weights")
+    data: Data = field(default_factory=Data)

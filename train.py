@@ -1,0 +1,152 @@
+"""Train an image classifier: python train.py model=convnext_t recipe=in1k data=folder data.root=/path. See README.md.
+
+The job from top to bottom: compose, build, loop. The loop is here and nowhere else.
+"""
+
+import sys
+from pathlib import Path
+
+from reconverge import config
+from reconverge.errors import exit_code
+from reconverge.progress import panel, say
+from reconverge.run import Run, catch_signals, told_to_stop
+from reconverge.settings import Train
+
+
+def main() -> int:
+    catch_signals()
+    cfg = config.from_command_line(Path(__file__).parent / "conf", "config", Train)
+    config.check(cfg)
+    with Run(cfg) as run:
+        if summary := run.finished():
+            say(f"{cfg.run} is finished: {summary}")
+            return 0
+        return train(cfg, run)
+
+
+def train(cfg: Train, run: Run) -> int:
+    # Imported here: until a configuration is accepted, nobody waits for these seconds.
+    import torch
+    from torch.nn.functional import cross_entropy
+    from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+    from reconverge import describe, models, optim, pictures, world
+    from reconverge.data import order, sources, transforms
+    from reconverge.data.loader import Feed, Images, Order, in_sequence
+    from reconverge.data.mix import Mix, Normalise
+    from reconverge.ema import Ema
+    from reconverge.evaluate import evaluate
+    from reconverge.models import drop_path
+    from reconverge.state import State
+
+    # ---- build: the machine, the images, the model ----
+    run.begin()
+    here = world.World(cfg.device, cfg.precision, cfg.deterministic)
+    workers = world.default_workers(here.device) if cfg.workers is None else cfg.workers
+    here.set_threads(cfg.threads or run.recorded("threads") or world.default_threads(here.device, workers))
+    run.fact("threads", here.threads)
+    run.fact("hardware", here.hardware())
+
+    training, validation = sources.open_sources(cfg.data)
+    run.fact("data", {"train": training.fingerprint, "val": validation.fingerprint, "order": order.VERSION})
+    run.write_classes(training.classes)
+    clock = config.Clock.of(cfg, len(training))
+    images_of = Order(len(training), cfg.batch, cfg.microbatch, cfg.seed, cfg.debug.overfit)
+    run.samples_of = images_of.step_ids
+    normalise = Normalise(cfg.data.mean, cfg.data.std, here.device, cfg.channels_last)
+    mix = Mix(cfg.augment.erase, cfg.mix, len(training.classes))
+
+    net = models.build(cfg.model, len(training.classes), cfg.seed)
+    net.to(here.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    rates = drop_path.rates(net)
+    if cfg.checkpointing:
+        net.set_grad_checkpointing()
+    masked = torch.compile(drop_path.Masked(net)) if cfg.compile else drop_path.Masked(net)
+    ema = Ema(net, cfg.ema.decay) if cfg.ema.decay is not None else None
+    optimizer = optim.adamw(net, cfg.optim, cfg.fused)
+    scaler = here.scaler()
+
+    # ---- where to start: the run's own newest valid checkpoint, else from scratch ----
+    state = State(net, ema, optimizer, scaler)
+    start, skipped = state.restore(run.checkpoints)
+    for reason in skipped:
+        say(f"skipped a damaged checkpoint: {reason}")
+    run.start(start, clock)
+    panel(cfg.run, describe.rows(cfg, clock, net, here, workers, training, validation, run))
+
+    feed = Feed(
+        Images(training, transforms.training(cfg.augment, cfg.data.mean), cfg.seed),
+        images_of.steps(start, clock.end),
+        workers,
+        here.device,
+        cfg.copy_ahead,
+    )
+    batches = iter(feed)
+
+    def measure(step: int) -> None:
+        """Evaluate both sets of weights after `step`: metrics.jsonl, curves.png, predictions.png, the best so far."""
+        net.eval()
+        held_out = Images(validation, transforms.evaluation(cfg.evaluate), cfg.seed)
+        held_out_batches = Feed(held_out, in_sequence(len(validation), cfg.evaluate.batch), workers, here.device, cfg.copy_ahead)
+        results = evaluate(state.models(), held_out_batches, normalise, here, len(validation), len(training.classes), told_to_stop)
+        net.train()
+        if results is not None:
+            run.log(step, **{f"{name}_{key}": getattr(result, key) for name, result in results.items() for key in ("top1", "top5", "loss")})
+            state.remember(step, {name: result.top1 for name, result in results.items()})
+            pictures.curves(run.folder / "curves.png", run.records(), clock.steps_per_epoch)
+            pictures.predictions(run.folder / "predictions.png", held_out, results, training.classes)
+
+    tracer = here.tracer(cfg.debug.profile, run.folder / "trace.json")
+    net.train()
+    if start > 0 and clock.due(clock.evaluate_every, start) and not run.evaluated(start):
+        measure(start)  # a signal came between the step and its evaluation
+
+    # ---- the loop ----
+    for step in range(start, clock.end):
+        rate = optim.learning_rate(cfg.optim, step, clock.total, clock.warmup)
+        optim.set_learning_rate(optimizer, rate)
+        step_loss = torch.zeros((), device=here.device)
+
+        for microbatch in range(clock.microbatches):
+            images, labels = next(batches)  # uint8, already on the device
+            key = (cfg.seed, step, microbatch)
+            images, targets = mix(normalise(images), labels, key)
+            masks = drop_path.draw(rates, len(images), key, here.device)
+            if step == microbatch == 0:
+                pictures.first_batch(run.folder / "first_batch.png", images, targets, training.classes, cfg.data.mean, cfg.data.std)
+            with here.autocast():
+                loss = cross_entropy(masked(images, masks).float(), targets) / clock.microbatches
+            scaler.scale(loss).backward()
+            step_loss += loss.detach()
+
+        scaler.unscale_(optimizer)
+        gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        if cfg.optim.clip is not None:
+            clip_grads_with_norm_(net.parameters(), cfg.optim.clip, norm)
+        skip = (~norm.isfinite()).float()  # on the device: a gradient that is not finite never reaches the weights
+        optim.update(optimizer, skip)
+        scaler.update()
+        if ema is not None:
+            ema.update(net, skip)
+        run.step_done(step + 1, loss=step_loss, grad_norm=norm, lr=rate, waited=feed.waited)
+        if tracer is not None:
+            tracer.step()
+
+        with run.clock_stopped():
+            stopping = told_to_stop()
+            if clock.due(clock.evaluate_every, step + 1) and not stopping:
+                run.flush(feed.waited)
+                measure(step + 1)
+            if clock.due(clock.save_every, step + 1) or stopping:
+                run.flush(feed.waited)  # stops here, before anything is saved, if a step was not finite
+                run.lock.check()
+                state.save(run.checkpoints, step + 1, cfg.keep)
+        if stopping:
+            return run.preempted()
+
+    return run.done(state.best)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
