@@ -17,8 +17,6 @@ def main() -> int:
     run = opened(Path(cfg.checkpoint))
     data = config.evaluation_data(cfg.data, run.cfg.data)
 
-    import torch
-
     from reconverge import checkpoint, models, world
     from reconverge.data import sources, transforms
     from reconverge.data.loader import Feed, Images, in_sequence
@@ -46,7 +44,7 @@ def main() -> int:
         if weights in tensors:
             net = models.build(run.cfg.model, len(run.classes), run.cfg.seed)
             net.load_state_dict(tensors[weights])
-            nets[name] = net.to(here.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format).eval()
+            nets[name] = here.place(net, cfg.channels_last).eval()
 
     images = Images(validation, transforms.evaluation(run.cfg.evaluate), run.cfg.seed)
     batches = Feed(images, in_sequence(len(validation), cfg.batch or run.cfg.evaluate.batch), workers, here.device, ahead=True)

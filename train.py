@@ -56,11 +56,10 @@ def train(cfg: Train, run: Run) -> int:
     normalise = Normalise(cfg.data.mean, cfg.data.std, here.device, cfg.channels_last)
     mix = Mix(cfg.augment.erase, cfg.mix, len(training.classes))
 
-    net = models.build(cfg.model, len(training.classes), cfg.seed)
-    net.to(here.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    net = here.place(models.build(cfg.model, len(training.classes), cfg.seed), cfg.channels_last)
     rates = drop_path.rates(net)
     if cfg.checkpointing:
-        net.set_grad_checkpointing()
+        net.set_grad_checkpointing()  # type: ignore[operator]
     masked = torch.compile(drop_path.Masked(net)) if cfg.compile else drop_path.Masked(net)
     ema = Ema(net, cfg.ema.decay) if cfg.ema.decay is not None else None
     optimizer = optim.adamw(net, cfg.optim, cfg.fused)

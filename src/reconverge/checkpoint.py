@@ -39,7 +39,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
         for name, group in tensors.items():
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}, new / f"{name}.safetensors")
         (new / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(new.iterdir())}
+        files: dict[str, dict[str, Any]] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(new.iterdir())
+        }
         for name in files:
             _sync(new / name)
         (new / "MANIFEST.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))

@@ -71,7 +71,7 @@ def to_text(config: Train | Eval) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _typed(config: DictConfig, schema: type[Loaded]) -> Loaded:
+def _typed(config: Any, schema: type[Loaded]) -> Loaded:
     # Through a plain container: merged as it is, the composed configuration would bring keys that the schema lacks.
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     loaded: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))

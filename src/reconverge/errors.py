@@ -30,7 +30,7 @@ class Stop(Exception):
         self.code = code
         self.given = given
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., "Stop"], tuple[Exit, str, str]]:
         """Data workers hand their failure to the main process as a value."""
         return _stop, (self.code, self.given, str(self))
 

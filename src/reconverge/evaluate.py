@@ -60,6 +60,7 @@ def evaluate(
     for name in models:
         classes_of = torch.cat(predicted[name]).cpu().numpy()
         assert len(classes_of) == images, f"{len(classes_of)} of {images} images were evaluated"
-        top1, top5 = (100 * float(accuracy[name].compute()[key]) for key in ("top1", "top5"))
+        # From the counts: a float32 share of 50,000 would print its own rounding.
+        top1, top5 = (100 * round(float(accuracy[name].compute()[key]) * images) / images for key in ("top1", "top5"))
         results[name] = Result(top1, top5, float(losses[name].compute()), images, classes_of)
     return results

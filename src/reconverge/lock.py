@@ -7,7 +7,10 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from reconverge.errors import Exit, Stop
 
@@ -27,9 +30,7 @@ class Lock:
             "job": os.environ.get("SLURM_JOB_ID"),
             "id": uuid.uuid4().hex,
         }
-        with open(path, "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # for the moment of reading and writing only
-            file.seek(0)
+        with self._alone() as file:
             text = file.read()
             if text:
                 self.takeover = _judge(json.loads(text), self._mine, path)
@@ -38,12 +39,20 @@ class Lock:
         self._released = threading.Event()
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
+    @contextmanager
+    def _alone(self) -> Iterator[TextIO]:
+        """The lock's file, made if there is none, while no other process reads or writes it."""
+        while True:
+            with open(self.path, "a+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if self.path.exists() and os.fstat(file.fileno()).st_ino == self.path.stat().st_ino:  # not removed meanwhile
+                    file.seek(0)
+                    yield file
+                    return
+
     def check(self) -> None:
         """Before anything is written that matters: a process that was stopped for long may have lost its run. Errors: Stop(IN_USE)."""
-        try:
-            holder = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):
-            holder = {}
+        holder = json.loads(self.path.read_text()) if self.path.exists() else {}
         if holder.get("id") != self._mine["id"]:
             raise Stop(
                 Exit.IN_USE,
@@ -54,11 +63,10 @@ class Lock:
 
     def release(self) -> None:
         self._released.set()
-        try:
-            self.check()
-        except Stop:
-            return
-        self.path.unlink()
+        with self._alone() as file:
+            text = file.read()
+            if not text or json.loads(text)["id"] == self._mine["id"]:
+                self.path.unlink()
 
     def _beat(self) -> None:
         while not self._released.wait(INTERVAL):

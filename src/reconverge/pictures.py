@@ -21,7 +21,7 @@ def first_batch(path: Path, images: Tensor, targets: Tensor, classes: Sequence[s
         # Label smoothing gives every class a little; a second class is named only where mixing put it there.
         named = [(w, c) for w, c in zip(weights.tolist(), labels.tolist(), strict=True) if w > 2 * float(target.min()) + 1e-6]
         captions.append("\n".join(f"{weight:.0%} {_short(classes[label])}" for weight, label in named))
-    pixels = images[:32].float().cpu() * np.reshape(std, (1, 3, 1, 1)) + np.reshape(mean, (1, 3, 1, 1))
+    pixels = images[:32].float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     _sheet(path, pixels, captions, ["black"] * len(captions), "first microbatch, augmented and mixed, as the model sees it")
 
 

@@ -52,7 +52,8 @@ class Progress:
             say(line)
 
     def close(self) -> None:
-        self._bar.stop()
+        if console.is_terminal:
+            self._bar.stop()
 
 
 def _duration(seconds: float) -> str:

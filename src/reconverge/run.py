@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import reconverge
 from reconverge import config, environment
@@ -71,6 +71,9 @@ class Run:
         self.samples_of: Callable[[int], Any] = lambda step: None  # sample ids of a step, for a message
         self._cfg = cfg
         self._pending: list[tuple[int, Any, Any, float]] = []
+        self._in_a_row = 0  # steps whose gradient was not finite
+        self._clock: config.Clock | None = None
+        self._metrics: TextIO | None = None
         self._progress: Progress | None = None
         self._tracker: Tracker | None = None
         try:
@@ -151,11 +154,11 @@ class Run:
 
     def start(self, step: int, clock: config.Clock) -> None:
         """Training goes on after `step`: what was logged later, by a process that was killed, is cut off."""
-        self.step, self._clock = step, clock
+        self.step, self._clock, self._end = step, clock, clock.end
         path = self.folder / "metrics.jsonl"
         records = [record for record in self.records() if record["step"] <= step]
         self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        self._metrics = open(path, "a")
+        self._metrics = open(path, "a")  # noqa: SIM115, for the whole of the run
         self._status("running", Exit.DONE)
         self._progress = Progress(step, clock.end)
         self._tracker = Tracker(self._cfg.tracker, self.folder)
@@ -171,7 +174,7 @@ class Run:
         """After each step. `loss` and `grad_norm` may be on the device and stay there until log_every. Errors: Stop(NOT_FINITE)."""
         self.step = step
         self._pending.append((step, loss, grad_norm, lr))
-        if step % self._cfg.log_every == 0 or step == self._clock.end:
+        if step % self._cfg.log_every == 0 or step == self._end:
             self.flush(waited)
 
     def flush(self, waited: float) -> None:
@@ -187,15 +190,16 @@ class Run:
         seconds = self._interval[0] - began
         loss = sum(value[1] for value in values) / len(values)
         speed = {"images_per_second": (step - first) * self._cfg.batch / seconds, "data_wait": (waited - waited_before) / seconds}
-        self.log(step, loss=loss, lr=lr, grad_norm=norm, **speed)
+        self.lock.check()
+        self.log(step, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, **speed)
+        self._status("running", Exit.DONE)
         if self._progress:
             self._progress.update(step, loss, lr, **speed)
 
     def _stop_if_not_finite(self, values: list[tuple[int, float, float, float]]) -> None:
-        in_a_row = 0
         for step, loss, norm, _ in values:
-            in_a_row = 0 if math.isfinite(norm) else in_a_row + 1
-            if in_a_row > (OVERFLOWS if self._cfg.precision == "fp16" else 0):
+            self._in_a_row = 0 if math.isfinite(norm) else self._in_a_row + 1
+            if self._in_a_row > (OVERFLOWS if self._cfg.precision == "fp16" else 0):
                 raise Stop(
                     Exit.NOT_FINITE,
                     f"step {step}: the loss is {loss} and the gradient's norm {norm}; its sample ids: {self.samples_of(step - 1)}",
@@ -203,8 +207,9 @@ class Run:
                     "a lower optim.lr=, optim.clip=1, precision=fp32, or look at these images; a resumed run meets the same step again",
                 )
 
-    def log(self, step: int, **values: float) -> None:
+    def log(self, step: int, **values: float | None) -> None:
         """One line of metrics.jsonl."""
+        assert self._metrics is not None, "start() comes first"
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
 
@@ -224,23 +229,23 @@ class Run:
             "reason": reason,
             "exit_code": int(code),
             "step": self.step,
-            "end": self._clock.end,
-            "total": self._clock.total,
+            "end": self._clock.end if self._clock else None,
+            "total": self._clock.total if self._clock else None,
             "summary": summary,
             "time": _now(),
         }
         self._write("status.json", json.dumps(entries, indent=1))
 
-    def done(self, best: dict[str, Any]) -> int:
+    def done(self, best: dict[str, Any] | None) -> int:
         """The last line: top-1 of the last evaluation by the better weights, the best checkpoint, where everything is."""
         last = next(record for record in reversed(self.records()) if "raw_top1" in record)
         top1 = {name: last[f"{name}_top1"] for name in ("raw", "ema") if f"{name}_top1" in last}
         better = max(top1, key=lambda name: top1[name])
         others = "".join(f", {name} {value:.2f} %" for name, value in top1.items() if name != better)
-        summary = (
-            f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {self.step}; "
-            f"best {best['top1']:.2f} % ({best['weights']}, step {best['step']}); everything is in {self.folder}/"
-        )
+        summary = f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {self.step}; "
+        if best is not None and best["step"] != self.step:
+            summary += f"best {best['top1']:.2f} % ({best['weights']}, step {best['step']}); "
+        summary += f"everything is in {self.folder}/"
         self._status("done", Exit.DONE, summary)
         self._close(summary)
         return Exit.DONE
@@ -263,13 +268,16 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and self._progress is not None:
+        if error is not None:
             stop = explain(error)
-            self._progress.close()
+            if self._progress:
+                self._progress.close()
             try:
                 self._status("failed", stop.code if stop else Exit.BUG, str(stop or repr(error)))
             except OSError:
                 pass  # a full disk is what ended the run; the exit code says so
+        if self._metrics:
+            self._metrics.close()
         self.lock.release()
 
     def _write(self, name: str, text: str) -> None:

@@ -81,7 +81,7 @@ def _wandb(folder: Path, project: str) -> tuple[Write, Callable[[], None]]:
             resume="allow",
             dir=str(folder),
             config=yaml.safe_load((folder / "config.yaml").read_text()),
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(init_timeout=30),
         )
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from reconverge.errors import Exit, Stop
 
@@ -38,13 +39,18 @@ class World:
         self.deterministic = deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
         torch.backends.cudnn.benchmark = not deterministic
 
     def set_threads(self, threads: int) -> None:
         """Another number of threads gives other bits."""
         self.threads = threads
         torch.set_num_threads(threads)
+
+    def place(self, model: nn.Module, channels_last: bool) -> nn.Module:
+        """The model on the device, its weights in the memory format that the images will have."""
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if channels_last else model  # type: ignore[call-overload]
 
     def autocast(self) -> AbstractContextManager:
         dtype = DTYPES[self.precision]

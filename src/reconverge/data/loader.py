@@ -2,11 +2,13 @@
 the number of workers and the step where one starts change nothing.
 """
 
+import atexit
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,15 +102,21 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         loaded = iter(self._loader)
-        following = self._next(loaded)
-        while following is not None:
-            batch = self._arrived(following)
-            if self._ahead:
-                following = self._next(loaded)
-                yield batch
-            else:
-                yield batch
-                following = self._next(loaded)
+        end = partial(_end_workers, loaded)
+        atexit.register(end)  # an error may keep this generator alive until the process ends
+        try:
+            following = self._next(loaded)
+            while following is not None:
+                batch = self._arrived(following)
+                if self._ahead:
+                    following = self._next(loaded)
+                    yield batch
+                else:
+                    yield batch
+                    following = self._next(loaded)
+        finally:
+            end()
+            atexit.unregister(end)
 
     def _next(self, loaded: Iterator[Batch | Exception]) -> Batch | None:
         started = time.perf_counter()
@@ -142,8 +150,16 @@ class Feed:
         return batch
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _end_workers(loaded: Any) -> None:
+    """Python ends workers by SIGTERM, which ours ignore, and would then wait for them for ever."""
+    if hasattr(loaded, "_shutdown_workers"):
+        loaded._shutdown_workers()
+        for worker in loaded._workers:
+            worker.kill()
 
 
 def _ignore_signals(worker: int) -> None:

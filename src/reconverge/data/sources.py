@@ -53,7 +53,7 @@ class Folder:
         except FileNotFoundError:
             raise Stop(
                 Exit.MISSING,
-                f"{path} is gone (sample {sample})",
+                f"{path} (sample {sample}) is gone",
                 "the files that were listed when the run began",
                 "put it back, or start a new run",
             ) from None

@@ -20,10 +20,10 @@ def training(augment: Augment, mean: list[float]) -> Transform:
     """
     return transforms_imagenet_train(
         augment.size,
-        scale=tuple(augment.scale),
-        ratio=tuple(augment.ratio),
+        scale=(augment.scale[0], augment.scale[1]),
+        ratio=(augment.ratio[0], augment.ratio[1]),
         hflip=augment.flip,
-        color_jitter=None,
+        color_jitter=None,  # type: ignore[arg-type]
         auto_augment=None if augment.auto == "none" else augment.auto,
         interpolation=augment.interpolation,
         mean=tuple(mean),

@@ -28,7 +28,7 @@ def build(model: settings.Model, classes: int, seed: int) -> nn.Module:
     drop_path.replace(net)
     spec.initialise(net, seed)
     with torch.no_grad():
-        head = net.get_classifier()
+        head = net.get_classifier()  # type: ignore[operator]
         head.weight.mul_(model.head_init_scale)
         head.bias.mul_(model.head_init_scale)
     return net
@@ -36,7 +36,9 @@ def build(model: settings.Model, classes: int, seed: int) -> nn.Module:
 
 def _convnext(timm_name: str) -> Callable[[settings.Model, int], nn.Module]:
     def build(model: settings.Model, classes: int) -> nn.Module:
-        return timm.create_model(timm_name, num_classes=classes, drop_path_rate=model.drop_path, ls_init_value=model.layer_scale)
+        # Not timm.create_model, which drops arguments that are None: layer_scale=null would be timm's 1e-6.
+        create = timm.model_entrypoint(timm_name)
+        return create(num_classes=classes, drop_path_rate=model.drop_path, ls_init_value=model.layer_scale)
 
     return build
 

@@ -21,7 +21,7 @@ class StochasticDepth(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training:
             return branch
-        assert self.mask is not None and len(self.mask) == len(branch), "a training forward pass wants a mask an image"
+        assert self.mask is not None, "a training forward pass wants its masks: call Masked"
         return branch * self.mask.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
 
     def extra_repr(self) -> str:

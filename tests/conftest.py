@@ -1,0 +1,174 @@
+"""One warm process for most tests: torch and timm take seconds to import. What needs a real process starts one."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+# Two microbatches of 8 images of 32 x 32 pixels a step, 7 steps an epoch: a step takes a tenth of a second.
+SMALL = ["data=folder", "batch=16", "microbatch=8", "epochs=4", "optim.warmup_epochs=1", "threads=1", "workers=0"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch, cache):
+    """Each test in a folder of its own; the digits and indexes of all in one cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(cache))
+
+
+def _main(script, arguments, monkeypatch):
+    import importlib
+
+    from reconverge import run
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    from reconverge.errors import exit_code
+
+    try:
+        return int(exit_code(importlib.import_module(script).main))
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        GlobalHydra.instance().clear()
+        run._signals.clear()
+        torch.use_deterministic_algorithms(False)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The first 12 training and 3 validation images of each of the bundled digits, as class folders."""
+    import shutil
+
+    from reconverge.data.sources import open_sources
+    from reconverge.settings import Data
+
+    root = tmp_path_factory.mktemp("digits")
+    for split, source, count in zip(
+        ("train", "val"), open_sources(Data("digits", "digits", cache=str(root / "all"))), (12, 3), strict=True
+    ):
+        labels = source.labels(np.arange(len(source)))
+        for sample in np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(10)]):
+            path = Path(source.describe(int(sample)))
+            (root / split / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / split / path.parent.name)
+    return root
+
+
+@pytest.fixture
+def small(digits):
+    return [*SMALL, f"data.root={digits}"]
+
+
+@pytest.fixture
+def train(monkeypatch, small):
+    """train.py on a few digits with these arguments, in this process: its exit code."""
+    return lambda *arguments: _main("train", [*small, *arguments], monkeypatch)
+
+
+@pytest.fixture
+def evaluate(monkeypatch):
+    return lambda *arguments: _main("eval", arguments, monkeypatch)
+
+
+@pytest.fixture
+def start(small):
+    """train.py on a few digits with these arguments, as a process of its own."""
+    processes = []
+
+    def start(*arguments, script="train.py", **environment):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *(small if script == "train.py" else []), *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """Three classes of JPEGs of odd sizes, with smooth content as photographs have; 20 to train, 4 to evaluate, of each."""
+    root = tmp_path_factory.mktemp("photographs")
+    random = np.random.Generator(np.random.PCG64(7))
+    for split, count in (("train", 20), ("val", 4)):
+        for label in range(3):
+            folder = root / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                coarse = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                size = (int(random.integers(90, 500)), int(random.integers(90, 500)))
+                image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+                image.save(folder / f"{number:03d}.JPEG", quality=int(random.integers(70, 96)))
+    return root
+
+
+def weights(run, kind="model"):
+    """The newest checkpoint's sha256 of a set of tensors."""
+    import json
+
+    newest = sorted((Path("runs") / run / "checkpoints").glob("step-*"))[-1]
+    files = json.loads((newest / "MANIFEST.json").read_text())["files"]
+    return files[f"{kind}.safetensors"]["sha256"]
+
+
+@pytest.fixture
+def golden(request):
+    """golden(name, text) compares with tests/golden/name; `pytest --rewrite-golden` writes it instead."""
+
+    def compare(name, text):
+        path = ROOT / "tests" / "golden" / name
+        if request.config.getoption("--rewrite-golden"):
+            path.write_text(text + "\n")
+        assert path.read_text() == text + "\n"
+
+    return compare
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rewrite-golden", action="store_true", help="write tests/golden anew, for a change that is meant")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MB, mounted for the test; needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.getuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], stderr=subprocess.DEVNULL).returncode
+    ):
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
