@@ -5,6 +5,7 @@ from timm.layers import DropPath
 from torch.utils.flop_counter import FlopCounterMode
 
 from reconverge import chance, models
+from reconverge.errors import Stop
 from reconverge.models import drop_path
 from reconverge.settings import Model
 
@@ -145,3 +146,8 @@ def test_activation_checkpointing_and_channels_last_keep_the_masks():
     plain = gradients(lambda net: None)
     assert torch.equal(plain, gradients(lambda net: net.set_grad_checkpointing()))
     assert torch.allclose(plain, gradients(lambda net: net.to(memory_format=torch.channels_last)), rtol=1e-3, atol=1e-4)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(Stop, match=r"model.name=resnet(.|\n)*convnext_atto, convnext_t"):
+        models.build(model("resnet"), 10, 0)

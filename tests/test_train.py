@@ -1,9 +1,23 @@
-"""The real command line on real images, small."""
+"""The real command line on real images, small: what a run leaves, what stops it, and with which exit code."""
 
 import json
+import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from conftest import weights
+import pytest
+import torch
+from conftest import ROOT, SMALL, _main, weights
+
+from reconverge.data.loader import Order
+from reconverge.errors import Exit, explain
+
+
+def metrics(run):
+    return [json.loads(line) for line in (Path("runs") / run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_trains_evaluates_and_leaves_the_folder(train, capsys):
@@ -12,13 +26,21 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.yaml", "environment.json", "metrics.jsonl", "status.json", "classes.txt", "checkpoints", "curves.png", "first_batch.png", "predictions.png"}  # fmt: skip
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000006", "step-00000012"]
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = metrics("a")
     assert [record["step"] for record in records] == [2, 4, 6, 6, 8, 10, 12, 12]
     assert records[-1]["raw_top1"] > 5
     status = json.loads((folder / "status.json").read_text())
-    assert status["reason"] == "done"
-    assert status["step"] == 12
-    assert f"top-1 {max(records[-1]['raw_top1'], records[-1]['ema_top1']):.2f} %" in capsys.readouterr().out.splitlines()[-1]
+    assert (status["reason"], status["exit_code"], status["step"]) == ("done", 0, 12)
+    said = capsys.readouterr().out
+    assert f"top-1 {max(records[-1]['raw_top1'], records[-1]['ema_top1']):.2f} %" in said.splitlines()[-1]
+    for part in ("3.38 M parameters", "16 images = 2 microbatches x 8", "7 of them warm-up", "half-life 34 steps, 4.9 epochs", "120 training", "R2 resumed", "runs/a/"):  # fmt: skip
+        assert part in said
+    environment = json.loads((folder / "environment.json").read_text())
+    assert set(environment["facts"]) == {"code", "versions", "threads", "hardware", "data"}
+    assert environment["promises"] == {"R1": True, "R2": True, "R3": True, "R4": False}
+    assert environment["facts"]["data"]["order"] == "order-1"
+    assert len(environment["starts"]) == 1
+    assert (folder / "classes.txt").read_text().split() == [str(digit) for digit in range(10)]
 
 
 def test_again_says_finished(train, capsys):
@@ -29,3 +51,164 @@ def test_again_says_finished(train, capsys):
     assert "a is finished: top-1" in capsys.readouterr().out
     assert train("steps=4", "run=a") == 0  # the cap may grow
     assert weights("a") != before
+
+
+def test_the_same_command_gives_the_same_bits_in_another_process(train, start):
+    """R1, and the workers of R3."""
+    arguments = ["steps=5", "evaluate_every=0"]
+    assert train(*arguments, "run=a") == 0
+    process = start(*arguments, "run=b", "workers=2")
+    assert process.wait(60) == 0
+    assert [weights("a", kind) for kind in ("model", "ema", "optimizer")] == [weights("b", kind) for kind in ("model", "ema", "optimizer")]
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(train, capsys, digits):
+    """A learning rate beyond all bounds: step 2 still moves the weights (the first one's rate is 0), step 3 meets infinities."""
+    assert train("run=a", "optim.lr=1e30", "save_every=1", "evaluate_every=0", "log_every=10", "keep=9", "augment.auto=none") == 70
+    said = capsys.readouterr().err
+    assert "step 3: the loss is nan" in said
+    assert f"its sample ids: {Order(120, 16, 8, 0).step_ids(2)}" in said
+    saved = sorted(Path("runs/a/checkpoints").iterdir())
+    assert saved[-1].name == "step-00000002"
+    from safetensors.torch import load_file
+
+    assert all(tensor.isfinite().all() for path in saved for tensor in load_file(path / "model.safetensors").values())
+    status = json.loads(Path("runs/a/status.json").read_text())
+    assert (status["reason"], status["exit_code"]) == ("failed", 70)
+
+
+def test_the_suppressed_step_is_found_at_the_log_interval(train, capsys):
+    assert train("run=a", "optim.lr=1e30", "save_every=0", "evaluate_every=0", "log_every=5", "augment.auto=none") == 70
+    assert "step 3:" in capsys.readouterr().err
+    assert metrics("a") == []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_train(train, precision):
+    assert train("run=a", "steps=4", f"precision={precision}", "log_every=1") == 0
+    assert all(math.isfinite(record["loss"]) for record in metrics("a") if "loss" in record)
+    scaler = json.loads(Path("runs/a/checkpoints/step-00000004/state.json").read_text())["scaler"]
+    assert bool(scaler) == (precision == "fp16")
+
+
+def test_fp16_overflow_skips_the_update_and_the_clock_goes_on(train, capsys):
+    """A loss times 65536 overflows float16 where the head's weights are large: the scale halves until it fits."""
+    assert train("run=a", "steps=6", "precision=fp16", "log_every=1", "model.head_init_scale=3e4", "augment.auto=none") == 0
+    assert any(record.get("grad_norm", 0) is None for record in metrics("a"))
+    assert json.loads(Path("runs/a/checkpoints/step-00000006/state.json").read_text())["scaler"]["scale"] < 65536
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(train, small_disk, monkeypatch, capsys):
+    subprocess.run(["mount", "-o", "remount,size=75m", str(small_disk)], check=True)  # one checkpoint of 54 MB, not two
+    monkeypatch.chdir(small_disk)
+    assert train("run=a", "steps=4", "save_every=1", "evaluate_every=0") == 74
+    assert "24 MB free for a checkpoint of 54 MB" in capsys.readouterr().err
+    from reconverge import checkpoint
+
+    path, skipped = checkpoint.newest_valid(Path("runs/a/checkpoints"))
+    assert (path.name, skipped) == ("step-00000001", [])
+    subprocess.run(["mount", "-o", "remount,size=400m", str(small_disk)], check=True)
+    assert train("run=a", "steps=4", "save_every=1", "evaluate_every=0") == 0
+
+
+def test_a_broken_image_stops_with_its_name(train, digits, tmp_path, capsys):
+    root = tmp_path / "copy"
+    shutil.copytree(digits, root)
+    broken = sorted((root / "train" / "3").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert train("run=a", f"data.root={root}", "workers=1") == 65
+    assert str(broken) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (PermissionError("x"), Exit.PERMISSION),
+        (FileNotFoundError("x"), Exit.MISSING),
+        (OSError(28, "No space left on device"), Exit.DISK),
+        (MemoryError(), Exit.OUT_OF_MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory"), Exit.OUT_OF_MEMORY),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), Exit.OUT_OF_MEMORY),
+    ],
+)
+def test_errors_of_the_system_have_their_exit_code(error, code):
+    assert explain(error).code == code
+
+
+def test_a_bug_is_not_dressed_up():
+    assert explain(ValueError("x")) is None
+
+
+def test_torchs_cpu_allocator_raises_what_is_expected():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50)
+    assert explain(raised.value).code == Exit.OUT_OF_MEMORY
+
+
+def test_what_torchrun_would_start_is_refused(train, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train("run=a") == 2
+    assert "WORLD_SIZE=2" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_a_gpu_that_is_not_there_is_refused(train, capsys):
+    assert train("run=a", "device=cuda") == 2
+    assert "device=cpu" in capsys.readouterr().err
+    assert train("run=b", "precision=tf32") == 2
+
+
+def debug(monkeypatch, digits, *arguments):
+    return _main("train", [*[item for item in SMALL if not item.startswith("epochs")], f"data.root={digits}", "epochs=40", *arguments], monkeypatch)  # fmt: skip
+
+
+def test_debug_overfit_drives_the_loss_to_nothing(monkeypatch, digits):
+    assert debug(monkeypatch, digits, "debug=overfit", "steps=60", "optim.warmup_epochs=0") == 0
+    losses = [record["loss"] for record in metrics("convnext_atto-overfit-folder-s0") if "loss" in record]
+    assert losses[0] > 0.2 > 0.01 > losses[-1]
+
+
+def test_debug_synthetic_short_and_profile(monkeypatch, digits, tmp_path):
+    assert debug(monkeypatch, digits, "debug=synthetic", "steps=2", "data.images=32", "data.classes=7") == 0
+    assert metrics("convnext_atto-demo-synthetic-s0")[-1]["step"] == 2
+    assert debug(monkeypatch, digits, "debug=short") == 0
+    assert [record["step"] for record in metrics("convnext_atto-demo-folder-s0-short") if "loss" in record] == list(range(1, 21))
+    assert debug(monkeypatch, digits, "debug=profile", "debug.profile=2", "steps=5") == 0
+    trace = json.loads(Path("runs/convnext_atto-demo-folder-s0-profile/trace.json").read_text())
+    assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_two_steps_of_the_recipe_at_224_pixels(monkeypatch, photographs):
+    arguments = ["model=convnext_atto", "recipe=in1k", "data=folder", f"data.root={photographs}", "batch=8", "microbatch=4", "steps=2", "threads=2"]  # fmt: skip
+    assert _main("train", [*arguments, "run=a", "workers=1", "log_every=1"], monkeypatch) == 0
+    assert [record["lr"] for record in metrics("a") if "lr" in record] == pytest.approx([0, 4e-3 / (20 * 7 - 1)])
+
+
+@pytest.mark.slow
+def test_convnext_t_trains_at_224_pixels_as_the_readme_says(monkeypatch, photographs):
+    arguments = ["model=convnext_t", "recipe=in1k", "data=folder", f"data.root={photographs}", "batch=16", "microbatch=8", "steps=3"]
+    assert _main("train", [*arguments, "run=a", "threads=2", "workers=0"], monkeypatch) == 0
+
+
+@pytest.mark.slow
+def test_the_compiled_model_trains_to_the_same_loss(train):
+    assert train("run=a", "steps=3", "log_every=1", "model.drop_path=0.5") == 0
+    assert train("run=b", "steps=3", "log_every=1", "model.drop_path=0.5", "compile=true") == 0
+    plain, compiled = ([record["loss"] for record in metrics(run) if "loss" in record] for run in "ab")
+    assert plain == pytest.approx(compiled, rel=1e-4)
+    assert weights("a") != weights("b")  # other kernels, other bits: else nothing was compiled
+    names = json.loads(Path("runs/b/checkpoints/step-00000003/MANIFEST.json").read_text())
+    assert names["files"].keys() == json.loads(Path("runs/a/checkpoints/step-00000003/MANIFEST.json").read_text())["files"].keys()
+
+
+@pytest.mark.slow
+def test_the_default_run_reaches_97_percent():
+    """python train.py as it is: the promise of the README's first command."""
+    done = subprocess.run([sys.executable, str(ROOT / "train.py")], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    last = metrics("convnext_atto-demo-digits-s0")[-1]
+    assert max(last["raw_top1"], last["ema_top1"]) >= 97
+    again = subprocess.run([sys.executable, str(ROOT / "train.py")], capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert os.path.exists("runs/convnext_atto-demo-digits-s0/curves.png")

@@ -127,7 +127,9 @@ def _nearest(given: str, allowed: Any) -> str:
 
 def _explain(error: Exception, schema: type) -> Stop:
     """What Hydra or OmegaConf refused, in our three lines."""
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__ or cause.__context__
     where = str(error).splitlines()[0]
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")

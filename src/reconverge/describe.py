@@ -30,7 +30,7 @@ def rows(
         "learning rate": f"{cfg.optim.lr:g}, cosine to {cfg.optim.min_lr:g}; weight decay {cfg.optim.weight_decay:g}",
         "EMA": _ema(cfg.ema.decay, clock),
         "machine": f"{world.hardware()}, {cfg.precision}, {world.threads} threads, {workers} data workers",
-        "promises": _promises(cfg, run),
+        "promises": _promises(run),
         "run": f"{run.folder}/" + (f", resumed after step {run.step}" if run.step else ""),
     }
     if notice := batch_notice(cfg):
@@ -47,13 +47,9 @@ def _ema(decay: float | None, clock: Clock) -> str:
     return f"decay {decay:g}: half-life {half_life:.0f} steps, {half_life / clock.steps_per_epoch:.2g} epochs"
 
 
-def _promises(cfg: Train, run: Run) -> str:
-    """R4 belongs to several ranks."""
-    kept = {
-        "R1 same command, same bits": cfg.deterministic and not run.lost(),
-        "R2 resumed, same bits": cfg.deterministic and not run.lost(),
-        "R3 any workers, same images": True,
-    }
-    given_up = [name.split()[0] for name, holds in kept.items() if not holds]
-    text = " · ".join(name for name, holds in kept.items() if holds)
+def _promises(run: Run) -> str:
+    means = {"R1": "same command, same bits", "R2": "resumed, same bits", "R3": "any workers, same images"}
+    kept = run.promises()
+    text = " · ".join(f"{level} {meaning}" for level, meaning in means.items() if kept[level])
+    given_up = [level for level in means if not kept[level]]
     return text + (f"; not {' and '.join(given_up)}: {', '.join(run.lost()) or 'deterministic=false'}" if given_up else "")

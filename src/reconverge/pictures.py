@@ -41,16 +41,23 @@ def _short(name: str) -> str:
     return name if len(name) <= 14 else name[:13] + "…"
 
 
+CELL, CAPTION, COLUMNS = 128, 34, 8  # pixels of an image's side, pixels for the caption above it, images in a row
+
+
 def _sheet(path: Path, images: Tensor, captions: Sequence[str], colours: Sequence[str], title: str) -> None:
-    columns = 8
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(columns * 1.25, rows * 1.6 + 0.4), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    for axes, image, caption, colour in zip(figure.subplots(rows, columns, squeeze=False).flat, images, captions, colours, strict=False):
-        axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
-        axes.set_title(caption, fontsize=8, color=colour)
-    for axes in figure.axes:
-        axes.axis("off")
+    """Images (N, 3, H, W) in 0..1 as one picture in one pair of axes: a pair for each image would take a second to draw."""
+    cells = torch.nn.functional.interpolate(images.clamp(0, 1), size=(CELL, CELL), mode="nearest-exact")
+    rows = -(-len(cells) // COLUMNS)
+    canvas = np.ones((rows * (CELL + CAPTION), COLUMNS * (CELL + 8), 3), np.float32)
+    figure = Figure(figsize=(canvas.shape[1] / 100, canvas.shape[0] / 100 + 0.4), dpi=100)
+    axes = figure.add_axes((0, 0, 1, canvas.shape[0] / 100 / figure.get_figheight()))
+    axes.axis("off")
+    for number, (cell, caption, colour) in enumerate(zip(cells, captions, colours, strict=True)):
+        top, left = number // COLUMNS * (CELL + CAPTION) + CAPTION, number % COLUMNS * (CELL + 8) + 4
+        canvas[top : top + CELL, left : left + CELL] = cell.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+        axes.text(left + CELL / 2, top - 4, caption, ha="center", va="bottom", fontsize=8, linespacing=1.0, color=colour)
+    axes.imshow(canvas, interpolation="nearest")
+    figure.suptitle(title, fontsize=11, y=0.995)
     figure.savefig(path)
 
 

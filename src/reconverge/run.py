@@ -150,6 +150,11 @@ class Run:
     def lost(self) -> list[str]:
         return [entry["because"] for entry in self._environment["lost"]]
 
+    def promises(self) -> dict[str, bool]:
+        """R1 re-run, R2 resume, R3 data-elastic, R4 weight-elastic: which of them this run keeps. R4 is for several ranks."""
+        same_bits = self._cfg.deterministic and not self.lost()
+        return {"R1": same_bits, "R2": same_bits, "R3": True, "R4": False}
+
     # ---- while it trains ----
 
     def start(self, step: int, clock: config.Clock) -> None:
@@ -159,6 +164,7 @@ class Run:
         records = [record for record in self.records() if record["step"] <= step]
         self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         self._metrics = open(path, "a")  # noqa: SIM115, for the whole of the run
+        self.note(promises=self.promises())
         self._status("running", Exit.DONE)
         self._progress = Progress(step, clock.end)
         self._tracker = Tracker(self._cfg.tracker, self.folder)
@@ -247,22 +253,26 @@ class Run:
             summary += f"best {best['top1']:.2f} % ({best['weights']}, step {best['step']}); "
         summary += f"everything is in {self.folder}/"
         self._status("done", Exit.DONE, summary)
-        self._close(summary)
+        self._say_last(summary)
         return Exit.DONE
 
     def preempted(self) -> int:
         name = signal.Signals(_signals[-1]).name
         self._status("preempted", Exit.PREEMPTED, name)
-        self._close(f"{name}: saved step {self.step} in {self.folder}; the same command again goes on from here")
+        self._say_last(f"{name}: saved step {self.step} in {self.folder}; the same command again goes on from here")
         return Exit.PREEMPTED
 
-    def _close(self, last_line: str) -> None:
+    def _say_last(self, line: str) -> None:
+        self._close()
+        say(line)
+
+    def _close(self) -> None:
         if self._progress:
             self._progress.close()
-        trouble = self._tracker.close() if self._tracker else None
-        if trouble:
+        if self._tracker and (trouble := self._tracker.close()):
             say(trouble)
-        say(last_line)
+        if self._metrics:
+            self._metrics.close()
 
     def __enter__(self) -> "Run":
         return self
@@ -270,14 +280,11 @@ class Run:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None:
             stop = explain(error)
-            if self._progress:
-                self._progress.close()
             try:
                 self._status("failed", stop.code if stop else Exit.BUG, str(stop or repr(error)))
             except OSError:
                 pass  # a full disk is what ended the run; the exit code says so
-        if self._metrics:
-            self._metrics.close()
+        self._close()
         self.lock.release()
 
     def _write(self, name: str, text: str) -> None:

@@ -125,7 +125,7 @@ class Debug:
 class Train:
     """train.py"""
 
-    run: str = setting(MISSING, "name of the folder under runs/", pattern=NAME)
+    run: str = setting(MISSING, "name of the folder under runs/", pattern=NAME, free=True)
     seed: int = setting(0, "key of every random draw", low=0)
     batch: int = setting(MISSING, "images of one step over all ranks; recipe.batch", low=2)
     microbatch: int = setting(MISSING, "images of one forward pass, even; the recipe's table by size", low=2)

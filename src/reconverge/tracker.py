@@ -32,9 +32,13 @@ class Tracker:
 
     def close(self) -> str | None:
         """Let the mirror finish; a sentence if it failed or is still at work."""
-        if self._process is None or self._process.stdin is None:
+        if self._process is None or self._process.stdin is None or self._process.stdin.closed:
             return None
-        self._process.stdin.close()
+        try:
+            self._process.stdin.write(b"end")  # closing is not enough: data workers have inherited the pipe
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass  # it died before
         try:
             code = self._process.wait(FLUSH)
         except subprocess.TimeoutExpired:
@@ -61,7 +65,7 @@ def mirror(name: str, project: str, folder: Path) -> None:
         mark.write_text(json.dumps(done))
         if ended:
             break
-        ended = bool(select.select([sys.stdin], [], [], 1.0)[0])  # readable: closed
+        ended = bool(select.select([sys.stdin], [], [], 1.0)[0])  # readable: told to end, or closed because the run died
     finish()
 
 

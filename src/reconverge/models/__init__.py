@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from reconverge import chance, settings
+from reconverge.errors import Exit, Stop
 from reconverge.models import drop_path
 
 
@@ -21,7 +22,9 @@ class Spec:
 
 
 def build(model: settings.Model, classes: int, seed: int) -> nn.Module:
-    """A classifier of `classes` with the initial weights of `seed`, on the CPU, stochastic depth taking its masks as data."""
+    """A classifier of `classes` with the initial weights of `seed`, on the CPU, stochastic depth taking its masks as data. Errors: Stop(USAGE)."""
+    if model.name not in MODELS:
+        raise Stop(Exit.USAGE, f"model.name={model.name}", f"the table MODELS: {', '.join(MODELS)}", "model=NAME")
     spec = MODELS[model.name]
     with chance.scope(seed, "init"):
         net = spec.build(model, classes)

@@ -1,0 +1,220 @@
+"""The command line: what is refused, how it is said, and how long it takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from reconverge import config
+from reconverge.settings import Eval, Train
+
+# what is typed, the line "given", something of "allowed", something of "change"
+REFUSED = [
+    (["epohcs=30"], "epohcs", "epochs", "epochs"),
+    (["optim.lrr=1"], "optim.lrr", "lr, min_lr", "optim.lr"),
+    (["optm.lr=1"], "optm", "optim", "optim"),
+    (["model.size.x=1"], "model.size", "str", "model.size"),
+    (["+epochs=3"], "+epochs=3", "none can be added", "epochs=3"),
+    (["++new=3"], "++new=3", "none can be added", "new=3"),
+    (["~model"], "~model", "none can be added or removed", "model"),
+    (["hydra.run.dir=x"], "hydra.run.dir=x", "run=NAME", "drop it"),
+    (["--typo"], "--typo", "--cfg", "--help"),
+    (["-m", "seed=1,2"], "-m", "key=value", "--help"),
+    (["seed=1,2"], "seed=1,2", "", ""),
+    (["model=convnext_q"], "model=convnext_q", "convnext_atto, convnext_b", "model=convnext_"),
+    (["recipe=in2k"], "recipe=in2k", "demo, in1k", "recipe=in1k"),
+    (["data=imagnet"], "data=imagnet", "digits, folder, synthetic", "data="),
+    (["tracker=wandbb"], "tracker=wandbb", "none, tensorboard, wandb", "tracker=wandb"),
+    (["epochs=many"], "epochs", "int", "epochs="),
+    (["optim.lr=fast"], "optim.lr", "float", "optim.lr="),
+    (["compile=perhaps"], "compile", "bool", "compile="),
+    (["recipe.drop_path={t: x}"], "recipe.drop_path", "float", "recipe.drop_path"),
+    (["epochs=0"], "epochs=0", "at least 1", "epochs=1"),
+    (["augment.flip=1.5"], "augment.flip=1.5", "at most 1", "augment.flip=1"),
+    (["optim.lr=nan"], "optim.lr=nan", "at least 0", "optim.lr="),
+    (["precision=fp8"], "precision=fp8", "fp32, tf32, bf16, fp16", "precision=fp"),
+    (["save_every=often"], "save_every=often", "epochs as in 2epoch", "save_every"),
+    (["augment.auto=autoaugment"], "augment.auto=autoaugment", "RandAugment", "augment.auto"),
+    (["run=../elsewhere"], "run=../elsewhere", "runs/", "run"),
+    (["run=.."], "run=..", "runs/", "run"),
+    (["data=folder"], "data=folder without data.root", "train and val", "data.root=/path"),
+    (["model=convnext_xl", "recipe=in1k"], "size xl) with recipe=in1k", "atto, t, s, b, l", "model.drop_path="),
+    (["microbatch=7"], "microbatch=7 with batch=128", "2, 4, 8, 16, 32, 64, 128", "microbatch=8"),
+    (["microbatch=48"], "microbatch=48 with batch=128", "even numbers", "microbatch=32"),
+    (["batch=127"], "batch=127", "even", "batch=128"),
+    (["epochs=3"], "warmup_epochs=3 with epochs=3", "shorter than the schedule", "optim.warmup_epochs="),
+    (["augment.scale=[0.5,0.2]"], "augment.scale", "smallest, largest", "augment.scale="),
+    (["augment.ratio=[1]"], "augment.ratio", "smallest, largest", "augment.ratio="),
+    (["optim.betas=[0.9,1.0]"], "optim.betas", "two numbers", "optim.betas="),
+    (["data.std=[0.2,0.2,0]"], "data.std", "three numbers", "data.std="),
+    (["precision=tf32", "device=cpu"], "precision=tf32", "fp32, bf16, fp16", "precision=fp32"),
+    (["data.kind=trained"], "data=trained", "eval.py", "data=digits"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    from conftest import _main
+
+    def run(*arguments, script="train"):
+        code = _main(script, arguments, monkeypatch)
+        return code, capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(("arguments", "given", "allowed", "change"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_refused_in_three_lines(run_main, arguments, given, allowed, change):
+    code, said = run_main(*arguments)
+    assert code == 2
+    first, *lines = said.err.splitlines()
+    assert first == "reconverge stopped (exit 2):"
+    assert len(lines) == 3
+    for line, name, part in zip(lines, ("given", "allowed", "change"), (given, allowed, change), strict=True):
+        assert line.startswith(f"  {name}")
+        assert part in line
+    assert not Path("runs").exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused_when_the_index_is_known(train, capsys):
+    assert train("batch=512") == 2
+    said = capsys.readouterr().err
+    assert "batch=512 with 120 training images" in said
+    assert "batch=120" in said
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.argv = {argv!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    code = ended.code
+heavy = [name for name in ("torch", "timm", "torchvision", "torchmetrics", "matplotlib", "sklearn", "wandb") if name in sys.modules]
+assert not heavy, heavy
+sys.exit(code)
+"""
+
+
+def process(*argv, script="train.py"):
+    code = WITHOUT_TORCH.format(argv=[str(ROOT / script), *argv])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("argv", [["epohcs=1"], ["microbatch=7"], ["model=convnext_xl", "recipe=in1k"]])
+def test_a_refusal_does_not_wait_for_torch(argv):
+    done = process(*argv)
+    assert done.returncode == 2
+    assert "given" in done.stderr
+
+
+def test_help_shows_groups_choices_and_examples():
+    done = process("--help")
+    assert done.returncode == 0, done.stderr
+    for part in ("model: convnext_atto, convnext_b", "recipe: demo, in1k", "data: digits, folder", "tracker: none, tensorboard, wandb", "debug: overfit, profile, short, synthetic"):  # fmt: skip
+        assert part in done.stdout
+    assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 5
+    assert "runs/NAME" in process("--help", script="eval.py").stdout
+
+
+def test_cfg_job_prints_what_would_run():
+    done = process("--cfg", "job", "--resolve", "model=convnext_t", "recipe=in1k")
+    assert done.returncode == 0
+    assert "drop_path: 0.1\n" in done.stdout
+    assert "microbatch: 128\n" in done.stdout
+    assert not Path("runs").exists()
+
+
+def test_shell_completion(monkeypatch):
+    assert "complete" in process("-sc", "install=bash").stdout
+    monkeypatch.setenv("COMP_LINE", "train.py recipe=")
+    assert process("-sc", "query=bash").stdout.split() == ["recipe=demo", "recipe=in1k"]
+
+
+def test_a_typo_in_a_recipe_file_is_named(tmp_path, monkeypatch, capsys):
+    import shutil
+
+    conf = tmp_path / "conf"
+    shutil.copytree(ROOT / "conf", conf)
+    (conf / "recipe" / "mine.yaml").write_text("# @package _global_\nepohcs: 30\n")
+    monkeypatch.setattr(sys, "argv", ["train.py", "recipe=mine"])
+    from hydra.core.global_hydra import GlobalHydra
+
+    with pytest.raises(config.Stop, match="epohcs"):
+        config.from_command_line(conf, "config", Train)
+    GlobalHydra.instance().clear()
+
+
+def compose(*arguments):
+    done = process("--cfg", "job", "--resolve", *arguments)
+    assert done.returncode == 0, done.stderr
+    return config.from_text(done.stdout, Train)
+
+
+# Table 5 (IN-1K), trap 3 and 16, typed from the paper: (drop path, microbatch) by model.
+IN1K = {"convnext_t": (0.1, 128), "convnext_s": (0.4, 128), "convnext_b": (0.5, 128), "convnext_l": (0.5, 64), "convnext_atto": (0.0, 128)}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", IN1K)
+def test_in1k_is_table_5(model):
+    cfg = compose(f"model={model}", "recipe=in1k")
+    assert (cfg.model.drop_path, cfg.microbatch) == IN1K[model]
+    assert (cfg.batch, cfg.epochs, cfg.steps) == (4096, 300, None)
+    assert (cfg.optim.lr, cfg.optim.min_lr, cfg.optim.warmup_epochs, cfg.optim.weight_decay) == (4e-3, 1e-6, 20, 0.05)
+    assert (cfg.optim.betas, cfg.optim.eps, cfg.optim.clip) == ([0.9, 0.999], 1e-8, None)
+    assert (cfg.mix.mixup, cfg.mix.cutmix, cfg.mix.probability, cfg.mix.switch, cfg.mix.smoothing) == (0.8, 1.0, 1.0, 0.5, 0.1)
+    assert (cfg.augment.auto, cfg.augment.erase, cfg.augment.flip, cfg.augment.interpolation) == ("rand-m9-mstd0.5-inc1", 0.25, 0.5, "bicubic")  # fmt: skip
+    assert (cfg.augment.size, cfg.augment.scale, cfg.augment.ratio) == (224, [0.08, 1.0], pytest.approx([3 / 4, 4 / 3]))
+    assert (cfg.evaluate.size, cfg.evaluate.crop_ratio, cfg.evaluate.mode, cfg.evaluate.interpolation) == (224, 0.875, "crop", "bicubic")
+    assert (cfg.model.layer_scale, cfg.model.head_init_scale, cfg.ema.decay) == (1e-6, 1.0, 0.9999)
+    clock = config.Clock.of(cfg, 1_281_167)
+    assert (clock.steps_per_epoch, clock.total, clock.warmup) == (312, 93600, 6240)
+    assert clock.microbatches == 4096 // IN1K[model][1]
+
+
+def test_the_command_line_beats_debug_beats_recipe():
+    cfg = compose("recipe=in1k", "model=convnext_t", "debug=overfit", "optim.lr=5", "model.drop_path=0.33")
+    assert (cfg.optim.lr, cfg.model.drop_path, cfg.mix.smoothing) == (5.0, 0.33, 0.0)
+    assert compose("model=convnext_xl", "recipe=in1k", "model.drop_path=0.5", "microbatch=32").microbatch == 32
+
+
+def test_recipes_state_every_setting_that_they_own():
+    """A recipe that leaves one out would change with a default."""
+    import yaml
+
+    owned = ("optim", "augment", "mix", "ema", "evaluate")
+    for path in (ROOT / "conf" / "recipe").glob("*.yaml"):
+        given = yaml.safe_load(path.read_text())
+        for section in owned:
+            names = {key.partition(".")[2] for key, *_ in config.flat(Train()) if key.startswith(f"{section}.")}
+            assert set(given[section]) == names - ({"batch"} if section == "evaluate" else set()), f"{path.name}: {section}"
+        assert given["epochs"]
+        header = path.read_text()
+        for part in ("expected top-1", "command:"):
+            assert part in header
+
+
+def test_text_goes_both_ways():
+    cfg = compose("optim.clip=1", "optim.eps=1e-7")
+    assert config.from_text(config.to_text(cfg), Train) == cfg
+    assert all(checks["help"] for schema in (Train, Eval) for _, _, checks in config.flat(schema()))
+
+
+def test_batch_notice_tells_the_linear_rule(train, capsys):
+    assert train("steps=1", "run=a") == 0
+    said = capsys.readouterr().out
+    assert "batch=16 is not the recipe's 128: the learning rate is not rescaled and stays 0.003; the linear rule would give optim.lr=0.000375" in said  # fmt: skip
+    assert train("steps=1", "run=b", "optim.lr=1e-3") == 0
+    assert "not rescaled" not in capsys.readouterr().out
+
+
+def test_counts_in_epochs_and_steps():
+    cfg = compose("batch=100", "microbatch=10", "epochs=10", "save_every=2epoch", "evaluate_every=7", "steps=55")
+    clock = config.Clock.of(cfg, 1060)
+    assert (clock.steps_per_epoch, clock.total, clock.end, clock.save_every, clock.evaluate_every) == (10, 100, 55, 20, 7)
+    assert [step for step in range(1, 56) if clock.due(clock.save_every, step)] == [20, 40, 55]
+    assert [step for step in range(1, 56) if clock.due(0, step)] == [55]
+    assert json.dumps(clock.microbatches) == "10"

@@ -1,0 +1,109 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision import transforms as tv
+
+from reconverge import models
+from reconverge.settings import Model
+
+
+@pytest.fixture
+def run(train):
+    assert train("run=a", "steps=6", "save_every=3", "evaluate_every=3") == 0
+    return Path("runs/a")
+
+
+def independent(run, digits, kind, classes=10):
+    """Image by image: the official evaluation transform, plain counting in Python."""
+    net = models.build(Model("convnext_atto", "atto", 0.0), classes, 1).eval()
+    net.load_state_dict(load_file(sorted((run / "checkpoints").iterdir())[-1] / f"{kind}.safetensors"))
+    transform = tv.Compose([tv.Resize(32, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(32), tv.ToTensor(), tv.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])  # fmt: skip
+    top1 = top5 = images = 0
+    losses = []
+    for label, folder in enumerate(sorted((digits / "val").iterdir())):
+        for path in sorted(folder.iterdir()):
+            with torch.no_grad():
+                logits = net(transform(Image.open(path).convert("RGB"))[None])[0]
+            ranked = logits.argsort(descending=True).tolist()
+            top1 += ranked[0] == label
+            top5 += label in ranked[:5]
+            losses.append(float(-logits.log_softmax(0)[label]))
+            images += 1
+    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": sum(losses) / images, "images": images}
+
+
+def test_equals_an_independent_count(run, digits, evaluate, capsys):
+    assert evaluate("checkpoint=runs/a", "workers=0", "batch=7") == 0
+    report = json.loads((run / "eval-folder-step-00000006.json").read_text())
+    said = capsys.readouterr().out
+    for name, kind in (("raw", "model"), ("ema", "ema")):
+        expected = independent(run, digits, kind)
+        assert report[name]["images"] == expected["images"] == 30
+        assert report[name]["top1"] == pytest.approx(expected["top1"], abs=1e-9)
+        assert report[name]["top5"] == pytest.approx(expected["top5"], abs=1e-9)
+        assert report[name]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert f"{name:<4} top-1 {expected['top1']:.3f} %" in said
+    assert report["raw"] != report["ema"]
+
+
+def test_training_said_the_same(run, evaluate):
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluate("checkpoint=runs/a", "workers=1") == 0
+    report = json.loads((run / "eval-folder-step-00000006.json").read_text())
+    assert report["raw"]["top1"] == last["raw_top1"]
+    assert report["ema"]["loss"] == pytest.approx(last["ema_loss"], rel=1e-6)
+
+
+def test_one_checkpoint_other_data_and_the_same_data_elsewhere(run, evaluate, digits, tmp_path):
+    assert evaluate("checkpoint=runs/a/checkpoints/step-00000003") == 0
+    assert (run / "eval-folder-step-00000003.json").exists()
+    shutil.copytree(digits, tmp_path / "moved")
+    assert evaluate("checkpoint=runs/a", f"data.root={tmp_path}/moved", "data.cache=there") == 0
+    assert Path("there").is_dir()
+    assert evaluate("checkpoint=runs/a", "data=digits") == 0
+    assert json.loads((run / "eval-digits-step-00000006.json").read_text())["raw"]["images"] == 359
+
+
+def test_settings_of_the_machine(run, evaluate, capsys):
+    assert evaluate("checkpoint=runs/a", "precision=bf16", "channels_last=true", "threads=1", "device=cpu") == 0
+    bf16 = json.loads((run / "eval-folder-step-00000006.json").read_text())["raw"]["loss"]
+    assert torch.get_num_threads() == 1
+    assert evaluate("checkpoint=runs/a") == 0
+    assert json.loads((run / "eval-folder-step-00000006.json").read_text())["raw"]["loss"] != bf16
+
+
+def test_a_damaged_checkpoint_is_named(run, evaluate, capsys):
+    (run / "checkpoints" / "step-00000006" / "ema.safetensors").write_bytes(b"x")
+    assert evaluate("checkpoint=runs/a") == 0
+    assert "skipped a damaged checkpoint: step-00000006: ema.safetensors has 1 bytes" in capsys.readouterr().out
+    assert (run / "eval-folder-step-00000003.json").exists()
+    assert evaluate("checkpoint=runs/a/checkpoints/step-00000006") == 65
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "checkpoint"),
+        (["checkpoint=runs/none"], 66, "no run"),
+        (["checkpoint=runs/a", "data=folder"], 2, "data.root"),
+        (["checkpoint=runs/a", "data.root=/nowhere"], 66, "/nowhere"),
+        (["checkpoint=runs/a", "data=folder", "data.root=PHOTOGRAPHS"], 78, "3 classes"),
+        (["checkpoint=runs/a", "precision=int8"], 2, "fp32, tf32, bf16, fp16"),
+        (["checkpoint=runs/a", "+x=1"], 2, "+x=1"),
+    ],
+)
+def test_wrong_input(run, evaluate, photographs, capsys, arguments, code, said):
+    capsys.readouterr()
+    assert evaluate(*[argument.replace("PHOTOGRAPHS", str(photographs)) for argument in arguments]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint(run, evaluate, capsys):
+    shutil.rmtree(run / "checkpoints")
+    assert evaluate("checkpoint=runs/a") == 66
+    assert "no checkpoint yet" in capsys.readouterr().err

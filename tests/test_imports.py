@@ -1,0 +1,90 @@
+"""Who may import whom, and who may name which library: the layout of the code, held."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "src" / "reconverge"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path, top_level_only=False):
+    """Modules that a file imports, as dotted names."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module(path):
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+# Lower ranks know nothing of higher ones. The number is the floor; a file imports from its own or a lower floor.
+FLOORS = {
+    "reconverge": 0, "reconverge.settings": 0, "reconverge.errors": 0,
+    "reconverge.chance": 1, "reconverge.world": 1, "reconverge.environment": 1, "reconverge.lock": 1, "reconverge.progress": 1, "reconverge.tracker": 1,
+    "reconverge.data": 2, "reconverge.data.order": 2, "reconverge.data.index": 2, "reconverge.data.sources": 2, "reconverge.data.transforms": 2, "reconverge.data.loader": 2, "reconverge.data.mix": 2,
+    "reconverge.models": 2, "reconverge.models.drop_path": 2, "reconverge.optim": 2, "reconverge.ema": 2, "reconverge.checkpoint": 2,
+    "reconverge.evaluate": 3, "reconverge.state": 3, "reconverge.config": 3, "reconverge.pictures": 4, "reconverge.run": 4, "reconverge.describe": 5,
+}  # fmt: skip
+
+
+def test_every_file_has_a_floor():
+    assert {module(path) for path in FILES} == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_imports_run_one_way(path):
+    for name in imports(path):
+        if name.startswith("reconverge"):
+            target = name if name in FLOORS else name.rpartition(".")[0]
+            assert FLOORS[target] <= FLOORS[module(path)], f"{module(path)} imports {name}"
+
+
+def test_data_does_not_know_the_models():
+    for path in (PACKAGE / "data").glob("*.py"):
+        assert not [name for name in imports(path) if name.startswith("reconverge.models")]
+
+
+@pytest.mark.parametrize(
+    ("library", "files"),
+    [
+        ("hydra", {"reconverge.config"}),
+        ("omegaconf", {"reconverge.config"}),
+        ("torch.distributed", set()),
+        ("wandb", {"reconverge.tracker"}),
+        ("timm", {"reconverge.models", "reconverge.models.drop_path", "reconverge.data.transforms", "reconverge.data.mix"}),
+        ("random", {"reconverge.chance", "reconverge.data.mix"}),  # erasing draws in the scope that chance opens around it
+    ],
+)
+def test_only_these_files_name(library, files):
+    naming = {module(path) for path in FILES if any(name == library or name.startswith(f"{library}.") for name in imports(path))}
+    assert naming == files
+
+
+HEAVY = ("torch", "timm", "torchvision", "torchmetrics", "matplotlib", "sklearn", "wandb", "safetensors")
+
+
+def test_what_runs_before_the_configuration_is_accepted_imports_nothing_heavy():
+    light, queue = set(), ["train.py", "eval.py"]
+    names = {module(path): path for path in FILES} | {name: ROOT / name for name in queue}
+    while queue:
+        name = queue.pop()
+        light.add(name)
+        for imported in imports(names[name], top_level_only=True):
+            assert imported.split(".")[0] not in HEAVY, f"{name} imports {imported}"
+            for candidate in (imported, imported.rpartition(".")[0]):
+                if candidate in names and candidate not in light:
+                    queue.append(candidate)
+    assert "reconverge.run" in light
+
+
+@pytest.mark.parametrize("path", [*FILES, ROOT / "train.py", ROOT / "eval.py"], ids=lambda path: Path(path).name)
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 400

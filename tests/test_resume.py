@@ -1,0 +1,245 @@
+"""R2: killed at any instant, restored from any checkpoint, with other workers, a run ends with the same bits."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, weights
+
+KINDS = ("model", "ema", "optimizer")
+STEPS = 8
+
+
+def bits(run):
+    return [weights(run, kind) for kind in KINDS]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, digits):
+    """An uninterrupted run of 8 steps with a checkpoint at each, as a process of its own; its folder."""
+    from conftest import SMALL
+
+    folder = tmp_path_factory.mktemp("whole")
+    command = ["python", str(ROOT / "train.py"), *SMALL, f"data.root={digits}", f"data.cache={folder}/cache", "run=whole", *EVERY]
+    subprocess.run([os.sys.executable, *command[1:]], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+    return folder / "runs" / "whole"
+
+
+EVERY = [f"steps={STEPS}", "save_every=1", "evaluate_every=3", "log_every=1", "keep=100", "mix.mixup=0.8", "model.drop_path=0.2", "augment.erase=0.25"]  # fmt: skip
+
+
+def copy(whole, name, last):
+    """The run as it was after `last` steps: later checkpoints and the end are gone, later metrics are still there."""
+    Path("runs").mkdir(exist_ok=True)
+    folder = Path("runs") / name
+    shutil.copytree(whole, folder, ignore=lambda path, names: [n for n in names if n.startswith("step-") and int(n[5:]) > last])
+    (folder / "status.json").unlink()
+    return folder
+
+
+def expected(whole):
+    files = json.loads((whole / "checkpoints" / f"step-{STEPS:08d}" / "MANIFEST.json").read_text())["files"]
+    return [files[f"{kind}.safetensors"]["sha256"] for kind in KINDS]
+
+
+def records(folder, *without):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")} for line in lines]
+
+
+def test_restoring_at_every_step_gives_the_same_tail(whole, train):
+    for step in range(1, STEPS):
+        folder = copy(whole, f"from{step}", step)
+        assert train(*EVERY, f"run=from{step}", f"workers={step % 2}") == 0
+        assert bits(f"from{step}") == expected(whole), f"restored after step {step}"
+        assert records(folder) == records(whole)
+        shutil.rmtree(folder)
+
+
+def test_another_seed_gives_other_bits(whole, train):
+    assert train(*EVERY, "run=other", "seed=1") == 0
+    assert all(mine != theirs for mine, theirs in zip(bits("other"), expected(whole), strict=True))
+
+
+def test_global_generators_are_poisoned_and_untouched(whole, train):
+    """A draw outside a keyed scope would give other bits, or leave a trace."""
+    random.seed(123), np.random.seed(123), torch.manual_seed(123)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert train(*EVERY, "run=a") == 0
+    assert bits("a") == expected(whole)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut"])
+def test_a_damaged_newest_checkpoint_is_named_and_skipped(whole, train, capsys, harm):
+    folder = copy(whole, "a", 5)
+    file = folder / "checkpoints" / "step-00000005" / ("model.safetensors" if harm == "flip" else "optimizer.safetensors")
+    content = bytearray(file.read_bytes())
+    if harm == "flip":
+        content[len(content) // 2] ^= 4
+    file.write_bytes(content if harm == "flip" else content[:-7])
+    assert train(*EVERY, "run=a") == 0
+    said = capsys.readouterr().out
+    assert f"skipped a damaged checkpoint: step-00000005: {file.name} has" in said
+    assert "resumed after step 4" in said
+    assert bits("a") == expected(whole)
+
+
+def test_all_checkpoints_bad_stops(whole, train, capsys):
+    folder = copy(whole, "a", 2)
+    for path in (folder / "checkpoints").iterdir():
+        (path / "state.json").write_text("{}")
+    assert train(*EVERY, "run=a") == 65
+    said = capsys.readouterr().err
+    assert "step-00000002: state.json" in said
+    assert "step-00000001: state.json" in said
+
+
+def kill_until_done(start, arguments, kills, seed):
+    """Start, kill -9 at a random moment of training or saving, start again with other workers; let the last one finish."""
+    chosen = random.Random(seed)
+    for kill in range(kills):
+        process = start(*arguments, f"workers={chosen.randrange(3)}")
+        for line in process.stdout:  # past the imports, at the first step of this start
+            if line.startswith("step ") or process.poll() is not None:
+                break
+        time.sleep(chosen.uniform(0, 0.9))
+        process.kill()
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, f"kill {kill} came too late"
+    process = start(*arguments, "workers=1")
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "took over from process" in said
+
+
+def test_killed_twice_ends_with_the_same_bits(whole, start):
+    kill_until_done(start, [*EVERY[:-3], *EVERY[-3:], "run=a"], kills=1, seed=5)
+    assert bits("a") == expected(whole)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_ends_with_the_same_bits(start, train):
+    arguments = [*EVERY, "steps=60", "epochs=10", "save_every=2", "keep=2", "evaluate_every=20"]
+    assert train(*arguments, "run=uninterrupted") == 0
+    kill_until_done(start, [*arguments, "run=killed"], kills=10, seed=11)
+    assert bits("killed") == bits("uninterrupted")
+    lines = records(Path("runs/killed"))
+    assert lines == records(Path("runs/uninterrupted"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
+def test_a_signal_saves_at_this_step_and_exits_75(whole, start, train, name):
+    arguments = [*EVERY, "save_every=0", "evaluate_every=0", "run=a"]
+    process = start(*arguments, "workers=1")
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert children
+    for pid in [process.pid, *map(int, children)]:  # as SLURM and terminals do: every process of the job
+        os.kill(pid, getattr(signal, name))
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, said
+    assert f"{name}: saved step" in said
+    status = json.loads(Path("runs/a/status.json").read_text())
+    assert (status["reason"], status["exit_code"]) == ("preempted", 75)
+    assert 2 <= status["step"] < STEPS
+    assert train(*arguments) == 0
+    assert bits("a") == expected(whole)
+
+
+def test_a_second_process_is_refused_with_the_holder_named(whole, start, train, capsys):
+    process = start(*EVERY, "steps=400", "epochs=100", "save_every=0", "evaluate_every=0", "run=a")
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    assert train(*EVERY, "run=a") == 73
+    assert f"in use by process {process.pid}" in capsys.readouterr().err
+    assert process.poll() is None
+
+
+CHANGES = [
+    (["optim.lr=1"], "optim.lr: this run began with 0.003, and now it is 1.0"),
+    (["batch=32"], "batch: this run began with 16, and now it is 32"),
+    (["precision=bf16"], "precision"),
+    (["data.mean=[0,0,0]"], "data.mean"),
+    (["seed=1"], "seed"),
+    (["threads=2"], "threads: this run began with 1, and now it is 2"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES)
+def test_a_changed_setting_is_refused_by_name(whole, train, capsys, change, said):
+    copy(whole, "a", 2)
+    assert train(*EVERY, "run=a", *change) == 78
+    err = capsys.readouterr().err
+    assert said in err
+    name = change[0].partition("=")[0]
+    assert f"resume_allow=[{name}]" in err
+    # Nothing was touched: the same command as before goes on.
+    assert train(*EVERY, "run=a") == 0
+    assert bits("a") == expected(whole)
+
+
+def test_a_change_may_be_allowed_by_name_and_is_recorded(whole, train, capsys):
+    folder = copy(whole, "a", 2)
+    assert train(*EVERY, "run=a", "optim.lr=1e-3", "resume_allow=[optim.lr]") == 0
+    assert "promise R2 is lost" in capsys.readouterr().out
+    lost = json.loads((folder / "environment.json").read_text())["lost"]
+    assert [(entry["promise"], entry["because"], entry["to"]) for entry in lost] == [("R2", "optim.lr", 0.001)]
+    assert bits("a") != expected(whole)
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [("code", "another hash"), ("versions", {"torch": "2.10.0"}), ("hardware", "another CPU"), ("data", {"train": "other files"})],
+)
+def test_other_code_versions_hardware_or_data_are_refused(whole, train, capsys, fact, value):
+    folder = copy(whole, "a", 2)
+    environment = json.loads((folder / "environment.json").read_text())
+    recorded = environment["facts"][fact]
+    environment["facts"][fact] = recorded | value if isinstance(value, dict) else value
+    (folder / "environment.json").write_text(json.dumps(environment))
+    assert train(*EVERY, "run=a") == 78
+    assert f"{fact}: this run began with" in capsys.readouterr().err
+    assert json.loads((folder / "status.json").read_text())["exit_code"] == 78
+    assert train(*EVERY, "run=a", f"resume_allow=[{fact}]") == 0
+    assert bits("a") == expected(whole)
+
+
+def test_free_settings_may_change(whole, train, tmp_path, digits):
+    folder = copy(whole, "a", 3)
+    shutil.copytree(digits, tmp_path / "elsewhere")
+    free = ["workers=1", "save_every=0", "evaluate_every=0", "tracker=tensorboard", f"data.root={tmp_path}/elsewhere", "data.cache=there", "copy_ahead=false"]  # fmt: skip
+    assert train(*EVERY, "run=a", *free) == 0
+    assert bits("a") == expected(whole)
+    assert (folder / "tensorboard").is_dir()
+
+
+def test_threads_are_those_of_the_first_start(whole, train):
+    """Whatever the environment or the number of cores says at a restart."""
+    folder = copy(whole, "a", 3)
+    torch.set_num_threads(2)
+    assert train(*[argument for argument in EVERY if not argument.startswith("threads")], "threads=null", "run=a") == 0
+    assert bits("a") == expected(whole)
+    assert json.loads((folder / "environment.json").read_text())["facts"]["threads"] == 1
+
+
+def test_a_signal_before_an_evaluation_does_not_lose_it(whole, train):
+    """As if a signal had come after step 6, where an evaluation was due: the checkpoint is there, its evaluation is not."""
+    folder = copy(whole, "a", 6)
+    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if not ("raw_top1" in line and '"step": 6' in line)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert train(*EVERY, "run=a") == 0
+    assert records(folder) == records(whole)

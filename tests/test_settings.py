@@ -1,0 +1,169 @@
+"""Every setting does something: each is changed, alone, and something that is named here changes with it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import weights
+
+from reconverge import config
+from reconverge.data.loader import Images
+from reconverge.settings import Train
+
+MIXED = ["mix.mixup=0.8", "mix.cutmix=1.0", "mix.probability=1.0", "mix.switch=0.5"]
+SYNTHETIC = ["data=synthetic", "data.images=40", "data.classes=5"]
+
+# setting, what both runs have, what one of them changes, where it shows
+EFFECTS = [
+    ("run", [], "run=other", "folder"),
+    ("seed", [], "seed=1", "inputs"),
+    ("batch", [], "batch=32", "weights"),
+    ("microbatch", [], "microbatch=4", "weights"),
+    ("epochs", ["optim.warmup_epochs=0"], "epochs=5", "lr"),
+    ("steps", [], "steps=3", "logged"),
+    ("workers", [], "workers=1", "said"),
+    ("threads", [], "threads=2", "threads"),
+    ("device", [], "device=cuda", "code"),
+    ("precision", [], "precision=bf16", "weights"),
+    ("channels_last", [], "channels_last=true", "memory format"),
+    ("checkpointing", [], "checkpointing=true", "block calls"),
+    ("deterministic", [], "deterministic=false", "deterministic"),
+    ("fused", [], "fused=false", "weights"),
+    ("copy_ahead", [], "copy_ahead=false", "loaded at first step"),
+    ("save_every", [], "save_every=1", "checkpoints"),
+    ("evaluate_every", [], "evaluate_every=1", "evaluated"),
+    ("log_every", [], "log_every=1", "logged"),
+    ("keep", ["save_every=1", "evaluate_every=0"], "keep=1", "checkpoints"),
+    ("model.name", [], "model.name=convnext_t", "said"),
+    ("model.size", [], "model.size=t", "said"),
+    ("model.drop_path", [], "model.drop_path=0.5", "weights"),
+    ("model.layer_scale", [], "model.layer_scale=0.1", "weights"),
+    ("model.head_init_scale", [], "model.head_init_scale=0.1", "weights"),
+    ("recipe.name", [], "recipe.name=mine", "said"),
+    ("recipe.batch", ["recipe.batch=16"], "recipe.batch=64", "said"),
+    ("recipe.drop_path", [], "recipe.drop_path.atto=0.5", "weights"),
+    ("augment.size", [], "augment.size=64", "inputs"),
+    ("augment.scale", [], "augment.scale=[0.1,0.2]", "inputs"),
+    ("augment.ratio", [], "augment.ratio=[0.5,0.6]", "inputs"),
+    ("augment.interpolation", [], "augment.interpolation=bilinear", "inputs"),
+    ("augment.flip", [], "augment.flip=1.0", "inputs"),
+    ("augment.auto", [], "augment.auto=none", "inputs"),
+    ("augment.erase", [], "augment.erase=1.0", "inputs"),
+    ("mix.mixup", [*MIXED, "mix.switch=0.0"], "mix.mixup=8.0", "inputs"),
+    ("mix.cutmix", [*MIXED, "mix.switch=1.0"], "mix.cutmix=8.0", "inputs"),
+    ("mix.probability", MIXED, "mix.probability=0.0", "inputs"),
+    ("mix.switch", [*MIXED, "mix.switch=0.0"], "mix.switch=1.0", "inputs"),
+    ("mix.smoothing", [], "mix.smoothing=0.3", "weights"),
+    ("optim.lr", [], "optim.lr=1e-3", "lr"),
+    ("optim.min_lr", ["optim.warmup_epochs=0"], "optim.min_lr=1e-3", "lr"),
+    ("optim.warmup_epochs", [], "optim.warmup_epochs=2", "lr"),
+    ("optim.weight_decay", [], "optim.weight_decay=0.5", "weights"),
+    ("optim.betas", [], "optim.betas=[0.5,0.9]", "weights"),
+    ("optim.eps", [], "optim.eps=1e-3", "weights"),
+    ("optim.clip", [], "optim.clip=0.01", "weights"),
+    ("ema.decay", [], "ema.decay=0.5", "ema"),
+    ("ema.decay", [], "ema.decay=null", "ema"),
+    ("evaluate.size", [], "evaluate.size=64", "raw_loss"),
+    ("evaluate.crop_ratio", [], "evaluate.crop_ratio=0.5", "raw_loss"),
+    ("evaluate.mode", ["PHOTOGRAPHS"], "evaluate.mode=squash", "raw_loss"),
+    ("evaluate.interpolation", [], "evaluate.interpolation=bilinear", "raw_loss"),
+    ("evaluate.batch", [], "evaluate.batch=10", "evaluation calls"),
+    ("data.name", [], "data.name=mine", "said"),
+    ("data.kind", SYNTHETIC, "data.kind=folder", "said"),
+    ("data.root", [], "PHOTOGRAPHS", "weights"),
+    ("data.train", [], "data.train=val", "weights"),
+    ("data.val", [], "data.val=train", "said"),
+    ("data.cache", [], "data.cache=here", "files"),
+    ("data.mean", [], "data.mean=[0,0,0]", "weights"),
+    ("data.std", [], "data.std=[1,1,1]", "weights"),
+    ("data.images", SYNTHETIC, "data.images=50", "said"),
+    ("data.classes", SYNTHETIC, "data.classes=6", "said"),
+    ("tracker.name", [], "tracker=tensorboard", "folder"),
+    ("debug.overfit", [], "debug.overfit=true", "weights"),
+    ("debug.profile", ["steps=4"], "debug.profile=1", "folder"),
+]  # fmt: skip
+ELSEWHERE = {
+    "recipe.microbatch": "test_config.py: the sizes of in1k",
+    "compile": "test_train.py (slow): the compiled model trains to the same loss",
+    "resume_allow": "test_resume.py: a change is refused, and allowed by name",
+    "tracker.project": "test_tracker.py: the offline file names it",
+}
+
+
+def test_every_setting_is_here():
+    assert {name for name, *_ in EFFECTS} | set(ELSEWHERE) == {key for key, *_ in config.flat(Train())}
+
+
+@pytest.fixture
+def observe(train, capsys, photographs, monkeypatch, tmp_path):
+    def observe(*arguments):
+        arguments = [f"data.root={photographs}" if argument == "PHOTOGRAPHS" else argument for argument in arguments]
+        name = next((argument[4:] for argument in arguments if argument.startswith("run=")), "a")
+        (tmp_path / "runs").exists() and (tmp_path / "runs").rename(tmp_path / f"before{len(list(tmp_path.iterdir()))}")
+        capsys.readouterr()
+        seen = {"block calls": 0, "evaluation calls": 0, "loaded": 0}
+
+        def hook(module, inputs):
+            if type(module).__name__ == "ConvNeXtBlock" and module.training:
+                seen["block calls"] += 1
+            if type(module).__name__ == "ConvNeXt":
+                seen["evaluation calls"] += not module.training
+                seen.setdefault("loaded at first step", seen["loaded"])
+                stem = module.stem[0].weight
+                seen["memory format"] = inputs[0].is_contiguous(memory_format=torch.channels_last), stem.is_contiguous(memory_format=torch.channels_last)  # fmt: skip
+                seen["deterministic"] = torch.are_deterministic_algorithms_enabled()
+
+        load = Images.__getitem__
+
+        def counted(images, at):
+            seen["loaded"] += 1
+            return load(images, at)
+
+        monkeypatch.setattr(Images, "__getitem__", counted)
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+        try:
+            seen["code"] = train("run=a", "steps=2", *arguments)
+        finally:
+            handle.remove()
+            monkeypatch.setattr(Images, "__getitem__", load)
+        said = capsys.readouterr()
+        seen["said"] = [line for line in said.out.splitlines() if "images/s" not in line]
+        if seen["code"]:
+            return seen
+        folder = Path("runs") / name
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return seen | {
+            "folder": sorted(path.name for path in Path("runs").glob("*/*") if not path.name.startswith("tracker")) + [name],
+            "files": sorted(path.name for path in Path().iterdir() if path.is_dir() and not path.name.startswith("before")),
+            "weights": weights(name),
+            "ema": weights(name, "ema") if list(folder.glob("checkpoints/*/ema.safetensors")) else None,
+            "inputs": hashlib.sha256((folder / "first_batch.png").read_bytes()).hexdigest(),
+            "lr": [record["lr"] for record in records if "lr" in record],
+            "logged": [record["step"] for record in records if "lr" in record],
+            "evaluated": [record["step"] for record in records if "raw_top1" in record],
+            "raw_loss": records[-1]["raw_loss"],
+            "checkpoints": sorted(path.name for path in folder.glob("checkpoints/*")),
+            "threads": json.loads((folder / "environment.json").read_text())["facts"]["threads"],
+        }
+
+    return observe
+
+
+_bases = {}
+
+
+@pytest.mark.parametrize(("name", "base", "change", "shows"), EFFECTS, ids=[f"{name}-{change}" for name, _, change, _ in EFFECTS])
+def test_effect(observe, name, base, change, shows):
+    key = tuple(base)
+    if key not in _bases:
+        _bases[key] = observe(*base)
+        assert _bases[key]["code"] == 0
+    changed = observe(*base, change)
+    assert changed[shows] != _bases[key][shows]
+
+
+def test_the_same_command_shows_the_same(observe):
+    first, second = observe(), observe()
+    assert first == second
