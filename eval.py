@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from reconverge import config
@@ -17,15 +18,15 @@ def main() -> int:
     run = opened(Path(cfg.checkpoint))
     data = config.evaluation_data(cfg.data, run.cfg.data)
 
-    from reconverge import checkpoint, models, world
-    from reconverge.data import sources, transforms
-    from reconverge.data.loader import Feed, Images, in_sequence
+    from reconverge import checkpoint, models
+    from reconverge.data import sources
     from reconverge.data.mix import Normalise
     from reconverge.evaluate import evaluate
+    from reconverge.world import World, default_threads, default_workers
 
-    here = world.World(cfg.device, cfg.precision, deterministic=True)
-    workers = world.default_workers(here.device) if cfg.workers is None else cfg.workers
-    here.set_threads(cfg.threads or world.default_threads(here.device, workers))
+    world = World(cfg.device, cfg.precision, deterministic=True)
+    workers = default_workers(world.device) if cfg.workers is None else cfg.workers
+    world.set_threads(cfg.threads or default_threads(world.device, workers))
 
     path, skipped = checkpoint.choose(Path(cfg.checkpoint))
     for reason in skipped:
@@ -44,12 +45,11 @@ def main() -> int:
         if weights in tensors:
             net = models.build(run.cfg.model, len(run.classes), run.cfg.seed)
             net.load_state_dict(tensors[weights])
-            nets[name] = here.place(net, cfg.channels_last).eval()
+            nets[name] = world.place(net, cfg.channels_last).eval()
 
-    images = Images(validation, transforms.evaluation(run.cfg.evaluate), run.cfg.seed)
-    batches = Feed(images, in_sequence(len(validation), cfg.batch or run.cfg.evaluate.batch), workers, here.device, ahead=True)
-    normalise = Normalise(data.mean, data.std, here.device, cfg.channels_last)
-    results = evaluate(nets, batches, normalise, here, len(validation), len(run.classes), told_to_stop)
+    settings = replace(run.cfg.evaluate, batch=cfg.batch or run.cfg.evaluate.batch)
+    normalise = Normalise(data.mean, data.std, world.device, cfg.channels_last)
+    results = evaluate(nets, validation, settings, normalise, world, workers, told_to_stop)
     if results is None:
         say("stopped before the end: nothing is written")
         return Exit.PREEMPTED

@@ -30,40 +30,41 @@ def train(cfg: Train, run: Run) -> int:
     from torch.nn.functional import cross_entropy
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    from reconverge import describe, models, optim, pictures, world
+    from reconverge import describe, models, optim, pictures
     from reconverge.data import order, sources, transforms
-    from reconverge.data.loader import Feed, Images, Order, in_sequence
+    from reconverge.data.loader import Feed, Images
     from reconverge.data.mix import Mix, Normalise
     from reconverge.ema import Ema
     from reconverge.evaluate import evaluate
     from reconverge.models import drop_path
     from reconverge.state import State
+    from reconverge.world import World, default_threads, default_workers
 
     # ---- build: the machine, the images, the model ----
     run.begin()
-    here = world.World(cfg.device, cfg.precision, cfg.deterministic)
-    workers = world.default_workers(here.device) if cfg.workers is None else cfg.workers
-    here.set_threads(cfg.threads or run.recorded("threads") or world.default_threads(here.device, workers))
-    run.fact("threads", here.threads)
-    run.fact("hardware", here.hardware())
+    world = World(cfg.device, cfg.precision, cfg.deterministic)
+    workers = default_workers(world.device) if cfg.workers is None else cfg.workers
+    world.set_threads(cfg.threads or run.recorded("threads") or default_threads(world.device, workers))
+    run.fact("threads", world.threads)
+    run.fact("hardware", world.hardware())
 
     training, validation = sources.open_sources(cfg.data)
     run.fact("data", {"train": training.fingerprint, "val": validation.fingerprint, "order": order.VERSION})
     run.write_classes(training.classes)
     clock = config.Clock.of(cfg, len(training))
-    images_of = Order(len(training), cfg.batch, cfg.microbatch, cfg.seed, cfg.debug.overfit)
-    run.samples_of = images_of.step_ids
-    normalise = Normalise(cfg.data.mean, cfg.data.std, here.device, cfg.channels_last)
+    batch_order = order.Order(len(training), cfg.batch, cfg.microbatch, cfg.seed, cfg.debug.overfit)
+    run.samples_of = batch_order.step_ids
+    normalise = Normalise(cfg.data.mean, cfg.data.std, world.device, cfg.channels_last)
     mix = Mix(cfg.augment.erase, cfg.mix, len(training.classes))
 
-    net = here.place(models.build(cfg.model, len(training.classes), cfg.seed), cfg.channels_last)
+    net = world.place(models.build(cfg.model, len(training.classes), cfg.seed), cfg.channels_last)
     rates = drop_path.rates(net)
     if cfg.checkpointing:
         net.set_grad_checkpointing()  # type: ignore[operator]
     masked = torch.compile(drop_path.Masked(net)) if cfg.compile else drop_path.Masked(net)
     ema = Ema(net, cfg.ema.decay) if cfg.ema.decay is not None else None
     optimizer = optim.adamw(net, cfg.optim, cfg.fused)
-    scaler = here.scaler()
+    scaler = world.scaler()
 
     # ---- where to start: the run's own newest valid checkpoint, else from scratch ----
     state = State(net, ema, optimizer, scaler)
@@ -71,31 +72,24 @@ def train(cfg: Train, run: Run) -> int:
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
     run.start(start, clock)
-    panel(cfg.run, describe.rows(cfg, clock, net, here, workers, training, validation, run))
+    panel(cfg.run, describe.rows(cfg, clock, net, world, workers, training, validation, run))
 
-    feed = Feed(
-        Images(training, transforms.training(cfg.augment, cfg.data.mean), cfg.seed),
-        images_of.steps(start, clock.end),
-        workers,
-        here.device,
-        cfg.copy_ahead,
-    )
+    augmented = Images(training, transforms.training(cfg.augment, cfg.data.mean), cfg.seed)
+    feed = Feed(augmented, batch_order.steps(start, clock.end), workers, world.device, cfg.copy_ahead)
     batches = iter(feed)
 
     def measure(step: int) -> None:
         """Evaluate both sets of weights after `step`: metrics.jsonl, curves.png, predictions.png, the best so far."""
         net.eval()
-        held_out = Images(validation, transforms.evaluation(cfg.evaluate), cfg.seed)
-        held_out_batches = Feed(held_out, in_sequence(len(validation), cfg.evaluate.batch), workers, here.device, cfg.copy_ahead)
-        results = evaluate(state.models(), held_out_batches, normalise, here, len(validation), len(training.classes), told_to_stop)
+        results = evaluate(state.models(), validation, cfg.evaluate, normalise, world, workers, stop=told_to_stop)
         net.train()
         if results is not None:
             run.log(step, **{f"{name}_{key}": getattr(result, key) for name, result in results.items() for key in ("top1", "top5", "loss")})
             state.remember(step, {name: result.top1 for name, result in results.items()})
             pictures.curves(run.folder / "curves.png", run.records(), clock.steps_per_epoch)
-            pictures.predictions(run.folder / "predictions.png", held_out, results, training.classes)
+            pictures.predictions(run.folder / "predictions.png", validation, cfg.evaluate, results)
 
-    tracer = here.tracer(cfg.debug.profile, run.folder / "trace.json")
+    tracer = world.tracer(cfg.debug.profile, run.folder / "trace.json")
     net.train()
     if start > 0 and clock.due(clock.evaluate_every, start) and not run.evaluated(start):
         measure(start)  # a signal came between the step and its evaluation
@@ -104,16 +98,16 @@ def train(cfg: Train, run: Run) -> int:
     for step in range(start, clock.end):
         rate = optim.learning_rate(cfg.optim, step, clock.total, clock.warmup)
         optim.set_learning_rate(optimizer, rate)
-        step_loss = torch.zeros((), device=here.device)
+        step_loss = torch.zeros((), device=world.device)
 
         for microbatch in range(clock.microbatches):
             images, labels = next(batches)  # uint8, already on the device
             key = (cfg.seed, step, microbatch)
             images, targets = mix(normalise(images), labels, key)
-            masks = drop_path.draw(rates, len(images), key, here.device)
+            masks = drop_path.draw(rates, len(images), key, world.device)
             if step == microbatch == 0:
                 pictures.first_batch(run.folder / "first_batch.png", images, targets, training.classes, cfg.data.mean, cfg.data.std)
-            with here.autocast():
+            with world.autocast():
                 loss = cross_entropy(masked(images, masks).float(), targets) / clock.microbatches
             scaler.scale(loss).backward()
             step_loss += loss.detach()

@@ -9,7 +9,8 @@ from PIL import Image
 
 from reconverge.data import transforms
 from reconverge.data.index import open_index
-from reconverge.data.loader import Feed, Images, Order, in_sequence
+from reconverge.data.loader import Feed, Images, in_sequence
+from reconverge.data.order import Order
 from reconverge.data.sources import Synthetic, open_sources
 from reconverge.errors import Exit, Stop
 from reconverge.settings import Augment, Data, Evaluate

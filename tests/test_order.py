@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reconverge.data import order
-from reconverge.data.loader import Order
+from reconverge.data.order import Order
 
 
 @given(images=st.integers(1, 5000), seed=st.integers(0, 2**32), epoch=st.integers(0, 1000))

@@ -135,7 +135,7 @@ def observe(train, capsys, photographs, monkeypatch, tmp_path):
         folder = Path("runs") / name
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return seen | {
-            "folder": sorted(path.name for path in Path("runs").glob("*/*") if not path.name.startswith("tracker")) + [name],
+            "folder": [*sorted(path.name for path in Path("runs").glob("*/*") if not path.name.startswith("tracker")), name],
             "files": sorted(path.name for path in Path().iterdir() if path.is_dir() and not path.name.startswith("before")),
             "weights": weights(name),
             "ema": weights(name, "ema") if list(folder.glob("checkpoints/*/ema.safetensors")) else None,

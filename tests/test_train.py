@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, _main, weights
 
-from reconverge.data.loader import Order
+from reconverge.data.order import Order
 from reconverge.errors import Exit, explain
 
 

@@ -1,14 +1,17 @@
 """Exact top-1, top-5 and loss, each image counted once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from reconverge.data.loader import Batch
+from reconverge.data import transforms
+from reconverge.data.loader import Feed, Images, in_sequence
 from reconverge.data.mix import Normalise
+from reconverge.data.sources import Source
+from reconverge.settings import Evaluate
 from reconverge.world import World
 
 
@@ -23,16 +26,21 @@ class Result(NamedTuple):
 @torch.no_grad()
 def evaluate(
     models: dict[str, nn.Module],
-    batches: Iterable[Batch],
+    source: Source,
+    settings: Evaluate,
     normalise: Normalise,
     world: World,
-    images: int,
-    classes: int,
-    stop: Callable[[], bool] = lambda: False,
+    workers: int,
+    stop: Callable[[], bool],
 ) -> dict[str, Result] | None:
-    """The result of each model (in evaluation mode), by name, on the same images, read once. None if `stop` says so before the end."""
+    """The result of each model (in evaluation mode), by name, on every image of `source`, read once. None if `stop` says so before the end."""
     from torchmetrics import MeanMetric, MetricCollection  # a second or two to import: not at start
     from torchmetrics.classification import MulticlassAccuracy
+
+    images, classes = len(source), len(source.classes)
+    batches = Feed(
+        Images(source, transforms.evaluation(settings), 0), in_sequence(images, settings.batch), workers, world.device, ahead=True
+    )
 
     def metrics() -> MetricCollection:
         return MetricCollection(

@@ -9,8 +9,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from reconverge.data.loader import Images
+from reconverge.data import transforms
+from reconverge.data.sources import Source
 from reconverge.evaluate import Result
+from reconverge.settings import Evaluate
 
 
 def first_batch(path: Path, images: Tensor, targets: Tensor, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
@@ -25,12 +27,13 @@ def first_batch(path: Path, images: Tensor, targets: Tensor, classes: Sequence[s
     _sheet(path, pixels, captions, ["black"] * len(captions), "first microbatch, augmented and mixed, as the model sees it")
 
 
-def predictions(path: Path, validation: Images, results: dict[str, Result], classes: Sequence[str]) -> None:
+def predictions(path: Path, validation: Source, evaluate: Evaluate, results: dict[str, Result]) -> None:
     """32 validation images, spread over the set, with their true class in green or, in red, what the better weights say in its place."""
     weights, result = max(results.items(), key=lambda item: item[1].top1)
     ids = np.unique(np.linspace(0, result.images - 1, 32).astype(np.int64))
-    images, labels = torch.stack([validation.sample(0, sample) for sample in ids.tolist()]), validation.source.labels(ids)
-    pairs = [(classes[true], classes[said]) for true, said in zip(labels, result.predicted[ids], strict=True)]
+    transform, classes = transforms.evaluation(evaluate), validation.classes
+    images = torch.stack([transform(validation.image(sample)) for sample in ids.tolist()])
+    pairs = [(classes[true], classes[said]) for true, said in zip(validation.labels(ids), result.predicted[ids], strict=True)]
     captions = [_short(true) if true == said else f"{_short(said)}\nis {_short(true)}" for true, said in pairs]
     colours = ["green" if true == said else "crimson" for true, said in pairs]
     title = f"validation: {weights} weights, top-1 {result.top1:.2f} % of {result.images} images; red: said, and what it is"

@@ -3,12 +3,38 @@
 It is evaluated only where it is asked: opening, seeking and memory do not grow with the number of images.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from reconverge import chance
 
 VERSION = "order-1"  # recorded in every run; a change of this file that moves a golden hash needs a new name
 ROUNDS = 8
+
+
+class Order:
+    """Which images each microbatch of training takes. `overfit`: every step takes those of step 0."""
+
+    def __init__(self, images: int, batch: int, microbatch: int, seed: int, overfit: bool = False):
+        self.images, self.batch, self.microbatch, self.seed, self.overfit = images, batch, microbatch, seed, overfit
+
+    def ids(self, step: int, microbatch: int) -> tuple[int, np.ndarray]:
+        """Epoch, and sample ids (int64) of one microbatch of a step."""
+        steps_per_epoch = self.images // self.batch
+        epoch, step_of_epoch = divmod(0 if self.overfit else step, steps_per_epoch)
+        first = step_of_epoch * self.batch + microbatch * self.microbatch
+        return epoch, sample_ids(np.arange(first, first + self.microbatch), self.images, self.seed, epoch)
+
+    def steps(self, start: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, sample ids) of every microbatch of steps start..end-1, in turn."""
+        for step in range(start, end):
+            for microbatch in range(self.batch // self.microbatch):
+                yield self.ids(step, microbatch)
+
+    def step_ids(self, step: int) -> list[int]:
+        """All sample ids of one step."""
+        return [int(sample) for _, ids in self.steps(step, step + 1) for sample in ids]
 
 
 def sample_ids(positions: np.ndarray, images: int, seed: int, epoch: int) -> np.ndarray:
