@@ -30,7 +30,7 @@ def train(cfg: Train, run: Run) -> int:
     from torch.nn.functional import cross_entropy
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    from reconverge import describe, models, optim, pictures
+    from reconverge import describe, environment, models, optim, pictures
     from reconverge.data import order, sources, transforms
     from reconverge.data.loader import Feed, Images
     from reconverge.data.mix import Mix, Normalise
@@ -41,7 +41,8 @@ def train(cfg: Train, run: Run) -> int:
     from reconverge.world import World, default_threads, default_workers
 
     # ---- build: the machine, the images, the model ----
-    run.begin()
+    run.fact("code", environment.code_hash())
+    run.fact("versions", environment.decisive_versions())
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     workers = default_workers(world.device) if cfg.workers is None else cfg.workers
     world.set_threads(cfg.threads or run.recorded("threads") or default_threads(world.device, workers))
@@ -50,7 +51,6 @@ def train(cfg: Train, run: Run) -> int:
 
     training, validation = sources.open_sources(cfg.data)
     run.fact("data", {"train": training.fingerprint, "val": validation.fingerprint, "order": order.VERSION})
-    run.write_classes(training.classes)
     clock = config.Clock.of(cfg, len(training))
     batch_order = order.Order(len(training), cfg.batch, cfg.microbatch, cfg.seed, cfg.debug.overfit)
     run.samples_of = batch_order.step_ids
@@ -71,7 +71,7 @@ def train(cfg: Train, run: Run) -> int:
     start, skipped = state.restore(run.checkpoints)
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
-    run.start(start, clock)
+    run.start(start, clock, training.classes)
     panel(cfg.run, describe.rows(cfg, clock, net, world, workers, training, validation, run))
 
     augmented = Images(training, transforms.training(cfg.augment, cfg.data.mean), cfg.seed)

@@ -213,3 +213,18 @@ def test_the_index_holds_no_object_per_image(photographs, cache):
     index = open_index(photographs / "train", cache)
     assert isinstance(index._rows, np.memmap)
     assert isinstance(index._names, np.memmap)
+
+
+def test_workers_and_threads_together_never_take_more_than_the_cores(monkeypatch):
+    from reconverge import world
+
+    for cores in (1, 2, 3, 8, 64):
+        for ranks in (1, 2, 8):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+            mine = max(1, cores // ranks)
+            assert world.cores() == mine
+            for device in (torch.device("cpu"), torch.device("cuda")):
+                workers = world.default_workers(device)
+                assert workers >= 0
+                assert workers + world.default_threads(device, workers) <= mine

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "torchmetrics", "hydra-core", "omegaconf")
-DECISIVE = ("torch", "torchvision", "timm", "numpy", "pillow")  # another version of these may compute other bits
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,6 +21,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "absent"
     return found
+
+
+def decisive_versions() -> dict[str, str]:
+    """Of the packages another version of which may compute other bits."""
+    return {name: versions()[name] for name in ("torch", "torchvision", "timm", "numpy", "pillow")}
 
 
 def code_hash() -> str:

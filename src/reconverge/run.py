@@ -102,37 +102,16 @@ class Run:
         over = status["reason"] == "done" and status["step"] >= min(status["total"], self._cfg.steps or status["total"])
         return status["summary"] if over else None
 
-    def write_classes(self, classes: list[str]) -> None:
-        self._write("classes.txt", "".join(f"{name}\n" for name in classes))
-
-    def begin(self) -> None:
-        """Record this start."""
-        self._write("config.yaml", config.to_text(self._cfg))
-        self._environment |= {
-            "reconverge": reconverge.__version__,
-            "git": environment.git(),
-            "packages": environment.versions(),
-        }
-        self._environment["starts"].append({"time": _now(), "command": shlex.join([sys.executable, *sys.argv]), **environment.host()})
-        self.fact("code", environment.code_hash())
-        self.fact("versions", {name: environment.versions()[name] for name in environment.DECISIVE})
-
     def fact(self, name: str, value: Any) -> None:
-        """Record something that the bits hang on. Errors: Stop(NOT_COMPARABLE) if the run began with another value and may not go on with this."""
+        """Something that the bits hang on. Errors: Stop(NOT_COMPARABLE) if the run began with another value and may not go on with this."""
         before = self._environment["facts"].get(name)
         if self.resuming and before is not None and before != value:
             self._refuse(name, before, value, self._environment)
         self._environment["facts"][name] = value
-        self.note()
 
     def recorded(self, name: str) -> Any:
         """A fact of the first start; None for a new run."""
         return self._environment["facts"].get(name)
-
-    def note(self, **entries: Any) -> None:
-        """Add entries to environment.json."""
-        self._environment |= entries
-        self._write("environment.json", json.dumps(self._environment, indent=1))
 
     def _refuse(self, name: str, old: Any, new: Any, recorded: dict[str, Any]) -> None:
         if isinstance(old, dict) and isinstance(new, dict):
@@ -157,14 +136,24 @@ class Run:
 
     # ---- while it trains ----
 
-    def start(self, step: int, clock: config.Clock) -> None:
-        """Training goes on after `step`: what was logged later, by a process that was killed, is cut off."""
+    def start(self, step: int, clock: config.Clock, classes: list[str]) -> None:
+        """Training goes on after `step`. Only now is the folder changed: whatever might refuse the run has agreed."""
         self.step, self._clock, self._end = step, clock, clock.end
-        path = self.folder / "metrics.jsonl"
+        start = {"time": _now(), "after_step": step, "command": shlex.join([sys.executable, *sys.argv]), **environment.host()}
+        self._environment |= {
+            "reconverge": reconverge.__version__,
+            "git": environment.git(),
+            "packages": environment.versions(),
+            "promises": self.promises(),
+            "starts": [*self._environment["starts"], start],
+        }
+        self._write("environment.json", json.dumps(self._environment, indent=1))
+        self._write("config.yaml", config.to_text(self._cfg))
+        self._write("classes.txt", "".join(f"{name}\n" for name in classes))
+        # What was logged after this step, by a process that was killed, comes again.
         records = [record for record in self.records() if record["step"] <= step]
         self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        self._metrics = open(path, "a")  # noqa: SIM115, for the whole of the run
-        self.note(promises=self.promises())
+        self._metrics = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115, for the whole of the run
         self._status("running", Exit.DONE)
         self._progress = Progress(step, clock.end)
         self._tracker = Tracker(self._cfg.tracker, self.folder)

@@ -83,8 +83,8 @@ def cores() -> int:
 
 
 def default_workers(device: torch.device) -> int:
-    """On a GPU every core but the main process's, 16 at most; on a CPU one core in four: there the model takes the time."""
-    return min(16, cores() - 1) if device.type == "cuda" else cores() // 4
+    """On a GPU every core but the main process's, 16 at most; on a CPU one, for there the model takes the time."""
+    return min(16 if device.type == "cuda" else 1, cores() - 1)
 
 
 def default_threads(device: torch.device, workers: int) -> int:
