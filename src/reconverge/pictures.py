@@ -69,18 +69,18 @@ def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) 
     figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
     loss, rate, accuracy = figure.subplots(1, 3)
 
-    def series(axes: Any, key: str, label: str, marker: str = "") -> None:
+    def series(axes: Any, key: str, label: str, colour: str, marker: str = "") -> None:
         points = [(record["step"] / steps_per_epoch, record[key]) for record in records if key in record]
         if points:
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, label=label, marker=marker or ("." if len(points) < 3 else ""), markersize=4, linewidth=1.4)
+            axes.plot(x, y, label=label, color=colour, marker=marker or ("." if len(points) < 3 else ""), markersize=4, linewidth=1.4)
 
-    series(loss, "loss", "training (mixed, smoothed)")
-    series(loss, "raw_loss", "validation, raw", "o")
-    series(loss, "ema_loss", "validation, EMA", "o")
-    series(rate, "lr", "")
-    series(accuracy, "raw_top1", "raw", "o")
-    series(accuracy, "ema_top1", "EMA", "o")
+    series(loss, "loss", "training (mixed, smoothed)", "grey")
+    series(loss, "raw_loss", "validation, raw", "C0", "o")
+    series(loss, "ema_loss", "validation, EMA", "C1", "o")
+    series(rate, "lr", "", "C2")
+    series(accuracy, "raw_top1", "raw", "C0", "o")
+    series(accuracy, "ema_top1", "EMA", "C1", "o")
     for axes, title in ((loss, "loss"), (rate, "learning rate"), (accuracy, "top-1, %")):
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("epoch")
