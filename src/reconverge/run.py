@@ -90,8 +90,7 @@ class Run:
         recorded = json.loads(path.read_text()) if self.resuming else {"facts": {}, "lost": [], "starts": []}
         if self.resuming:
             before = config.from_text((self.folder / "config.yaml").read_text(), Train)
-            for key, old, new in config.differences(before, self._cfg):
-                self._refuse(key, old, new, recorded)
+            self._settle(config.differences(before, self._cfg), recorded)
         return recorded
 
     def finished(self) -> str | None:
@@ -106,25 +105,28 @@ class Run:
         """Something that the bits hang on. Errors: Stop(NOT_COMPARABLE) if the run began with another value and may not go on with this."""
         before = self._environment["facts"].get(name)
         if self.resuming and before is not None and before != value:
-            self._refuse(name, before, value, self._environment)
+            self._settle([(name, before, value)], self._environment)
         self._environment["facts"][name] = value
 
     def recorded(self, name: str) -> Any:
         """A fact of the first start; None for a new run."""
         return self._environment["facts"].get(name)
 
-    def _refuse(self, name: str, old: Any, new: Any, recorded: dict[str, Any]) -> None:
-        if isinstance(old, dict) and isinstance(new, dict):
-            old, new = ({key: side.get(key) for key in {**old, **new} if old.get(key) != new.get(key)} for side in (old, new))
-        if name not in self._cfg.resume_allow:
+    def _settle(self, differences: list[tuple[str, Any, Any]], recorded: dict[str, Any]) -> None:
+        """Refuse what differs from the first start (name, value then, value now), or note which promise is lost if all of it is allowed."""
+        differences = [(name, *_differing(old, new)) for name, old, new in differences]
+        refused = [difference for difference in differences if difference[0] not in self._cfg.resume_allow]
+        if refused:
+            names = ", ".join(name for name, *_ in refused)
             raise Stop(
                 Exit.NOT_COMPARABLE,
-                f"{name}: this run began with {old}, and now it is {new}",
+                "; ".join(f"{name}: this run began with {old}, and now it is {new}" for name, old, new in refused),
                 "the same again: a resumed run gives the bits of an uninterrupted one (R2)",
-                f"{name} back; or run=NAME for a new run; or resume_allow=[{name}] to go on and lose R2",
+                f"{names} back; or run=NAME for a new run; or resume_allow=[{names}] to go on and lose R2",
             )
-        recorded["lost"].append({"time": _now(), "promise": "R2", "because": name, "from": old, "to": new})
-        say(f"{name} differs from the start of this run ({old} -> {new}): promise R2 is lost, and environment.json says so")
+        for name, old, new in differences:
+            recorded["lost"].append({"time": _now(), "promise": "R2", "because": name, "from": old, "to": new})
+            say(f"{name} differs from the start of this run ({old} -> {new}): promise R2 is lost, and environment.json says so")
 
     def lost(self) -> list[str]:
         return [entry["because"] for entry in self._environment["lost"]]
@@ -284,6 +286,14 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         new.rename(self.folder / name)
+
+
+def _differing(old: Any, new: Any) -> tuple[Any, Any]:
+    """Of two tables the entries that differ; two values as they are."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return old, new
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return {name: old.get(name) for name in names}, {name: new.get(name) for name in names}
 
 
 def _now() -> str:

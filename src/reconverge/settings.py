@@ -134,7 +134,7 @@ class Train:
     workers: int | None = setting(None, "processes that load images; null: from the cores of this process", low=0, free=True)
     threads: int | None = setting(None, "torch threads of this process; null: from its cores at the first start, then as recorded", low=1)
     device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
-    precision: str = setting("fp32", "of forward and backward: fp32 (as published), tf32 and fp16 (with loss scaling) want a GPU that has them, bf16", ("fp32", "tf32", "bf16", "fp16"))
+    precision: str = setting("fp32", "of forward and backward: fp32 (as published), bf16, fp16 (with loss scaling), tf32 (on an NVIDIA GPU since A100)", ("fp32", "tf32", "bf16", "fp16"))
     compile: bool = setting(False, "torch.compile the model")
     channels_last: bool = setting(False, "memory format of images and weights")
     checkpointing: bool = setting(False, "recompute activations in backward: less memory, about 30 % more time")
