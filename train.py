@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from reconverge import config
+from reconverge.clock import Clock
 from reconverge.errors import exit_code
 from reconverge.progress import panel, say
 from reconverge.run import Run, catch_signals, told_to_stop
@@ -51,7 +52,7 @@ def train(cfg: Train, run: Run) -> int:
 
     training, validation = sources.open_sources(cfg.data)
     run.fact("data", {"train": training.fingerprint, "val": validation.fingerprint, "order": order.VERSION})
-    clock = config.Clock.of(cfg, len(training))
+    clock = Clock.of(cfg, len(training))
     batch_order = order.Order(len(training), cfg.batch, cfg.microbatch, cfg.seed, cfg.debug.overfit)
     run.samples_of = batch_order.step_ids
     normalise = Normalise(cfg.data.mean, cfg.data.std, world.device, cfg.channels_last)

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from reconverge import config
+from reconverge.clock import Clock
 from reconverge.settings import Eval, Train
 
 # what is typed, the line "given", something of "allowed", something of "change"
@@ -170,7 +171,7 @@ def test_in1k_is_table_5(model):
     assert (cfg.augment.size, cfg.augment.scale, cfg.augment.ratio) == (224, [0.08, 1.0], pytest.approx([3 / 4, 4 / 3]))
     assert (cfg.evaluate.size, cfg.evaluate.crop_ratio, cfg.evaluate.mode, cfg.evaluate.interpolation) == (224, 0.875, "crop", "bicubic")
     assert (cfg.model.layer_scale, cfg.model.head_init_scale, cfg.ema.decay) == (1e-6, 1.0, 0.9999)
-    clock = config.Clock.of(cfg, 1_281_167)
+    clock = Clock.of(cfg, 1_281_167)
     assert (clock.steps_per_epoch, clock.total, clock.warmup) == (312, 93600, 6240)
     assert clock.microbatches == 4096 // IN1K[model][1]
 
@@ -213,7 +214,7 @@ def test_batch_notice_tells_the_linear_rule(train, capsys):
 
 def test_counts_in_epochs_and_steps():
     cfg = compose("batch=100", "microbatch=10", "epochs=10", "save_every=2epoch", "evaluate_every=7", "steps=55")
-    clock = config.Clock.of(cfg, 1060)
+    clock = Clock.of(cfg, 1060)
     assert (clock.steps_per_epoch, clock.total, clock.end, clock.save_every, clock.evaluate_every) == (10, 100, 55, 20, 7)
     assert [step for step in range(1, 56) if clock.due(clock.save_every, step)] == [20, 40, 55]
     assert [step for step in range(1, 56) if clock.due(0, step)] == [55]

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,21 +25,7 @@ from reconverge.settings import Data, Eval, Train
 Schema = TypeVar("Schema", Train, Eval)
 Loaded = TypeVar("Loaded")
 
-FLAGS = (
-    "-h",
-    "--help",
-    "--hydra-help",
-    "--version",
-    "--cfg",
-    "-c",
-    "--resolve",
-    "--package",
-    "-p",
-    "--shell-completion",
-    "-sc",
-    "--info",
-    "-i",
-)
+FLAGS = ["-h", "--help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--shell-completion", "-sc", "--info", "-i"]
 
 
 def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
@@ -112,9 +98,9 @@ def _check_value(key: str, value: Any, checks: Any) -> None:
 
 def _refuse_override(argument: str) -> None:
     if argument.startswith("-"):
-        if argument in ("-m", "--multirun") or argument.split("=")[0] not in FLAGS:
+        if argument.split("=")[0] not in FLAGS:
             raise Stop(Exit.USAGE, argument, f"key=value, or {' '.join(FLAGS)}", "python train.py --help")
-    elif argument[0] in "+~":
+    elif argument.startswith(("+", "~")):
         raise Stop(Exit.USAGE, argument, "key=value, with a key that exists: none can be added or removed", argument.lstrip("+~"))
     elif argument.startswith("hydra"):
         raise Stop(Exit.USAGE, argument, "the settings of reconverge; the run's folder is set by run=NAME", "drop it")
@@ -256,49 +242,6 @@ def batch_notice(cfg: Train) -> str | None:
         f"batch={cfg.batch} is not the recipe's {cfg.recipe.batch}: the learning rate is not rescaled and stays {cfg.optim.lr:g}; "
         f"the linear rule would give optim.lr={scaled:g}"
     )
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Everything that is counted, in optimizer steps: derived here, once."""
-
-    steps_per_epoch: int
-    total: int  # length of the schedule
-    warmup: int
-    end: int  # where this run stops
-    save_every: int  # 0: at the end only
-    evaluate_every: int
-    microbatches: int  # of one step: V
-
-    @classmethod
-    def of(cls, cfg: Train, images: int) -> "Clock":
-        """The tail of an epoch that does not fill a batch is dropped, as published. Errors: Stop(USAGE)."""
-        if cfg.batch > images:
-            raise Stop(
-                Exit.USAGE,
-                f"batch={cfg.batch} with {images} training images",
-                "a batch within the data set",
-                f"batch={images // cfg.microbatch * cfg.microbatch or 2}",
-            )
-        steps_per_epoch = images // cfg.batch
-        total = steps_per_epoch * cfg.epochs
-
-        def every(text: str) -> int:
-            return int(text.removesuffix("epoch")) * (steps_per_epoch if text.endswith("epoch") else 1)
-
-        return cls(
-            steps_per_epoch=steps_per_epoch,
-            total=total,
-            warmup=steps_per_epoch * cfg.optim.warmup_epochs,
-            end=min(total, cfg.steps or total),
-            save_every=every(cfg.save_every),
-            evaluate_every=every(cfg.evaluate_every),
-            microbatches=cfg.batch // cfg.microbatch,
-        )
-
-    def due(self, every: int, step: int) -> bool:
-        """Whether something that happens `every` so many steps happens after `step` of them."""
-        return step == self.end or (every > 0 and step % every == 0)
 
 
 def differences(old: Train, new: Train) -> list[tuple[str, Any, Any]]:

@@ -4,7 +4,8 @@ import math
 
 from torch import nn
 
-from reconverge.config import Clock, batch_notice
+from reconverge.clock import Clock
+from reconverge.config import batch_notice
 from reconverge.data.sources import Source
 from reconverge.data.transforms import resized_side
 from reconverge.run import Run

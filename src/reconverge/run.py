@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TextIO
 
 import reconverge
 from reconverge import config, environment
+from reconverge.clock import Clock
 from reconverge.errors import Exit, Stop, explain
 from reconverge.lock import Lock
 from reconverge.progress import Progress, say
@@ -72,7 +73,7 @@ class Run:
         self._cfg = cfg
         self._pending: list[tuple[int, Any, Any, float]] = []
         self._in_a_row = 0  # steps whose gradient was not finite
-        self._clock: config.Clock | None = None
+        self._clock: Clock | None = None
         self._metrics: TextIO | None = None
         self._progress: Progress | None = None
         self._tracker: Tracker | None = None
@@ -138,7 +139,7 @@ class Run:
 
     # ---- while it trains ----
 
-    def start(self, step: int, clock: config.Clock, classes: list[str]) -> None:
+    def start(self, step: int, clock: Clock, classes: list[str]) -> None:
         """Training goes on after `step`. Only now is the folder changed: whatever might refuse the run has agreed."""
         self.step, self._clock, self._end = step, clock, clock.end
         start = {"time": _now(), "after_step": step, "command": shlex.join([sys.executable, *sys.argv]), **environment.host()}

@@ -1,0 +1,49 @@
+"""One clock, the optimizer step: everything that is counted, derived once."""
+
+from dataclasses import dataclass
+
+from reconverge.errors import Exit, Stop
+from reconverge.settings import Train
+
+
+@dataclass(frozen=True)
+class Clock:
+    """All in steps, `microbatches` apart."""
+
+    steps_per_epoch: int
+    total: int  # length of the schedule
+    warmup: int
+    end: int  # where this run stops
+    save_every: int  # 0: at the end only
+    evaluate_every: int
+    microbatches: int  # of one step: V
+
+    @classmethod
+    def of(cls, cfg: Train, images: int) -> "Clock":
+        """The tail of an epoch that does not fill a batch is dropped, as published. Errors: Stop(USAGE)."""
+        if cfg.batch > images:
+            raise Stop(
+                Exit.USAGE,
+                f"batch={cfg.batch} with {images} training images",
+                "a batch within the data set",
+                f"batch={images // cfg.microbatch * cfg.microbatch or 2}",
+            )
+        steps_per_epoch = images // cfg.batch
+        total = steps_per_epoch * cfg.epochs
+
+        def every(text: str) -> int:
+            return int(text.removesuffix("epoch")) * (steps_per_epoch if text.endswith("epoch") else 1)
+
+        return cls(
+            steps_per_epoch=steps_per_epoch,
+            total=total,
+            warmup=steps_per_epoch * cfg.optim.warmup_epochs,
+            end=min(total, cfg.steps or total),
+            save_every=every(cfg.save_every),
+            evaluate_every=every(cfg.evaluate_every),
+            microbatches=cfg.batch // cfg.microbatch,
+        )
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something that happens `every` so many steps happens after `step` of them."""
+        return step == self.end or (every > 0 and step % every == 0)
