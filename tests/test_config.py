@@ -26,7 +26,7 @@ REFUSED = [
     (["-m", "seed=1,2"], "-m", "key=value", "--help"),
     (["seed=1,2"], "seed=1,2", "", ""),
     (["model=convnext_q"], "model=convnext_q", "convnext_atto, convnext_b", "model=convnext_"),
-    (["recipe=in2k"], "recipe=in2k", "demo, in1k", "recipe=in1k"),
+    (["recipe=in2k"], "recipe=in2k", "demo, in1k, in1k_iso", "recipe=in1k"),
     (["data=imagnet"], "data=imagnet", "digits, folder, synthetic", "data="),
     (["tracker=wandbb"], "tracker=wandbb", "none, tensorboard, wandb", "tracker=wandb"),
     (["epochs=many"], "epochs", "int", "epochs="),
@@ -115,7 +115,7 @@ def test_a_refusal_does_not_wait_for_torch(argv):
 def test_help_shows_groups_choices_and_examples():
     done = process("--help")
     assert done.returncode == 0, done.stderr
-    for part in ("model: convnext_atto, convnext_b", "recipe: demo, in1k", "data: digits, folder", "tracker: none, tensorboard, wandb", "debug: overfit, profile, short, synthetic"):  # fmt: skip
+    for part in ("model: convnext_atto, convnext_b", "recipe: demo, in1k, in1k_iso", "data: digits, folder", "tracker: none, tensorboard, wandb", "debug: overfit, profile, short, synthetic"):  # fmt: skip
         assert part in done.stdout
     assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 5
     assert "runs/NAME" in process("--help", script="eval.py").stdout
@@ -132,7 +132,7 @@ def test_cfg_job_prints_what_would_run():
 def test_shell_completion(monkeypatch):
     assert "complete" in process("-sc", "install=bash").stdout
     monkeypatch.setenv("COMP_LINE", "train.py recipe=")
-    assert process("-sc", "query=bash").stdout.split() == ["recipe=demo", "recipe=in1k"]
+    assert process("-sc", "query=bash").stdout.split() == ["recipe=demo", "recipe=in1k", "recipe=in1k_iso"]
 
 
 def test_a_typo_in_a_recipe_file_is_named(tmp_path, monkeypatch, capsys):
@@ -174,6 +174,20 @@ def test_in1k_is_table_5(model):
     clock = Clock.of(cfg, 1_281_167)
     assert (clock.steps_per_epoch, clock.total, clock.warmup) == (312, 93600, 6240)
     assert clock.microbatches == 4096 // IN1K[model][1]
+
+
+# Table 2 and section A.1: (drop path, microbatch, layer scale)
+IN1K_ISO = {"convnext_iso_s": (0.1, 128, None), "convnext_iso_b": (0.2, 128, None), "convnext_iso_l": (0.5, 64, 1e-6)}
+
+
+@pytest.mark.parametrize("model", IN1K_ISO)
+def test_in1k_iso_is_in1k_with_what_the_appendix_changes(model):
+    cfg = compose(f"model={model}", "recipe=in1k_iso")
+    assert (cfg.model.drop_path, cfg.microbatch, cfg.model.layer_scale) == IN1K_ISO[model]
+    plain = compose("model=convnext_t", "recipe=in1k")
+    changed = {key for (key, mine, _), (_, theirs, _) in zip(config.flat(cfg), config.flat(plain), strict=True) if mine != theirs}
+    assert changed - {"model.layer_scale", "model.drop_path", "microbatch"} == {"run", "model.name", "model.size", "recipe.name", "recipe.drop_path", "recipe.microbatch", "optim.warmup_epochs"}  # fmt: skip
+    assert cfg.optim.warmup_epochs == 50
 
 
 def test_the_command_line_beats_debug_beats_recipe():

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reconverge import chance, models
 from reconverge.errors import Stop
 from reconverge.models import drop_path
+from reconverge.models.isotropic import Isotropic
 from reconverge.settings import Model
 
 CPU = torch.device("cpu")
@@ -18,6 +19,10 @@ PAPER = {
     "convnext_b": (89, 15.4, (3, 3, 27, 3), (128, 256, 512, 1024)),
     "convnext_l": (198, 34.4, (3, 3, 27, 3), (192, 384, 768, 1536)),
     "convnext_xl": (350, 60.9, (3, 3, 27, 3), (256, 512, 1024, 2048)),
+    # Table 2, and section 3.3 for depth and width
+    "convnext_iso_s": (22, 4.3, (18,), (384,)),
+    "convnext_iso_b": (87, 16.9, (18,), (768,)),
+    "convnext_iso_l": (306, 59.7, (36,), (1024,)),
 }
 
 
@@ -39,8 +44,9 @@ def test_parameters_and_macs_are_the_published_ones(name):
     assert round(counter.get_total_flops() / 2e9, 1) == macs
     assert spec.parameters == pytest.approx(parameters, abs=0.05)
     assert spec.macs == pytest.approx(macs, abs=0.06)
-    assert tuple(len(stage.blocks) for stage in net.stages) == depths
-    assert tuple(stage.blocks[0].conv_dw.weight.shape[0] for stage in net.stages) == widths
+    stages = [stage.blocks for stage in net.stages] if hasattr(net, "stages") else [net.blocks]
+    assert tuple(map(len, stages)) == depths
+    assert tuple(blocks[0].conv_dw.weight.shape[0] for blocks in stages) == widths
 
 
 def test_initial_weights():
@@ -75,7 +81,7 @@ def test_head_init_scale_and_layer_scale():
     assert models.build(model(layer_scale=None), 10, 0).stages[0].blocks[0].gamma is None
 
 
-@pytest.mark.parametrize(("name", "rate", "blocks"), [("convnext_t", 0.1, 18), ("convnext_s", 0.4, 36), ("convnext_b", 0.5, 36), ("convnext_l", 0.5, 36)])  # fmt: skip
+@pytest.mark.parametrize(("name", "rate", "blocks"), [("convnext_t", 0.1, 18), ("convnext_s", 0.4, 36), ("convnext_b", 0.5, 36), ("convnext_l", 0.5, 36), ("convnext_iso_s", 0.1, 18), ("convnext_iso_l", 0.5, 36)])  # fmt: skip
 def test_drop_rates_are_linear_over_all_blocks(name, rate, blocks):
     with torch.device("meta"):
         net = models.MODELS[name].build(model(name, drop_path=rate), 10)
@@ -83,6 +89,29 @@ def test_drop_rates_are_linear_over_all_blocks(name, rate, blocks):
     assert not [module for module in net.modules() if isinstance(module, DropPath)]
     # torch.linspace in the official code; the first block's rate is 0, and it has no mask.
     assert drop_path.rates(net) == pytest.approx([rate * block / (blocks - 1) for block in range(1, blocks)], rel=1e-6)
+
+
+def test_isotropic_is_the_published_function():
+    """Section 3.3 written as plain functions: patches, then blocks of depthwise 7x7, norm, 1x1 to 4 widths, GELU, 1x1; mean, norm, head."""
+    from torch.nn.functional import conv2d, gelu, layer_norm, linear
+
+    for layer_scale in (None, 0.5):
+        net = Isotropic(24, 3, 7, 0.0, layer_scale).eval()
+        weights = {name: torch.randn_like(tensor) * 0.3 for name, tensor in net.state_dict().items()}
+        net.load_state_dict(weights)
+        images = torch.randn(2, 3, 64, 64)
+        x = conv2d(images, weights["stem.weight"], weights["stem.bias"], stride=16)
+        for block in range(3):
+            prefix = f"blocks.{block}."
+            w = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+            y = conv2d(x, w["conv_dw.weight"], w["conv_dw.bias"], padding=3, groups=24).permute(0, 2, 3, 1)
+            y = layer_norm(y, (24,), w["norm.weight"], w["norm.bias"], 1e-6)
+            y = linear(gelu(linear(y, w["mlp.fc1.weight"], w["mlp.fc1.bias"])), w["mlp.fc2.weight"], w["mlp.fc2.bias"])
+            x = x + (y if layer_scale is None else y * w["gamma"]).permute(0, 3, 1, 2)
+        x = layer_norm(x.mean((2, 3)), (24,), weights["norm.weight"], weights["norm.bias"], 1e-6)
+        expected = linear(x, weights["head.weight"], weights["head.bias"])
+        with torch.no_grad():
+            assert torch.allclose(net(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_masks_are_keyed_scaled_and_independent():
@@ -129,15 +158,23 @@ def test_masks_act_like_timms_drop_path_and_not_in_evaluation():
     assert torch.allclose(ours, halves, atol=1e-6)  # splitting a forward pass keeps every image's masks
 
 
+def isotropic():
+    net = Isotropic(24, 3, 10, 0.5, 1.0)
+    drop_path.replace(net)
+    models.truncated_normal(net, 0)
+    return net
+
+
 def reference_without_drops(net, images):
     plain = models.MODELS["convnext_atto"].build(model(layer_scale=1.0), 10).eval()
     plain.load_state_dict(net.state_dict())
     return plain(images)
 
 
-def test_activation_checkpointing_and_channels_last_keep_the_masks():
+@pytest.mark.parametrize("build", [lambda: models.build(model(drop_path=0.5, layer_scale=1.0), 10, 0), lambda: isotropic()])
+def test_activation_checkpointing_and_channels_last_keep_the_masks(build):
     def gradients(prepare):
-        net = models.build(model(drop_path=0.5, layer_scale=1.0), 10, 0).train()
+        net = build().train()
         prepare(net)
         images = torch.from_numpy(chance.uniform((4, 3, 32, 32), 1)).float()
         drop_path.Masked(net)(images, drop_path.draw(drop_path.rates(net), 4, (0, 0, 0), CPU)).square().sum().backward()

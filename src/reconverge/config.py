@@ -144,7 +144,7 @@ def _explain(error: Exception, schema: type) -> Stop:
                 f"{parent + '.' if parent else ''}{_nearest(name, known)}",
             )
         kind = next(field.type for field in fields(section) if field.name == name)  # type: ignore[arg-type]
-        kind = kind.__name__ if isinstance(kind, type) else kind
+        kind = kind.__name__ if type(kind) is type else kind  # dict[str, float] says more than its name
         reason = str(cause).splitlines()[0]
         return Stop(Exit.USAGE, f"{key}: {reason}", f"{key}: {kind}: {_help(schema, key)}", f"{key}=... of that type")
     return Stop(Exit.USAGE, where, "what python train.py --help shows", "the override")

@@ -36,7 +36,7 @@ EVERY = r"[0-9]+(epoch)?"
 @dataclass
 class Model:
     name: str = setting(MISSING, "an entry of the table MODELS, as model=NAME")
-    size: str = setting(MISSING, "the row of the recipe's tables that this model takes: atto, t, s, b, l, xl")
+    size: str = setting(MISSING, "the row of the recipe's tables that this model takes: atto, t, s, b, l, xl, iso_s, ...")
     drop_path: float = setting(MISSING, "stochastic depth: drop rate of the last block, linear over all blocks (Table 5); the recipe's table by size", low=0, high=0.99)
     layer_scale: float | None = setting(1e-6, "initial gamma of each block's branch (Table 5); null: no layer scale", low=0)
     head_init_scale: float = setting(1.0, "multiplies the initial weights of the head (Table 5: none; Table 6: 0.001 for fine-tuning)", low=0)

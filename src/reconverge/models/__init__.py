@@ -10,6 +10,7 @@ from torch import nn
 from reconverge import chance, settings
 from reconverge.errors import Exit, Stop
 from reconverge.models import drop_path
+from reconverge.models.isotropic import Isotropic
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ def _convnext(timm_name: str) -> Callable[[settings.Model, int], nn.Module]:
     return build
 
 
+def _isotropic(width: int, depth: int) -> Callable[[settings.Model, int], nn.Module]:
+    def build(model: settings.Model, classes: int) -> nn.Module:
+        return Isotropic(width, depth, classes, model.drop_path, model.layer_scale)
+
+    return build
+
+
 @torch.no_grad()
 def truncated_normal(net: nn.Module, seed: int) -> None:
     """Convolutions and linear layers truncated normal of deviation 0.02, biases 0 (official code; Table 5's 0.2 is a misprint).
@@ -67,4 +75,7 @@ MODELS = {
     "convnext_b": Spec(_convnext("convnext_base"), truncated_normal, 89, 15.4, "Table 1"),
     "convnext_l": Spec(_convnext("convnext_large"), truncated_normal, 198, 34.4, "Table 1"),
     "convnext_xl": Spec(_convnext("convnext_xlarge"), truncated_normal, 350, 60.9, "Table 1"),
+    "convnext_iso_s": Spec(_isotropic(384, 18), truncated_normal, 22, 4.3, "Table 2"),
+    "convnext_iso_b": Spec(_isotropic(768, 18), truncated_normal, 87, 16.9, "Table 2"),
+    "convnext_iso_l": Spec(_isotropic(1024, 36), truncated_normal, 306, 59.7, "Table 2"),
 }
