@@ -128,10 +128,10 @@ def train(cfg: Train, run: Run) -> int:
             tracer.step()
 
         with run.clock_stopped():
-            stopping = told_to_stop()
-            if clock.due(clock.evaluate_every, step + 1) and not stopping:
+            if clock.due(clock.evaluate_every, step + 1) and not told_to_stop():
                 run.flush(feed.waited)
                 measure(step + 1)
+            stopping = told_to_stop()  # also where a signal cut the evaluation short: it comes again on resume
             if clock.due(clock.save_every, step + 1) or stopping:
                 run.flush(feed.waited)  # stops here, before anything is saved, if a step was not finite
                 run.lock.check()

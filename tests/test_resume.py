@@ -243,3 +243,22 @@ def test_a_signal_before_an_evaluation_does_not_lose_it(whole, train):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert train(*EVERY, "run=a") == 0
     assert records(folder) == records(whole)
+
+
+def test_a_signal_in_the_middle_of_an_evaluation_saves_the_step_and_evaluates_later(whole, train):
+    from reconverge import run
+
+    def hook(module, inputs):
+        if type(module).__name__ == "ConvNeXt" and not module.training and not run._signals:
+            run._signals.append(signal.SIGTERM)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        assert train(*EVERY, "run=a", "evaluate.batch=10") == 75
+    finally:
+        handle.remove()
+    assert json.loads(Path("runs/a/status.json").read_text())["step"] == 3
+    assert not [line for line in records(Path("runs/a")) if "raw_top1" in line]
+    assert train(*EVERY, "run=a", "evaluate.batch=10") == 0
+    assert bits("a") == expected(whole)
+    assert [line["step"] for line in records(Path("runs/a")) if "raw_top1" in line] == [3, 6, 8]
