@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from reconverge import config
-from reconverge.errors import Exit, Stop, exit_code
+from reconverge.errors import Exit, exit_code
 from reconverge.progress import say
 from reconverge.run import catch_signals, opened, told_to_stop
 from reconverge.settings import Eval
@@ -31,14 +31,7 @@ def main() -> int:
     path, skipped = checkpoint.choose(Path(cfg.checkpoint))
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
-    _, validation = sources.open_sources(data)
-    if validation.classes != run.classes:
-        raise Stop(
-            Exit.NOT_COMPARABLE,
-            f"{data.name} has {len(validation.classes)} classes and {run.folder} was trained on {len(run.classes)}, or they are named otherwise",
-            "validation images with the class folders of training (classes.txt)",
-            "data= or data.root=",
-        )
+    validation = sources.open_validation(data, run.classes)
     tensors, numbers = checkpoint.load(path)
     nets = {}
     for name, weights in (("raw", "model"), ("ema", "ema")):
@@ -55,11 +48,17 @@ def main() -> int:
         return Exit.PREEMPTED
 
     say(f"{path}: step {numbers['step']}, {len(validation)} images of {data.name}")
-    report = {"checkpoint": str(path), "step": numbers["step"], "data": data.name, "fingerprint": validation.fingerprint}
+    report = {
+        "checkpoint": str(path),
+        "step": numbers["step"],
+        "data": data.name,
+        "fingerprint": validation.fingerprint,
+        "precision": cfg.precision,
+    }
     for name, result in results.items():
         say(f"{name:<4} top-1 {result.top1:.3f} %  top-5 {result.top5:.3f} %  loss {result.loss:.4f}")
         report[name] = {"top1": result.top1, "top5": result.top5, "loss": result.loss, "images": result.images}
-    output = run.folder / f"eval-{data.name}-step-{numbers['step']:08d}.json"
+    output = run.folder / f"eval-{data.name}-{validation.fingerprint[:8]}-{cfg.precision}-step-{numbers['step']:08d}.json"
     output.write_text(json.dumps(report, indent=1) + "\n")
     say(f"written to {output}")
     return Exit.DONE

@@ -80,20 +80,22 @@ def train(cfg: Train, run: Run) -> int:
     batches = iter(feed)
 
     def measure(step: int) -> None:
-        """Evaluate both sets of weights after `step`: metrics.jsonl, curves.png, predictions.png, the best so far."""
+        """Evaluate both sets of weights after `step`: metrics.jsonl, curves.png, predictions.png."""
         net.eval()
         results = evaluate(state.models(), validation, cfg.evaluate, normalise, world, workers, stop=told_to_stop)
         net.train()
         if results is not None:
             run.log(step, **{f"{name}_{key}": getattr(result, key) for name, result in results.items() for key in ("top1", "top5", "loss")})
-            state.remember(step, {name: result.top1 for name, result in results.items()})
             pictures.curves(run.folder / "curves.png", run.records(), clock.steps_per_epoch)
             pictures.predictions(run.folder / "predictions.png", validation, cfg.evaluate, results)
 
-    tracer = world.tracer(cfg.debug.profile, run.folder / "trace.json")
+    if tracer := world.tracer(cfg.debug.profile, run.folder / "trace.json"):
+        run.closing.enter_context(tracer)
     net.train()
-    if start > 0 and clock.due(clock.evaluate_every, start) and not run.evaluated(start):
-        measure(start)  # a signal came between the step and its evaluation
+    if start > 0 and (start >= clock.end or clock.due(clock.evaluate_every, start)) and not run.evaluated(start):
+        measure(start)  # a signal came between the step and its evaluation, or steps= is now below it
+    if told_to_stop():
+        return run.preempted()
 
     # ---- the loop ----
     for step in range(start, clock.end):
@@ -124,7 +126,7 @@ def train(cfg: Train, run: Run) -> int:
         if ema is not None:
             ema.update(net, skip)
         run.step_done(step + 1, loss=step_loss, grad_norm=norm, lr=rate, waited=feed.waited)
-        if tracer is not None:
+        if tracer:
             tracer.step()
 
         with run.clock_stopped():
@@ -132,14 +134,14 @@ def train(cfg: Train, run: Run) -> int:
                 run.flush(feed.waited)
                 measure(step + 1)
             stopping = told_to_stop()  # also where a signal cut the evaluation short: it comes again on resume
-            if clock.due(clock.save_every, step + 1) or stopping:
+            if clock.due(clock.save_every, step + 1) or run.best_step() == step + 1 or stopping:
                 run.flush(feed.waited)  # stops here, before anything is saved, if a step was not finite
                 run.lock.check()
-                state.save(run.checkpoints, step + 1, cfg.keep)
+                state.save(run.checkpoints, step + 1, cfg.keep, run.best_step())
         if stopping:
             return run.preempted()
 
-    return run.done(state.best)
+    return run.done()
 
 
 if __name__ == "__main__":

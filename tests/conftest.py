@@ -71,7 +71,7 @@ def digits(tmp_path_factory):
     ):
         labels = source.labels(np.arange(len(source)))
         for sample in np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(10)]):
-            path = Path(source.describe(int(sample)))
+            path = source.index.path(int(sample))
             (root / split / path.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, root / split / path.parent.name)
     return root

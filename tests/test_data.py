@@ -33,11 +33,11 @@ def test_digits_are_all_there_split_fixed_and_stratified(cache, golden):
     for source in (train, val):
         labels = source.labels(np.arange(len(source)))
         for sample in range(0, len(source), 7):
-            number = int(os.path.basename(source.describe(sample)).removesuffix(".png"))
+            number = int(os.path.basename(source.index.path(sample)).removesuffix(".png"))
             assert digits.target[number] == labels[sample]
             pixels = np.asarray(source.image(sample))[:, :, 0]
             assert np.array_equal(pixels, np.round(digits.images[number] * 255 / 16))
-        seen |= {os.path.basename(source.describe(sample)) for sample in range(len(source))}
+        seen |= {os.path.basename(source.index.path(sample)) for sample in range(len(source))}
         assert np.ptp(np.bincount(labels)) <= 0.08 * len(source)
     assert len(seen) == 1797
     golden("digits_fingerprints.txt", f"{train.fingerprint}\n{val.fingerprint}")
@@ -48,21 +48,23 @@ def test_index_lists_classes_labels_and_paths(photographs, cache):
     assert (len(train), len(val)) == (60, 12)
     assert train.classes == ["n00000000", "n00000001", "n00000002"]
     assert train.labels(np.arange(60)).tolist() == [0] * 20 + [1] * 20 + [2] * 20
-    assert train.describe(21) == str(photographs / "train" / "n00000001" / "001.JPEG")
+    assert train.index.path(21) == photographs / "train" / "n00000001" / "001.JPEG"
 
 
 def test_index_is_cached_and_made_anew_when_the_folder_changes(photographs, cache, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(photographs, root)
     first = open_index(root / "train", tmp_path / "cache")
-    rows = next((tmp_path / "cache").rglob("rows.npy"))
-    stamp = rows.stat().st_mtime_ns
+    (page,) = (tmp_path / "cache").rglob("*.json")
+    stamp = page.stat().st_mtime_ns
     assert open_index(root / "train", tmp_path / "cache").fingerprint == first.fingerprint
-    assert rows.stat().st_mtime_ns == stamp
+    assert page.stat().st_mtime_ns == stamp
     (root / "train" / "n00000001" / "003.JPEG").unlink()
     changed = open_index(root / "train", tmp_path / "cache")
     assert len(changed) == 59
     assert changed.fingerprint != first.fingerprint
+    assert len(first) == 60  # who has the old one open keeps it
+    assert first.path(59).name == "019.JPEG"
     # The same files elsewhere are the same data.
     shutil.copytree(photographs, tmp_path / "other")
     assert open_index(tmp_path / "other" / "train", tmp_path / "cache").fingerprint == first.fingerprint
@@ -72,13 +74,14 @@ def test_what_is_not_an_image_is_ignored_and_counted(photographs, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(photographs, root)
     (root / "train" / "n00000000" / "Thumbs.db").write_text("x")
+    (root / "train" / "n00000000" / "features.h5").write_text("x")
     (root / "train" / "n00000000" / ".hidden.jpg").write_text("x")
     (root / "train" / ".ipynb_checkpoints").mkdir()
     (root / "train" / "n00000000" / "below").mkdir()
     shutil.copy(root / "train" / "n00000000" / "001.JPEG", root / "train" / "n00000000" / "below" / "a.JPG")
     index = open_index(root / "train", tmp_path / "cache")
     assert len(index) == 61
-    assert index.ignored == ["n00000000/Thumbs.db"]
+    assert index.ignored == ["n00000000/Thumbs.db", "n00000000/features.h5"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_every_mode_becomes_what_pillow_converts_to(mode, tmp_path):
     for split in ("train", "val"):
         image.save(tmp_path / split / "a" / f"x.{'tiff' if mode in ('CMYK', 'F') else 'png'}")
     train, _ = folder(tmp_path, tmp_path / "cache")
-    with Image.open(train.describe(0)) as opened:
+    with Image.open(train.index.path(0)) as opened:
         assert opened.mode == mode
         expected = np.asarray(opened.convert("RGB"))
     assert train.image(0).mode == "RGB"
@@ -131,9 +134,9 @@ def test_exif_is_not_parsed(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "code"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-500]), Exit.DAMAGED),
-        (lambda path: path.write_bytes(b"not an image"), Exit.DAMAGED),
-        (lambda path: path.write_bytes(b""), Exit.DAMAGED),
+        (lambda path: path.write_bytes(path.read_bytes()[:-500] + bytes(500)), Exit.DAMAGED),  # the end of the data is missing
+        (lambda path: path.write_bytes(b"x" * path.stat().st_size), Exit.DAMAGED),
+        (lambda path: path.write_bytes(path.read_bytes()[:-500]), Exit.NOT_COMPARABLE),  # changed since it was listed
         (lambda path: path.unlink(), Exit.MISSING),
     ],
 )
@@ -228,3 +231,14 @@ def test_workers_and_threads_together_never_take_more_than_the_cores(monkeypatch
                 workers = world.default_workers(device)
                 assert workers >= 0
                 assert workers + world.default_threads(device, workers) <= mine
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image"])
+def test_a_file_that_never_was_an_image_stops_and_is_named(photographs, tmp_path, content):
+    root = tmp_path / "copy"
+    shutil.copytree(photographs, root)
+    (root / "train" / "n00000001" / "007.JPEG").write_bytes(content)
+    train, _ = folder(root, tmp_path / "cache")
+    with pytest.raises(Stop, match=r"n00000001/007\.JPEG") as stopped:
+        train.image(27)
+    assert stopped.value.code == Exit.DAMAGED

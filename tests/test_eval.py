@@ -18,6 +18,11 @@ def run(train):
     return Path("runs/a")
 
 
+def report(run, data="folder", step=6, precision="fp32"):
+    (path,) = run.glob(f"eval-{data}-*-{precision}-step-{step:08d}.json")
+    return json.loads(path.read_text())
+
+
 def independent(run, digits, kind, classes=10):
     """Image by image: the official evaluation transform, plain counting in Python."""
     net = models.build(Model("convnext_atto", "atto", 0.0), classes, 1).eval()
@@ -39,49 +44,49 @@ def independent(run, digits, kind, classes=10):
 
 def test_equals_an_independent_count(run, digits, evaluate, capsys):
     assert evaluate("checkpoint=runs/a", "workers=0", "batch=7") == 0
-    report = json.loads((run / "eval-folder-step-00000006.json").read_text())
+    written = report(run)
     said = capsys.readouterr().out
     for name, kind in (("raw", "model"), ("ema", "ema")):
         expected = independent(run, digits, kind)
-        assert report[name]["images"] == expected["images"] == 30
-        assert report[name]["top1"] == pytest.approx(expected["top1"], abs=1e-9)
-        assert report[name]["top5"] == pytest.approx(expected["top5"], abs=1e-9)
-        assert report[name]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert written[name]["images"] == expected["images"] == 30
+        assert written[name]["top1"] == pytest.approx(expected["top1"], abs=1e-9)
+        assert written[name]["top5"] == pytest.approx(expected["top5"], abs=1e-9)
+        assert written[name]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert f"{name:<4} top-1 {expected['top1']:.3f} %" in said
-    assert report["raw"] != report["ema"]
+    assert written["raw"] != written["ema"]
 
 
 def test_training_said_the_same(run, evaluate):
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert evaluate("checkpoint=runs/a", "workers=1") == 0
-    report = json.loads((run / "eval-folder-step-00000006.json").read_text())
-    assert report["raw"]["top1"] == last["raw_top1"]
-    assert report["ema"]["loss"] == pytest.approx(last["ema_loss"], rel=1e-6)
+    written = report(run)
+    assert written["raw"]["top1"] == last["raw_top1"]
+    assert written["ema"]["loss"] == pytest.approx(last["ema_loss"], rel=1e-6)
 
 
 def test_one_checkpoint_other_data_and_the_same_data_elsewhere(run, evaluate, digits, tmp_path):
     assert evaluate("checkpoint=runs/a/checkpoints/step-00000003") == 0
-    assert (run / "eval-folder-step-00000003.json").exists()
+    assert report(run, step=3)
     shutil.copytree(digits, tmp_path / "moved")
     assert evaluate("checkpoint=runs/a", f"data.root={tmp_path}/moved", "data.cache=there") == 0
     assert Path("there").is_dir()
     assert evaluate("checkpoint=runs/a", "data=digits") == 0
-    assert json.loads((run / "eval-digits-step-00000006.json").read_text())["raw"]["images"] == 359
+    assert report(run, "digits")["raw"]["images"] == 359
 
 
 def test_settings_of_the_machine(run, evaluate, capsys):
     assert evaluate("checkpoint=runs/a", "precision=bf16", "channels_last=true", "threads=1", "device=cpu") == 0
-    bf16 = json.loads((run / "eval-folder-step-00000006.json").read_text())["raw"]["loss"]
+    bf16 = report(run, precision="bf16")["raw"]["loss"]
     assert torch.get_num_threads() == 1
     assert evaluate("checkpoint=runs/a") == 0
-    assert json.loads((run / "eval-folder-step-00000006.json").read_text())["raw"]["loss"] != bf16
+    assert report(run)["raw"]["loss"] != bf16
 
 
 def test_a_damaged_checkpoint_is_named(run, evaluate, capsys):
     (run / "checkpoints" / "step-00000006" / "ema.safetensors").write_bytes(b"x")
     assert evaluate("checkpoint=runs/a") == 0
     assert "skipped a damaged checkpoint: step-00000006: ema.safetensors has 1 bytes" in capsys.readouterr().out
-    assert (run / "eval-folder-step-00000003.json").exists()
+    assert report(run, step=3)
     assert evaluate("checkpoint=runs/a/checkpoints/step-00000006") == 65
 
 
@@ -92,7 +97,9 @@ def test_a_damaged_checkpoint_is_named(run, evaluate, capsys):
         (["checkpoint=runs/none"], 66, "no run"),
         (["checkpoint=runs/a", "data=folder"], 2, "data.root"),
         (["checkpoint=runs/a", "data.root=/nowhere"], 66, "/nowhere"),
-        (["checkpoint=runs/a", "data=folder", "data.root=PHOTOGRAPHS"], 78, "3 classes"),
+        (["checkpoint=runs/a", "data=folder", "data.root=PHOTOGRAPHS"], 2, "3 classes that the training images lack"),
+        (["checkpoint=runs/a", "data=synthetic", "data.images=20"], 78, "1000 classes"),
+        (["checkpoint=runs/a", "data.val=nonexistent"], 66, "nonexistent"),
         (["checkpoint=runs/a", "precision=int8"], 2, "fp32, tf32, bf16, fp16"),
         (["checkpoint=runs/a", "+x=1"], 2, "+x=1"),
     ],
@@ -107,3 +114,33 @@ def test_a_run_without_a_checkpoint(run, evaluate, capsys):
     shutil.rmtree(run / "checkpoints")
     assert evaluate("checkpoint=runs/a") == 66
     assert "no checkpoint yet" in capsys.readouterr().err
+
+
+def test_every_data_setting_of_the_command_line_counts(run, evaluate, digits):
+    assert evaluate("checkpoint=runs/a", "data.val=train") == 0
+    assert {json.loads(path.read_text())["raw"]["images"] for path in run.glob("eval-*.json")} == {120}
+    assert evaluate("checkpoint=runs/a") == 0
+    plain = report_of(run, 30)
+    assert evaluate("checkpoint=runs/a", "data.mean=[0,0,0]") == 0
+    assert report_of(run, 30)["raw"]["loss"] != plain["raw"]["loss"]
+
+
+def report_of(run, images):
+    (found,) = (r for r in (json.loads(path.read_text()) for path in run.glob("eval-*.json")) if r["raw"]["images"] == images)
+    return found
+
+
+def test_other_data_is_normalised_as_the_runs_was(train, evaluate, digits):
+    """The same images, named as other data, must give the same numbers; and only the validation images need be there."""
+    assert train("run=b", "steps=4", "evaluate_every=0", "data.mean=[0,0,0]", "data.std=[1,1,1]") == 0
+    assert evaluate("checkpoint=runs/b", "data.name=same") == 0
+    shutil.copytree(digits / "val", Path("only") / "val")
+    assert evaluate("checkpoint=runs/b", "data=folder", "data.root=only", "data.name=elsewhere") == 0
+    run = Path("runs/b")
+    assert report(run, "same", 4)["raw"] == report(run, "elsewhere", 4)["raw"]
+
+
+def test_the_folder_of_checkpoints_and_a_run_named_like_one(train, evaluate):
+    assert train("run=step-1", "steps=2", "evaluate_every=0") == 0
+    assert evaluate("checkpoint=runs/step-1") == 0
+    assert evaluate("checkpoint=runs/step-1/checkpoints") == 0

@@ -84,6 +84,22 @@ def test_the_same_job_requeued_takes_over(held, monkeypatch):
     taken.release()
 
 
+def test_a_second_live_process_of_the_same_job_is_refused(held, monkeypatch):
+    path, process = held
+    rewrite(path, job="17")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with pytest.raises(Stop, match=f"in use by process {process.pid}"):
+        lock.Lock(path)
+
+
+def test_a_folder_that_was_removed_is_told_as_such(tmp_path):
+    held = lock.Lock(tmp_path / "lock")
+    held.path.unlink()
+    with pytest.raises(Stop, match="is gone"):
+        held.check()
+    held.release()
+
+
 def test_who_lost_the_lock_learns_it_and_does_not_remove_it(tmp_path):
     path = tmp_path / "lock"
     first = lock.Lock(path)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,51 @@ def test_two_steps_of_the_recipe_at_224_pixels(monkeypatch, photographs):
     arguments = ["model=convnext_atto", "recipe=in1k", "data=folder", f"data.root={photographs}", "batch=8", "microbatch=4", "steps=2", "threads=2"]  # fmt: skip
     assert _main("train", [*arguments, "run=a", "workers=1", "log_every=1"], monkeypatch) == 0
     assert [record["lr"] for record in metrics("a") if "lr" in record] == pytest.approx([0, 4e-3 / (20 * 7 - 1)])
+
+
+@pytest.mark.parametrize("arguments", [["steps=3", "debug.profile=10"], ["steps=1", "debug.profile=2"]])
+def test_a_trace_that_the_end_cuts_short_is_written_or_not_but_ends_well(train, arguments):
+    assert train("run=a", *arguments) == 0
+    assert Path("runs/a/trace.json").exists() == ("steps=3" in arguments)
+
+
+def test_an_evaluation_that_is_not_finite_stops(train, capsys):
+    assert train("run=a", "steps=1", "precision=fp16", "model.head_init_scale=1e8") == 70
+    assert "evaluating the raw weights gives a loss of nan" in capsys.readouterr().err
+
+
+def test_metrics_are_json_whatever_overflows(train):
+    assert train("run=a", "steps=2", "precision=fp16", "log_every=1", "model.head_init_scale=1e8", "evaluate_every=0") == 70
+    text = Path("runs/a/metrics.jsonl").read_text()
+    assert text
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_class_names_may_be_anything(train, digits, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(digits, root)
+    for split in ("train", "val"):
+        (root / split / "3").rename(root / split / "$x^$ _{} 猫")
+    assert train("run=a", "steps=1", f"data.root={root}") == 0
+
+
+def test_a_file_where_a_folder_is_wanted(train, capsys):
+    Path("runs").write_text("x")
+    assert train("run=a") == 66
+    assert "given" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_does_not_end_the_training(small):
+    import shlex
+
+    command = f"{sys.executable} {ROOT}/train.py {shlex.join(small)} run=a steps=6 log_every=1 evaluate_every=0 | head -3"
+    subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL, timeout=100)
+    for _ in range(100):
+        if json.loads(Path("runs/a/status.json").read_text())["reason"] == "done":
+            break
+        time.sleep(0.2)
+    assert json.loads(Path("runs/a/status.json").read_text())["reason"] == "done"
 
 
 @pytest.mark.slow

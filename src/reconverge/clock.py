@@ -22,11 +22,12 @@ class Clock:
     def of(cls, cfg: Train, images: int) -> "Clock":
         """The tail of an epoch that does not fill a batch is dropped, as published. Errors: Stop(USAGE)."""
         if cfg.batch > images:
+            fitting = min(cfg.microbatch, max(2, images // 2 * 2))
             raise Stop(
                 Exit.USAGE,
                 f"batch={cfg.batch} with {images} training images",
                 "a batch within the data set",
-                f"batch={images // cfg.microbatch * cfg.microbatch or 2}",
+                f"batch={images // fitting * fitting} microbatch={fitting}",
             )
         steps_per_epoch = images // cfg.batch
         total = steps_per_epoch * cfg.epochs

@@ -25,7 +25,7 @@ from reconverge.settings import Data, Eval, Train
 Schema = TypeVar("Schema", Train, Eval)
 Loaded = TypeVar("Loaded")
 
-FLAGS = ["-h", "--help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--shell-completion", "-sc", "--info", "-i"]
+FLAGS = ("-h", "--help", "--cfg", "-c", "--resolve", "--package", "-p", "--shell-completion", "-sc", "--info", "-i")
 
 
 def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
@@ -40,7 +40,7 @@ def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
         if not composed:
             sys.exit(0)
         return _typed(composed[0], schema)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null or a number
         raise _explain(error, schema) from None
 
 
@@ -210,6 +210,15 @@ def check(cfg: Train) -> None:
             raise Stop(Exit.USAGE, f"{key}={pair}", f"[smallest, largest], above {low}, at most {high}", f"{key}=[{max(low, 0.08)},1.0]")
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise Stop(Exit.USAGE, f"optim.betas={cfg.optim.betas}", "two numbers from 0 up to, but not, 1", "optim.betas=[0.9,0.999]")
+    known = {key for key, *_ in flat(cfg)} | {"code", "versions", "data", "hardware"}
+    for name in cfg.resume_allow:
+        if name not in known:
+            raise Stop(
+                Exit.USAGE,
+                f"resume_allow={name}",
+                "a setting, or code, data, versions, hardware",
+                f"resume_allow=[{_nearest(name, known)}]",
+            )
     check_data(cfg.data)
     if cfg.data.kind == "trained":
         raise Stop(Exit.USAGE, "data=trained", "the data of a run: for eval.py only", "data=digits or data=folder data.root=...")
@@ -226,11 +235,12 @@ def check_data(data: Data) -> None:
 
 
 def evaluation_data(given: Data, trained: Data) -> Data:
-    """The data that eval.py reads: what was given, or that of the run, from the root and cache given. Errors: Stop(USAGE)."""
+    """The data that eval.py reads: that of the run with what the command line changes, or another, normalised as the run's. Errors: Stop(USAGE)."""
+    named = {argument.partition("=")[0].removeprefix("data.") for argument in sys.argv if argument.startswith("data.")}
     if given.kind == "trained":
-        return replace(trained, root=given.root or trained.root, cache=given.cache if given.cache != Data.cache else trained.cache)
+        return replace(trained, **{name: getattr(given, name) for name in named})
     check_data(given)
-    return given
+    return replace(given, **{name: getattr(trained, name) for name in {"mean", "std"} - named})
 
 
 def batch_notice(cfg: Train) -> str | None:

@@ -24,7 +24,8 @@ def rows(
     panel = {
         "model": f"{cfg.model.name}, {parameters:.2f} M parameters, stochastic depth {cfg.model.drop_path:g}",
         "recipe": f"{cfg.recipe.name}, seed {cfg.seed}",
-        "data": f"{cfg.data.name}: {len(training)} training and {len(validation)} validation images of {len(training.classes)} classes",
+        "data": f"{cfg.data.name}: {len(training)} training and {len(validation)} validation images of {len(training.classes)} classes"
+        + (f"; {ignored} files that are no images left out" if (ignored := training.ignored + validation.ignored) else ""),
         "images": f"trained at {cfg.augment.size} px; evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})",
         "batch": batch,
         "schedule": schedule,

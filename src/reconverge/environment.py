@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 def decisive_versions() -> dict[str, str]:
     """Of the packages another version of which may compute other bits."""
-    return {name: versions()[name] for name in ("torch", "torchvision", "timm", "numpy", "pillow")}
+    return {name: text for name, text in versions().items() if name in ("torch", "torchvision", "timm", "numpy", "pillow")}
 
 
 def code_hash() -> str:
@@ -58,13 +58,13 @@ def host() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "job": os.environ.get("SLURM_JOB_ID"),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -57,6 +57,10 @@ def explain(error: BaseException) -> Stop | None:
         )
     if isinstance(error, FileNotFoundError):
         return Stop(Exit.MISSING, str(error), "files that exist", "the path")
+    if isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
+        return Stop(
+            Exit.MISSING, str(error), "a folder where a folder is wanted, a file where a file is", "the path, or what stands in its way"
+        )
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return Stop(
             Exit.DISK,

@@ -1,5 +1,6 @@
 """Exact top-1, top-5 and loss, each image counted once."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from reconverge.data import transforms
 from reconverge.data.loader import Feed, Images, in_sequence
 from reconverge.data.mix import Normalise
 from reconverge.data.sources import Source
+from reconverge.errors import Exit, Stop
 from reconverge.settings import Evaluate
 from reconverge.world import World
 
@@ -33,8 +35,8 @@ def evaluate(
     workers: int,
     stop: Callable[[], bool],
 ) -> dict[str, Result] | None:
-    """The result of each model (in evaluation mode), by name, on every image of `source`, read once. None if `stop` says so before the end."""
-    from torchmetrics import MeanMetric, MetricCollection  # a second or two to import: not at start
+    """The result of each model (in evaluation mode), by name, on every image of `source`, read once. None if `stop` says so before the end. Errors: Stop(NOT_FINITE)."""
+    from torchmetrics import MetricCollection  # a second or two to import: not at start
     from torchmetrics.classification import MulticlassAccuracy
 
     images, classes = len(source), len(source.classes)
@@ -51,7 +53,7 @@ def evaluate(
         ).to(world.device)
 
     accuracy = {name: metrics() for name in models}
-    losses = {name: MeanMetric().set_dtype(torch.float64).to(world.device) for name in models}
+    losses = {name: torch.zeros((), dtype=torch.float64, device=world.device) for name in models}
     predicted: dict[str, list[torch.Tensor]] = {name: [] for name in models}
     for batch in batches:
         if stop():
@@ -62,7 +64,7 @@ def evaluate(
                 logits = model(pixels)
             logits = logits.float()
             accuracy[name].update(logits, batch.labels)
-            losses[name].update(nn.functional.cross_entropy(logits, batch.labels, reduction="none"))
+            losses[name] += nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
             predicted[name].append(logits.argmax(1))
     results = {}
     for name in models:
@@ -70,5 +72,13 @@ def evaluate(
         assert len(classes_of) == images, f"{len(classes_of)} of {images} images were evaluated"
         # From the counts: a float32 share of 50,000 would print its own rounding.
         top1, top5 = (100 * round(float(accuracy[name].compute()[key]) * images) / images for key in ("top1", "top5"))
-        results[name] = Result(top1, top5, float(losses[name].compute()), images, classes_of)
+        loss = float(losses[name]) / images
+        if not math.isfinite(loss):
+            raise Stop(
+                Exit.NOT_FINITE,
+                f"evaluating the {name} weights gives a loss of {loss}",
+                "finite numbers: an accuracy from others would mean nothing",
+                "precision=fp32 or bf16, or look at the weights",
+            )
+        results[name] = Result(top1, top5, loss, images, classes_of)
     return results

@@ -52,7 +52,14 @@ class Lock:
 
     def check(self) -> None:
         """Before anything is written that matters: a process that was stopped for long may have lost its run. Errors: Stop(IN_USE)."""
-        holder = json.loads(self.path.read_text()) if self.path.exists() else {}
+        try:
+            holder = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            raise Stop(
+                Exit.IN_USE, f"{self.path} is gone", "a run folder that nobody removes while it trains", "the same command starts anew"
+            ) from None
+        except ValueError:
+            holder = {}  # another process writes its name there just now
         if holder.get("id") != self._mine["id"]:
             raise Stop(
                 Exit.IN_USE,
@@ -63,6 +70,8 @@ class Lock:
 
     def release(self) -> None:
         self._released.set()
+        if not self.path.exists():
+            return
         with self._alone() as file:
             text = file.read()
             if not text or json.loads(text)["id"] == self._mine["id"]:
@@ -79,12 +88,12 @@ class Lock:
 def _judge(holder: dict, mine: dict, path: Path) -> str:
     """Why the lock of `holder` may be taken over. Errors: Stop(IN_USE)."""
     name = _name(holder)
-    if mine["job"] and holder["job"] == mine["job"]:
-        return f"took over from {name}: this same job, requeued"
     if holder["host"] == mine["host"]:
-        # Start times tell a process from a later one of the same number.
+        # Start times tell a process from a later one of the same number. A live one of the same job is a second task, not the first requeued.
         if _started(holder["pid"]) != holder["started"]:
             return f"took over from {name}, which is dead"
+    elif mine["job"] and holder["job"] == mine["job"]:
+        return f"took over from {name}: this same job, requeued"
     elif (age := _age(path)) > 5 * INTERVAL:
         return f"took over from {name}, whose last heartbeat is {age:.0f} s old"
     raise Stop(Exit.IN_USE, f"{path.parent} is in use by {name}", "one process a run", "wait for it, stop it, or choose another run=NAME")
@@ -105,6 +114,8 @@ def _started(pid: int) -> str | None:
             return None
     try:  # no /proc, as on macOS
         os.kill(pid, 0)
+        return "alive"
+    except PermissionError:
         return "alive"
     except ProcessLookupError:
         return None

@@ -57,14 +57,16 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Set what `state_tensors` gave. Only tensors: rates and flags such as fused stay those of this optimizer."""
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    state: dict[int, dict] = {index: {} for index in range(len(names))}
-    index = {name: index for index, name in enumerate(names)}
+    named = [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
+    index = {name: index for index, (name, _) in enumerate(named)}
+    state: dict[int, dict] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
-        state[index[name]][kind] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": {i: entry for i, entry in state.items() if entry}, "param_groups": groups})
+        parameter = named[index[name]][1]
+        if tensor.shape == parameter.shape:  # in the parameter's memory format: fused AdamW reads both in the order of memory
+            tensor = torch.empty_like(parameter.data).copy_(tensor)
+        state.setdefault(index[name], {})[kind] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def update(optimizer: torch.optim.AdamW, skip: torch.Tensor) -> None:

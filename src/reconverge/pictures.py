@@ -1,5 +1,6 @@
 """Pictures of what goes in and what comes out, drawn without being asked: first_batch.png, curves.png, predictions.png."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,12 @@ def _sheet(path: Path, images: Tensor, captions: Sequence[str], colours: Sequenc
     for number, (cell, caption, colour) in enumerate(zip(cells, captions, colours, strict=True)):
         top, left = number // COLUMNS * (CELL + CAPTION) + CAPTION, number % COLUMNS * (CELL + 8) + 4
         canvas[top : top + CELL, left : left + CELL] = cell.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
-        axes.text(left + CELL / 2, top - 4, caption, ha="center", va="bottom", fontsize=8, linespacing=1.0, color=colour)
+        axes.text(left + CELL / 2, top - 4, caption, ha="center", va="bottom", fontsize=8, linespacing=1.0, color=colour, parse_math=False)
     axes.imshow(canvas, interpolation="nearest")
     figure.suptitle(title, fontsize=11, y=0.995)
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # class names in scripts that the font lacks are drawn as boxes
+        figure.savefig(path)
 
 
 def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) -> None:

@@ -1,15 +1,26 @@
 """What a person sees while a run trains: a panel at start, a live bar on a terminal, one plain line an interval elsewhere."""
 
+import os
+import sys
 import time
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-console = Console(soft_wrap=True)
+
+class Terminal(Console):
+    """A terminal, file or pipe. If nobody reads it any more (`train.py | head`), the training goes on without words."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = Terminal(soft_wrap=True)
 
 
 def say(text: str) -> None:
@@ -34,7 +45,7 @@ class Progress:
     def __init__(self, start: int, end: int):
         self._start, self._end = start, end
         self._began = time.perf_counter()
-        self._bar = Bar(BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), console=console)
+        self._bar = Bar(BarColumn(20), TextColumn("{task.description}"), console=console)
         self._task = self._bar.add_task("", total=end, completed=start)
         if console.is_terminal:
             self._bar.start()

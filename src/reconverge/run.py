@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -33,9 +33,10 @@ _signals: list[int] = []
 
 
 def catch_signals() -> None:
-    """From now on SIGTERM, SIGINT and SIGUSR1 only raise a flag, which the loop looks at between steps. For use before torch is imported."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda received, frame: _signals.append(received))
+    """From now on SIGTERM, SIGINT, SIGUSR1 and SIGHUP only raise a flag, which the loop looks at between steps. For use before torch is imported."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda received, frame: _signals.append(received))
 
 
 def told_to_stop() -> bool:
@@ -72,6 +73,8 @@ class Run:
         self.samples_of: Callable[[int], Any] = lambda step: None  # sample ids of a step, for a message
         self._cfg = cfg
         self._pending: list[tuple[int, Any, Any, float]] = []
+        self.closing = ExitStack()  # what is to be ended with the run, however it ends
+        self._top1: dict[int, dict[str, float]] = {}  # of each evaluation, by step: raw and EMA, percent
         self._in_a_row = 0  # steps whose gradient was not finite
         self._clock: Clock | None = None
         self._metrics: TextIO | None = None
@@ -87,11 +90,21 @@ class Run:
     def _open(self) -> dict[str, Any]:
         if self.lock.takeover:
             say(self.lock.takeover)
+        new: dict[str, Any] = {"facts": {}, "lost": [], "starts": []}
         path = self.folder / "environment.json"
-        recorded = json.loads(path.read_text()) if self.resuming else {"facts": {}, "lost": [], "starts": []}
-        if self.resuming:
+        if not self.resuming:  # nothing to compare with; starts that came to no checkpoint stay on record
+            return new | {"starts": json.loads(path.read_text())["starts"]} if path.exists() else new
+        try:
+            recorded = json.loads(path.read_text())
             before = config.from_text((self.folder / "config.yaml").read_text(), Train)
-            self._settle(config.differences(before, self._cfg), recorded)
+        except (FileNotFoundError, ValueError) as error:
+            raise Stop(
+                Exit.DAMAGED,
+                f"{self.folder} has checkpoints, but: {error}",
+                "a run whose config.yaml and environment.json can be read",
+                "restore the file, or run=NAME for a new run",
+            ) from error
+        self._settle(config.differences(before, self._cfg), recorded)
         return recorded
 
     def finished(self) -> str | None:
@@ -157,6 +170,8 @@ class Run:
         records = [record for record in self.records() if record["step"] <= step]
         self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         self._metrics = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115, for the whole of the run
+        for record in records:
+            self._note_top1(record["step"], record)
         self._status("running", Exit.DONE)
         self._progress = Progress(step, clock.end)
         self._tracker = Tracker(self._cfg.tracker, self.folder)
@@ -189,7 +204,7 @@ class Run:
         loss = sum(value[1] for value in values) / len(values)
         speed = {"images_per_second": (step - first) * self._cfg.batch / seconds, "data_wait": (waited - waited_before) / seconds}
         self.lock.check()
-        self.log(step, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, **speed)
+        self.log(step, loss=loss, lr=lr, grad_norm=norm, **speed)
         self._status("running", Exit.DONE)
         if self._progress:
             self._progress.update(step, loss, lr, **speed)
@@ -205,11 +220,17 @@ class Run:
                     "a lower optim.lr=, optim.clip=1, precision=fp32, or look at these images; a resumed run meets the same step again",
                 )
 
-    def log(self, step: int, **values: float | None) -> None:
-        """One line of metrics.jsonl."""
+    def log(self, step: int, **values: float) -> None:
+        """One line of metrics.jsonl; a number that is not finite, as fp16 has them, becomes null."""
         assert self._metrics is not None, "start() comes first"
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+        self._note_top1(step, values)
         self._metrics.flush()
+
+    def _note_top1(self, step: int, values: dict[str, float]) -> None:
+        if "raw_top1" in values:
+            self._top1[step] = {kind: values[f"{kind}_top1"] for kind in ("raw", "ema") if f"{kind}_top1" in values}
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -220,29 +241,35 @@ class Run:
         self._interval = (began + time.perf_counter() - stopped, first, waited)
 
     def evaluated(self, step: int) -> bool:
-        return any(record["step"] == step and "raw_top1" in record for record in self.records())
+        return step in self._top1
 
     def _status(self, reason: str, code: int, summary: str = "") -> None:
+        assert self._clock is not None, "start() comes first"
         entries = {
             "reason": reason,
             "exit_code": int(code),
             "step": self.step,
-            "end": self._clock.end if self._clock else None,
-            "total": self._clock.total if self._clock else None,
+            "end": self._clock.end,
+            "total": self._clock.total,
             "summary": summary,
             "time": _now(),
         }
         self._write("status.json", json.dumps(entries, indent=1))
 
-    def done(self, best: dict[str, Any] | None) -> int:
+    def best_step(self) -> int | None:
+        """The first step with the best top-1 of either set of weights; None before any evaluation."""
+        return max(self._top1, key=lambda step: max(self._top1[step].values()), default=None)
+
+    def done(self) -> int:
         """The last line: top-1 of the last evaluation by the better weights, the best checkpoint, where everything is."""
-        last = next(record for record in reversed(self.records()) if "raw_top1" in record)
-        top1 = {name: last[f"{name}_top1"] for name in ("raw", "ema") if f"{name}_top1" in last}
+        best = self.best_step()
+        assert best is not None, "the end is always evaluated"
+        top1 = self._top1[self.step]
         better = max(top1, key=lambda name: top1[name])
         others = "".join(f", {name} {value:.2f} %" for name, value in top1.items() if name != better)
         summary = f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {self.step}; "
-        if best is not None and best["step"] != self.step:
-            summary += f"best {best['top1']:.2f} % ({best['weights']}, step {best['step']}); "
+        if best != self.step:
+            summary += f"best {max(self._top1[best].values()):.2f} % in checkpoints/step-{best:08d}; "
         summary += f"everything is in {self.folder}/"
         self._status("done", Exit.DONE, summary)
         self._say_last(summary)
@@ -251,7 +278,8 @@ class Run:
     def preempted(self) -> int:
         name = signal.Signals(_signals[-1]).name
         self._status("preempted", Exit.PREEMPTED, name)
-        self._say_last(f"{name}: saved step {self.step} in {self.folder}; the same command again goes on from here")
+        saved = f"step {self.step} is saved in {self.folder}" if self.step else "stopped before the first step"
+        self._say_last(f"{name}: {saved}; the same command again goes on from here")
         return Exit.PREEMPTED
 
     def _say_last(self, line: str) -> None:
@@ -270,14 +298,17 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
+        if error is not None and self._clock is not None:  # else the folder is as it was
             stop = explain(error)
             try:
                 self._status("failed", stop.code if stop else Exit.BUG, str(stop or repr(error)))
             except OSError:
                 pass  # a full disk is what ended the run; the exit code says so
+        self.closing.close()
         self._close()
         self.lock.release()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def _write(self, name: str, text: str) -> None:
         """Replace a file of the folder whole."""

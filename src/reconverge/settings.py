@@ -57,7 +57,7 @@ class Augment:
     ratio: list[float] = setting([0.75, 4 / 3], "random resized crop: smallest and largest aspect ratio (timm)")
     interpolation: str = setting("bicubic", "of the random resized crop (official code)", ("bicubic", "bilinear", "random"))
     flip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
-    auto: str = setting("rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy, or none (Table 5: magnitude 9, deviation 0.5)", pattern=r"none|rand(-[a-z]+[0-9.]+)*")
+    auto: str = setting("rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy, or none (Table 5: magnitude 9, deviation 0.5)", pattern=r"none|rand(-(m|n|p|mmax|mstd|inc)[0-9.]+)*")
     erase: float = setting(0.25, "probability of random erasing with normal noise, per image (Table 5, mode pixel)", low=0, high=1)
 
 
@@ -133,7 +133,7 @@ class Train:
     steps: int | None = setting(None, "stop after so many steps; the schedule stays that of epochs", low=1, free=True)
     workers: int | None = setting(None, "processes that load images; null: from the cores of this process", low=0, free=True)
     threads: int | None = setting(None, "torch threads of this process; null: from its cores at the first start, then as recorded", low=1)
-    device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
+    device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"), free=True)  # "hardware" is compared
     precision: str = setting("fp32", "of forward and backward: fp32 (as published), bf16, fp16 (with loss scaling), tf32 (on an NVIDIA GPU since A100)", ("fp32", "tf32", "bf16", "fp16"))
     compile: bool = setting(False, "torch.compile the model")
     channels_last: bool = setting(False, "memory format of images and weights")

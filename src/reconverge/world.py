@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from reconverge import environment
 from reconverge.errors import Exit, Stop
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -16,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 class World:
     def __init__(self, device: str, precision: str, deterministic: bool):
         """Errors: Stop(USAGE) for a device or precision that this machine lacks, or several ranks."""
-        self.rank, self.size = 0, 1
+        self.size = 1  # ranks
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise Stop(
                 Exit.USAGE,
@@ -61,19 +62,20 @@ class World:
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def tracer(self, steps: int, path: Path) -> torch.profiler.profile | None:
-        """Traces `steps` steps after the second into a file for ui.perfetto.dev; its step() is to be called after each. None for 0."""
+        """A context that traces `steps` steps after the second into a file for ui.perfetto.dev, fewer if it ends before.
+
+        Its step() is to be called after each. None for 0.
+        """
         if steps == 0:
             return None
         schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
-        tracer = torch.profiler.profile(schedule=schedule, on_trace_ready=lambda trace: trace.export_chrome_trace(str(path)))
-        tracer.start()
-        return tracer
+        return torch.profiler.profile(schedule=schedule, on_trace_ready=lambda trace: trace.export_chrome_trace(str(path)))
 
     def hardware(self) -> str:
         """What decides the bits beside versions and threads."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name()
-        return f"{torch.backends.cpu.get_cpu_capability()} CPU"
+        return f"{environment.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def cores() -> int:

@@ -22,15 +22,18 @@ VERSION = "index-1"
 ROW = np.dtype([("start", "<u8"), ("length", "<u4"), ("label", "<i4"), ("bytes", "<u8")])  # path in names.bin, class, file size
 
 
+# Formats that Pillow knows by name but cannot decode by itself.
+STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
 class Index:
     """Rows of one split, by sample id. `classes` are the sorted folder names; `fingerprint` hashes paths, sizes and labels."""
 
-    def __init__(self, folder: Path, root: Path):
-        about = json.loads((folder / "index.json").read_text())
+    def __init__(self, folder: Path, root: Path, about: dict[str, Any]):
         self.root = root
         self.classes: list[str] = about["classes"]
         self.fingerprint: str = about["fingerprint"]
-        self.ignored: list[str] = about["ignored"]
+        self.ignored: list[str] = about["ignored"]  # paths of files that are no images
         self._rows = np.load(folder / "rows.npy", mmap_mode="r")
         self._names = np.memmap(folder / "names.bin", np.uint8, mode="r")
 
@@ -44,6 +47,10 @@ class Index:
     def path(self, sample: int) -> Path:
         row = self._rows[sample]
         return self.root / os.fsdecode(self._names[row["start"] : row["start"] + row["length"]].tobytes())
+
+    def bytes(self, sample: int) -> int:
+        """Size of the file when it was listed."""
+        return int(self._rows[sample]["bytes"])
 
 
 def open_index(root: Path, cache: Path, classes: list[str] | None = None) -> Index:
@@ -60,11 +67,11 @@ def open_index(root: Path, cache: Path, classes: list[str] | None = None) -> Ind
             "data.root=, data.train= or data.val=",
         )
     identity = sha256(json.dumps([str(root.resolve()), classes]).encode()).hexdigest()[:16]
-    folder = cache / VERSION / identity
-    about = folder / "index.json"
-    if not about.exists() or json.loads(about.read_text())["modified"] != _modified(root, json.loads(about.read_text())["modified"]):
-        _write(root, folder, classes)
-    return Index(folder, root)
+    page = cache / VERSION / f"{identity}.json"
+    about = json.loads(page.read_text()) if page.exists() else None
+    if about is None or about["modified"] != _modified(root, about["modified"]):
+        about = _list(root, page, classes)
+    return Index(page.parent / about["fingerprint"], root, about)
 
 
 def _modified(root: Path, folders: Any) -> dict[str, int]:
@@ -72,7 +79,8 @@ def _modified(root: Path, folders: Any) -> dict[str, int]:
     return {name: (root / name).stat().st_mtime_ns if (root / name).is_dir() else 0 for name in folders}
 
 
-def _write(root: Path, folder: Path, classes: list[str] | None) -> None:
+def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
+    """List the files; keep their rows in a folder named by the fingerprint, and what is known of them on `page`."""
     found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     known = classes or found
     if strangers := sorted(set(found) - set(known)):
@@ -82,7 +90,7 @@ def _write(root: Path, folder: Path, classes: list[str] | None) -> None:
             f"the {len(known)} folder names of the training images",
             "the folder names, or data.val=",
         )
-    suffixes = set(Image.registered_extensions())
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in STUBS}
     labels = {name: label for label, name in enumerate(known)}
     rows: list[np.ndarray] = []
     names, ignored, modified, hashed, start = bytearray(), [], {".": root.stat().st_mtime_ns}, sha256(), 0
@@ -110,26 +118,24 @@ def _write(root: Path, folder: Path, classes: list[str] | None) -> None:
             Exit.MISSING, f"no class folder in {root}", "one folder a class, with its images", "data.root=, data.train= or data.val="
         )
     hashed.update(json.dumps(known).encode())
-    about = {
-        "version": VERSION,
-        "root": str(root.resolve()),
-        "classes": known,
-        "fingerprint": hashed.hexdigest(),
-        "images": sum(map(len, rows)),
-        "ignored": ignored,
-        "modified": modified,
-    }
-    # Written beside and renamed: a run that is killed, or another one that does the same, leaves a whole index or none.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=folder.parent))
-    np.save(new / "rows.npy", np.concatenate(rows))
+    about = {"root": str(root.resolve()), "classes": known, "fingerprint": hashed.hexdigest(), "ignored": ignored, "modified": modified}
+    _write(page, about, np.concatenate(rows), bytes(names))
+    return about
+
+
+def _write(page: Path, about: dict[str, Any], rows: np.ndarray, names: bytes) -> None:
+    """Whole or not at all: written beside and renamed. What a fingerprint stands for never changes, so other runs may have it open."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=page.parent))
+    np.save(new / "rows.npy", rows)
     (new / "names.bin").write_bytes(names)
-    (new / "index.json").write_text(json.dumps(about))
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        new.rename(folder)
-    except OSError:  # another process was first, with the same content
+        new.rename(page.parent / about["fingerprint"])
+    except OSError:  # it is there already
         shutil.rmtree(new)
+    draft = page.with_name(f".{page.name}-{os.getpid()}")
+    draft.write_text(json.dumps(about))
+    draft.rename(page)
 
 
 def _files(root: Path, below: str, modified: dict[str, int]) -> Iterator[tuple[str, int]]:

@@ -101,7 +101,7 @@ class Feed:
             if "DataLoader worker" not in str(error):
                 raise
             raise Stop(
-                Exit.BUG,
+                Exit.OUT_OF_MEMORY if "Killed" in str(error) else Exit.BUG,
                 f"a data worker died: {str(error).splitlines()[0]}",
                 "workers with enough memory, shared memory and no signals",
                 "run the same command again; fewer workers= if memory was short",

@@ -1,4 +1,4 @@
-"""Where images come from. A source has `classes`, `fingerprint`, `len`, `labels(ids)`, `image(id)` and `describe(id)`."""
+"""Where images come from. A source has `classes`, `fingerprint`, `len`, `labels(ids)` and `image(id)`."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ from reconverge.settings import Data
 
 class Source(Protocol):
     classes: list[str]
-    fingerprint: str
+    fingerprint: str  # of what decides the images: paths, sizes and labels of files, not their content
+    ignored: int  # files that are no images
 
     def __len__(self) -> int: ...
     def labels(self, ids: np.ndarray) -> np.ndarray: ...
     def image(self, sample: int) -> Image.Image: ...
-    def describe(self, sample: int) -> str: ...
 
 
 def open_sources(data: Data) -> tuple[Source, Source]:
@@ -39,6 +39,7 @@ class Folder:
         self.index = index
         self.classes = index.classes
         self.fingerprint = index.fingerprint
+        self.ignored = len(index.ignored)
         self.labels = index.labels
 
     def __len__(self) -> int:
@@ -49,7 +50,16 @@ class Folder:
         path = self.index.path(sample)
         try:
             with open(path, "rb") as file:
+                if (size := os.fstat(file.fileno()).st_size) != self.index.bytes(sample):
+                    raise Stop(
+                        Exit.NOT_COMPARABLE,
+                        f"{path} (sample {sample}) has {size} bytes and had {self.index.bytes(sample)} when it was listed",
+                        "the files that were listed when the run began",
+                        "put it back; or touch its folder, so that it is listed anew, and start a new run",
+                    )
                 return Image.open(file).convert("RGB")
+        except Stop:
+            raise
         except FileNotFoundError:
             raise Stop(
                 Exit.MISSING,
@@ -69,8 +79,20 @@ class Folder:
                 "replace or remove the file, and start a new run",
             ) from None
 
-    def describe(self, sample: int) -> str:
-        return str(self.index.path(sample))
+
+def open_validation(data: Data, classes: list[str]) -> Source:
+    """The validation images alone, with the labels of a model's `classes`. Errors: as open_sources, and Stop(NOT_COMPARABLE) for other classes."""
+    if data.kind == "folder":
+        return Folder(open_index(Path(str(data.root)).expanduser() / data.val, Path(data.cache).expanduser(), classes))
+    validation = open_sources(data)[1]
+    if validation.classes != classes:
+        raise Stop(
+            Exit.NOT_COMPARABLE,
+            f"{data.name} has {len(validation.classes)} classes, and the model {len(classes)} or others",
+            "validation images with the classes of training (classes.txt)",
+            "data= or data.root=",
+        )
+    return validation
 
 
 def _folder(data: Data) -> tuple[Source, Source]:
@@ -109,7 +131,7 @@ class Synthetic:
     """Noise, each image a function of its sample id, for speed and memory without a data set."""
 
     def __init__(self, images: int, classes: int, split: str):
-        self.images, self.split = images, split
+        self.images, self.split, self.ignored = images, split, 0
         self.classes = [f"class{label:05d}" for label in range(classes)]
         self.fingerprint = sha256(f"synthetic-1 {split} {images} {classes}".encode()).hexdigest()
 
@@ -122,9 +144,6 @@ class Synthetic:
     def image(self, sample: int) -> Image.Image:
         noise = chance.uniform((400, 500, 3), "synthetic", self.split, sample)  # ImageNet's usual size
         return Image.fromarray((noise * 256).astype(np.uint8))
-
-    def describe(self, sample: int) -> str:
-        return f"synthetic {self.split} image {sample}"
 
 
 def _synthetic(data: Data) -> tuple[Source, Source]:
