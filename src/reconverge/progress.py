@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 
 class Terminal(Console):
@@ -24,7 +25,7 @@ console = Terminal(soft_wrap=True)
 
 
 def say(text: str) -> None:
-    console.print(text, markup=False, highlight=False)
+    console.print(text, markup=False, highlight=False, emoji=False)
 
 
 def panel(title: str, rows: Mapping[str, str]) -> None:
@@ -35,8 +36,8 @@ def panel(title: str, rows: Mapping[str, str]) -> None:
         return
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
-        table.add_row(f"[bold]{name}", text)
-    console.print(Panel(table, title=title, title_align="left", expand=False))
+        table.add_row(Text(name, style="bold"), Text(text))
+    console.print(Panel(table, title=Text(title), title_align="left", expand=False))
 
 
 class Progress:
