@@ -41,7 +41,7 @@ def _main(script, arguments, monkeypatch):
 
     from reconverge import run
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     from reconverge.errors import exit_code
 

@@ -250,7 +250,7 @@ def test_a_signal_in_the_middle_of_an_evaluation_saves_the_step_and_evaluates_la
 
     def hook(module, inputs):
         if type(module).__name__ == "ConvNeXt" and not module.training and not run._signals:
-            run._signals.append(signal.SIGTERM)
+            run._signals[signal.SIGTERM] = 0.0
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
     try:
@@ -305,6 +305,26 @@ def test_a_lost_or_cut_record_stops(whole, train, capsys, name, harm):
 def test_a_signal_before_the_first_step_stops_there(train, capsys):
     from reconverge import run
 
-    run._signals.append(signal.SIGINT)
+    run._signals[signal.SIGINT] = 0.0
     assert train(*EVERY, "run=a") == 75
     assert "SIGINT: stopped before the first step" in capsys.readouterr().out
+
+
+def test_ctrl_c_again_after_seconds_stops_at_once_and_repeats_within_a_moment_do_not(capfd):
+    from reconverge import run
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        run.catch_signals()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert run.told_to_stop()
+        assert capfd.readouterr().err.count("SIGINT: stopping after this step") == 1
+        run._signals[signal.SIGINT] -= 3
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        run._signals.clear()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, before)

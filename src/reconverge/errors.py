@@ -48,6 +48,13 @@ def explain(error: BaseException) -> Stop | None:
     """The Stop that an exception of Python, Pillow or torch stands for; None for a bug of ours."""
     if isinstance(error, Stop):
         return error
+    if isinstance(error, KeyboardInterrupt):
+        return Stop(
+            Exit.PREEMPTED,
+            "Ctrl-C, twice",
+            "once: this step is finished and saved",
+            "run the same command again: it goes on from the last checkpoint",
+        )
     if isinstance(error, PermissionError):
         return Stop(
             Exit.PERMISSION,
@@ -84,7 +91,7 @@ def exit_code(job: Callable[[], int]) -> int:
     """Run a command; print what stopped it and return the exit code."""
     try:
         return job()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         stop = explain(error)
         if stop is None:
             traceback.print_exc()

@@ -29,14 +29,23 @@ from reconverge.tracker import Tracker
 RUNS = Path("runs")
 OVERFLOWS = 30  # steps in a row that fp16 may skip while its loss scale settles
 
-_signals: list[int] = []
+_signals: dict[int, float] = {}  # number -> when it first came, by time.monotonic
 
 
 def catch_signals() -> None:
     """From now on SIGTERM, SIGINT, SIGUSR1 and SIGHUP only raise a flag, which the loop looks at between steps. For use before torch is imported."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda received, frame: _signals.append(received))
+            signal.signal(number, _note_signal)
+
+
+def _note_signal(number: int, frame: Any) -> None:
+    """A scheduler may send one signal several times at once; a person who presses Ctrl-C again after seconds means it."""
+    if number == signal.SIGINT and time.monotonic() - _signals.get(number, math.inf) > 2:
+        raise KeyboardInterrupt
+    if not _signals:
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
+    _signals.setdefault(number, time.monotonic())
 
 
 def told_to_stop() -> bool:
@@ -276,7 +285,7 @@ class Run:
         return Exit.DONE
 
     def preempted(self) -> int:
-        name = signal.Signals(_signals[-1]).name
+        name = signal.Signals(next(reversed(_signals))).name
         self._status("preempted", Exit.PREEMPTED, name)
         saved = f"step {self.step} is saved in {self.folder}" if self.step else "stopped before the first step"
         self._say_last(f"{name}: {saved}; the same command again goes on from here")
