@@ -93,7 +93,10 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def choose(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint at `path`, or the newest valid one of the run there, and why newer ones were skipped. Errors: Stop(MISSING, DAMAGED)."""
+    """The checkpoint at `path`, or the newest valid one of the run there, and why newer ones were skipped.
+
+    Errors: Stop(MISSING, DAMAGED).
+    """
     if path.parent.name != "checkpoints":
         newest, skipped = newest_valid(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if newest is None:

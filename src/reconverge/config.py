@@ -235,7 +235,10 @@ def check_data(data: Data) -> None:
 
 
 def evaluation_data(given: Data, trained: Data) -> Data:
-    """The data that eval.py reads: that of the run with what the command line changes, or another, normalised as the run's. Errors: Stop(USAGE)."""
+    """The data that eval.py reads: that of the run with what the command line changes, or another, normalised as the run's.
+
+    Errors: Stop(USAGE).
+    """
     named = {argument.partition("=")[0].removeprefix("data.") for argument in sys.argv if argument.startswith("data.")}
     if given.kind == "trained":
         return replace(trained, **{name: getattr(given, name) for name in named})

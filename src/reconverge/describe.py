@@ -26,7 +26,8 @@ def rows(
         "recipe": f"{cfg.recipe.name}, seed {cfg.seed}",
         "data": f"{cfg.data.name}: {len(training)} training and {len(validation)} validation images of {len(training.classes)} classes"
         + (f"; {ignored} files that are no images left out" if (ignored := training.ignored + validation.ignored) else ""),
-        "images": f"trained at {cfg.augment.size} px; evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})",
+        "images": f"trained at {cfg.augment.size} px; "
+        f"evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})",
         "batch": batch,
         "schedule": schedule,
         "learning rate": f"{cfg.optim.lr:g}, cosine to {cfg.optim.min_lr:g}; weight decay {cfg.optim.weight_decay:g}",

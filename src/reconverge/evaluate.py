@@ -35,7 +35,10 @@ def evaluate(
     workers: int,
     stop: Callable[[], bool],
 ) -> dict[str, Result] | None:
-    """The result of each model (in evaluation mode), by name, on every image of `source`, read once. None if `stop` says so before the end. Errors: Stop(NOT_FINITE)."""
+    """The result of each model (in evaluation mode), by name, on every image of `source`, read once.
+
+    None if `stop` says so before the end. Errors: Stop(NOT_FINITE).
+    """
     from torchmetrics import MetricCollection  # a second or two to import: not at start
     from torchmetrics.classification import MulticlassAccuracy
 

@@ -89,7 +89,8 @@ def _judge(holder: dict, mine: dict, path: Path) -> str:
     """Why the lock of `holder` may be taken over. Errors: Stop(IN_USE)."""
     name = _name(holder)
     if holder["host"] == mine["host"]:
-        # Start times tell a process from a later one of the same number. A live one of the same job is a second task, not the first requeued.
+        # Start times tell a process from a later one of the same number. A live one of the same job is a second task of it,
+        # not the first one requeued.
         if _started(holder["pid"]) != holder["started"]:
             return f"took over from {name}, which is dead"
     elif mine["job"] and holder["job"] == mine["job"]:

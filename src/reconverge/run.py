@@ -33,7 +33,7 @@ _signals: dict[int, float] = {}  # number -> when it first came, by time.monoton
 
 
 def catch_signals() -> None:
-    """From now on SIGTERM, SIGINT, SIGUSR1 and SIGHUP only raise a flag, which the loop looks at between steps. For use before torch is imported."""
+    """From now on these signals only raise a flag, which the loop looks at between steps. For use before torch is imported."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _note_signal)

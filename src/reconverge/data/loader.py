@@ -32,17 +32,17 @@ def in_sequence(images: int, batch: int) -> list[tuple[int, np.ndarray]]:
 
 
 class Images(Dataset):
-    """Decodes and augments the images of one batch. A failure is returned as a value, so that it arrives as it was raised."""
+    """Decodes and augments the images of one batch. A Stop is returned as a value: raised in a worker, it would arrive as a traceback."""
 
     def __init__(self, source: Source, transform: Transform, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
 
-    def __getitem__(self, at: tuple[int, np.ndarray]) -> Batch | Exception:
+    def __getitem__(self, at: tuple[int, np.ndarray]) -> Batch | Stop:
         epoch, ids = at
         try:
             images = torch.stack([self.sample(epoch, sample) for sample in ids.tolist()])
-        except Exception as error:
-            return error
+        except Stop as stop:
+            return stop
         return Batch(images, torch.from_numpy(self.source.labels(ids)))
 
     def sample(self, epoch: int, sample: int) -> Tensor:
@@ -93,7 +93,7 @@ class Feed:
             end()
             atexit.unregister(end)
 
-    def _next(self, loaded: Iterator[Batch | Exception]) -> Batch | None:
+    def _next(self, loaded: Iterator[Batch | Stop]) -> Batch | None:
         started = time.perf_counter()
         try:
             batch = next(loaded, None)
@@ -108,7 +108,7 @@ class Feed:
             ) from error
         finally:
             self.waited += time.perf_counter() - started
-        if isinstance(batch, Exception):
+        if isinstance(batch, Stop):
             raise batch
         if batch is None or self._device.type == "cpu":
             return batch
@@ -139,5 +139,5 @@ def _end_workers(loaded: Any) -> None:
 
 def _ignore_signals(worker: int) -> None:
     """SLURM and terminals signal every process of a job; the main process alone decides, and it ends its workers itself."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -26,7 +26,7 @@ class Normalise:
 
 
 class Mix:
-    """Random erasing (mode pixel), then Mixup or CutMix with one lambda a microbatch, partner = the microbatch flipped, then label smoothing."""
+    """Random erasing (mode pixel), then Mixup or CutMix, then label smoothing. One lambda a microbatch; partner = the microbatch flipped."""
 
     def __init__(self, erase: float, mix: settings.Mix, classes: int):
         self.erase = erase
@@ -40,7 +40,10 @@ class Mix:
         )
 
     def __call__(self, images: Tensor, labels: Tensor, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Normalised images (N, 3, H, W), changed in place, and labels (N,) -> images, targets (N, classes). key = (seed, step, microbatch)."""
+        """Normalised images (N, 3, H, W), changed in place, and labels (N,) -> images, targets (N, classes).
+
+        key = (seed, step, microbatch)
+        """
         with chance.scope(*key[:1], "erase", *key[1:]):
             erase(images, self.erase)
         with chance.scope(*key[:1], "mix", *key[1:]):

@@ -46,7 +46,10 @@ class Folder:
         return len(self.index)
 
     def image(self, sample: int) -> Image.Image:
-        """RGB as Pillow's convert gives it, whatever the mode of the file; EXIF is not parsed. Errors: Stop(DAMAGED, MISSING, PERMISSION)."""
+        """RGB as Pillow's convert gives it, whatever the mode of the file; EXIF is not parsed.
+
+        Errors: Stop(DAMAGED, MISSING, PERMISSION), and NOT_COMPARABLE for a file that has changed since it was listed.
+        """
         path = self.index.path(sample)
         try:
             with open(path, "rb") as file:
@@ -81,7 +84,10 @@ class Folder:
 
 
 def open_validation(data: Data, classes: list[str]) -> Source:
-    """The validation images alone, with the labels of a model's `classes`. Errors: as open_sources, and Stop(NOT_COMPARABLE) for other classes."""
+    """The validation images alone, with the labels of a model's `classes`.
+
+    Errors: as open_sources, and Stop(NOT_COMPARABLE) for other classes.
+    """
     if data.kind == "folder":
         return Folder(open_index(Path(str(data.root)).expanduser() / data.val, Path(data.cache).expanduser(), classes))
     validation = open_sources(data)[1]

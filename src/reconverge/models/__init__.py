@@ -23,7 +23,10 @@ class Spec:
 
 
 def build(model: settings.Model, classes: int, seed: int) -> nn.Module:
-    """A classifier of `classes` with the initial weights of `seed`, on the CPU, stochastic depth taking its masks as data. Errors: Stop(USAGE)."""
+    """A classifier of `classes` with the initial weights of `seed`, on the CPU, stochastic depth taking its masks as data.
+
+    Errors: Stop(USAGE).
+    """
     if model.name not in MODELS:
         raise Stop(Exit.USAGE, f"model.name={model.name}", f"the table MODELS: {', '.join(MODELS)}", "model=NAME")
     spec = MODELS[model.name]
