@@ -83,9 +83,9 @@ def test_none_is_a_new_run(tmp_path):
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 4, 5)
-    checkpoint.prune(tmp_path, 2, best=2)
+    checkpoint.prune(tmp_path, 5, 2, best=2)
     assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
-    checkpoint.prune(tmp_path, 1, best=None)
+    checkpoint.prune(tmp_path, 5, 1, best=None)
     assert names(tmp_path) == ["step-00000005"]
 
 
@@ -104,7 +104,7 @@ from reconverge import checkpoint
 print("ready", flush=True)
 for step in range(1, 10_000):
     checkpoint.save(Path(sys.argv[1]), step, {"model": {"w": torch.full((300_000,), float(step))}}, {})
-    checkpoint.prune(Path(sys.argv[1]), 2, None)
+    checkpoint.prune(Path(sys.argv[1]), step, 2, None)
 """
 
 

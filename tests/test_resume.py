@@ -325,3 +325,26 @@ def test_ctrl_c_again_after_seconds_stops_at_once_and_repeats_within_a_moment_do
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_save_below_a_damaged_newer_checkpoint_is_the_one_that_stays(whole, train):
+    """keep=1, the newest is damaged, and a signal asks for a save before its step is reached again."""
+    from reconverge import checkpoint, run
+
+    folder = copy(whole, "a", 6)
+    (folder / "checkpoints" / "step-00000006" / "state.json").write_text("{}")
+    (folder / "checkpoints" / "step-00000005" / "state.json").write_text("{}")
+
+    def hook(module, inputs):
+        if type(module).__name__ == "ConvNeXt":
+            run._signals[signal.SIGTERM] = 0.0  # in the first step after the fall back to step 4
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        assert train(*EVERY, "run=a", "keep=1", "save_every=0") == 75
+    finally:
+        handle.remove()
+    newest, skipped = checkpoint.newest_valid(folder / "checkpoints")
+    assert (newest.name, skipped) == ("step-00000005", [])
+    assert train(*EVERY, "run=a", "keep=1") == 0
+    assert bits("a") == expected(whole)

@@ -57,7 +57,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
                 "free some space and run the same command again: the last good checkpoint is kept",
             ) from error
         raise
-    final = folder / f"step-{step:08d}"
+    final = folder / _name(step)
     if final.exists():  # damaged, and named when the run was resumed from an older one
         final.rename(folder / f".old-{step:08d}")
     new.rename(final)
@@ -135,12 +135,20 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, json.loads((path / "state.json").read_text())
 
 
-def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and that of step `best`."""
-    for path in steps(folder)[:-keep]:
-        if path.name != f"step-{best or 0:08d}":
+def prune(folder: Path, step: int, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step` and that of step `best`.
+
+    Newer ones than `step`, which was saved just now, are those that were found damaged when the run was resumed.
+    """
+    kept = [path.name for path in steps(folder) if path.name <= _name(step)][-keep:]
+    for path in steps(folder):
+        if path.name not in (*kept, _name(best or 0)):
             path.rename(folder / f".old-{path.name}")  # so that a kill leaves no half of one
     _clean(folder)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _clean(folder: Path) -> None:

@@ -27,7 +27,7 @@ class State:
         if self.ema:
             tensors["ema"] = self.ema.model.state_dict()
         checkpoint.save(folder, step, tensors, {"scaler": self.scaler.state_dict()})
-        checkpoint.prune(folder, keep, best)
+        checkpoint.prune(folder, step, keep, best)
 
     def restore(self, folder: Path) -> tuple[int, list[str]]:
         """Load the newest valid checkpoint: its step (0: there is none), and why newer ones were skipped. Errors: Stop(DAMAGED)."""
