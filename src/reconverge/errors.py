@@ -26,19 +26,12 @@ class Stop(Exception):
     """Ends the command with `code` and three lines: what was given, what is allowed, what to change."""
 
     def __init__(self, code: Exit, given: str, allowed: str, change: str):
-        super().__init__(f"  given    {given}\n  allowed  {allowed}\n  change   {change}")
+        super().__init__(code, given, allowed, change)  # all of them, so that it can cross from a data worker
         self.code = code
-        self.given = given
 
-    def __reduce__(self) -> tuple[Callable[..., "Stop"], tuple[Exit, str, str]]:
-        """Data workers hand their failure to the main process as a value."""
-        return _stop, (self.code, self.given, str(self))
-
-
-def _stop(code: Exit, given: str, text: str) -> Stop:
-    stop = Stop(code, given, "", "")
-    stop.args = (text,)
-    return stop
+    def __str__(self) -> str:
+        _, given, allowed, change = self.args
+        return f"  given    {given}\n  allowed  {allowed}\n  change   {change}"
 
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
