@@ -242,3 +242,8 @@ def test_a_file_that_never_was_an_image_stops_and_is_named(photographs, tmp_path
     with pytest.raises(Stop, match=r"n00000001/007\.JPEG") as stopped:
         train.image(27)
     assert stopped.value.code == Exit.DAMAGED
+
+
+def test_digits_are_read_from_the_folders_that_the_settings_name(cache):
+    train, val = open_sources(Data("digits", "digits", cache=str(cache / "here"), train="val", val="train"))
+    assert (len(train), len(val)) == (359, 1438)

@@ -13,7 +13,6 @@ import pytest
 def scalars(folder):
     """What a reader of event files sees: {tag: {step: value}}."""
     from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401, the format that is read below
 
     found = {}
     for path in sorted(folder.glob("events.*")):

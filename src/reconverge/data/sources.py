@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -130,7 +131,7 @@ def _digits(data: Data) -> tuple[Source, Source]:
             new.rename(root)
         except OSError:  # another process was first, with the same content
             shutil.rmtree(new)
-    return _folder(Data(name=data.name, kind="folder", root=os.fspath(root), cache=data.cache))
+    return _folder(replace(data, root=os.fspath(root)))
 
 
 class Synthetic:
