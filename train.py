@@ -33,8 +33,9 @@ def train(cfg: Train, run: Run) -> int:
 
     from reconverge import describe, environment, models, optim, pictures
     from reconverge.data import order, sources, transforms
-    from reconverge.data.loader import Feed, Images
+    from reconverge.data.loader import Feed, Images, Quarantine
     from reconverge.data.mix import Mix, Normalise
+    from reconverge.data.stage import Stage
     from reconverge.ema import Ema
     from reconverge.evaluate import evaluate
     from reconverge.models import drop_path
@@ -53,7 +54,7 @@ def train(cfg: Train, run: Run) -> int:
     training, validation = sources.open_sources(cfg.data)
     run.fact("data", {"train": training.fingerprint, "val": validation.fingerprint, "order": order.VERSION})
     clock = Clock.of(cfg, len(training))
-    batch_order = order.Order(len(training), cfg.batch, cfg.microbatch, cfg.seed, cfg.debug.overfit)
+    batch_order = order.Order.of(cfg, training)
     run.samples_of = batch_order.step_ids
     normalise = Normalise(cfg.data.mean, cfg.data.std, world.device, cfg.channels_last)
     mix = Mix(cfg.augment.erase, cfg.mix, len(training.classes))
@@ -72,11 +73,16 @@ def train(cfg: Train, run: Run) -> int:
     start, skipped = state.restore(run.checkpoints)
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
-    run.start(start, clock, training.classes)
+    run.start(start, clock, training.classes, training.notes + validation.notes)
     panel(cfg.run, describe.rows(cfg, clock, net, world, workers, training, validation, run))
 
-    augmented = Images(training, transforms.training(cfg.augment, cfg.data.mean), cfg.seed)
-    feed = Feed(augmented, batch_order.steps(start, clock.end), workers, world.device, cfg.copy_ahead)
+    augmented = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed, cfg.data.on_bad_image)
+    microbatches = batch_order.steps(start, clock.end, world.rank, world.size)
+    if cfg.data.stage is not None:
+        stage = Stage(training, batch_order.windows, Path(cfg.data.stage).expanduser() / cfg.run, cfg.data.stage_gb)
+        microbatches = run.closing.enter_context(stage).follow(microbatches)
+    quarantine = Quarantine(run.folder / "quarantine.jsonl", cfg.data.max_substitutes)
+    feed = Feed(augmented, microbatches, workers, world.device, cfg.copy_ahead, quarantine)
     batches = iter(feed)
 
     def measure(step: int) -> None:
@@ -109,7 +115,7 @@ def train(cfg: Train, run: Run) -> int:
             images, targets = mix(normalise(images), labels, key)
             masks = drop_path.draw(rates, len(images), key, world.device)
             if step == microbatch == 0:
-                pictures.first_batch(run.folder / "first_batch.png", images, targets, training.classes, cfg.data.mean, cfg.data.std)
+                pictures.first_batch(run.folder / "first_batch.png", images, targets, training.classes, cfg.data)
             with world.autocast():
                 loss = cross_entropy(masked(images, masks).float(), targets) / clock.microbatches
             scaler.scale(loss).backward()

@@ -71,7 +71,7 @@ def digits(tmp_path_factory):
     ):
         labels = source.labels(np.arange(len(source)))
         for sample in np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(10)]):
-            path = source.index.path(int(sample))
+            path = source.path(int(sample))
             (root / split / path.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, root / split / path.parent.name)
     return root
@@ -131,6 +131,16 @@ def photographs(tmp_path_factory):
                 size = (int(random.integers(90, 500)), int(random.integers(90, 500)))
                 image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
                 image.save(folder / f"{number:03d}.JPEG", quality=int(random.integers(70, 96)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(photographs, tmp_path_factory):
+    """The photographs as `reconverge prepare` makes shards of them: 60 to train in some five shards, 12 to evaluate."""
+    from reconverge.prepare.make import Options, prepare
+
+    root = tmp_path_factory.mktemp("shards") / "made"
+    prepare(photographs, root, None, 1, Options(shard_mb=0.1, hold_out=0, resize=None, quality=90, drop_unreadable=False))
     return root
 
 

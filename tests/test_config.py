@@ -27,7 +27,7 @@ REFUSED = [
     (["seed=1,2"], "seed=1,2", "", ""),
     (["model=convnext_q"], "model=convnext_q", "convnext_atto, convnext_b", "model=convnext_"),
     (["recipe=in2k"], "recipe=in2k", "demo, in1k, in1k_iso", "recipe=in1k"),
-    (["data=imagnet"], "data=imagnet", "digits, folder, synthetic", "data="),
+    (["data=imagnet"], "data=imagnet", "digits, folder, imagenet1k, imagenet22k, shards, synthetic", "data=imagenet"),
     (["tracker=wandbb"], "tracker=wandbb", "none, tensorboard, wandb", "tracker=wandb"),
     (["epochs=many"], "epochs", "int", "epochs="),
     (["optim.lr=fast"], "optim.lr", "float", "optim.lr="),

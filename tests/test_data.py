@@ -1,6 +1,8 @@
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,9 +10,10 @@ import torch
 from PIL import Image
 
 from reconverge.data import transforms
-from reconverge.data.index import open_index
-from reconverge.data.loader import Feed, Images, in_sequence
-from reconverge.data.order import Order
+from reconverge.data.decode import crop_and_resize, dimensions
+from reconverge.data.folder import open_folder
+from reconverge.data.loader import Feed, Images
+from reconverge.data.order import Order, in_sequence
 from reconverge.data.sources import Synthetic, open_sources
 from reconverge.errors import Exit, Stop
 from reconverge.settings import Augment, Data, Evaluate
@@ -20,6 +23,13 @@ CPU = torch.device("cpu")
 
 def folder(root, cache, **settings):
     return open_sources(Data("folder", "folder", root=str(root), cache=str(cache), **settings))
+
+
+def pixels_of(source, sample):
+    """The whole image, through the seam."""
+    data = source.read(sample)
+    size = dimensions(data)
+    return crop_and_resize(data, (0, 0, *size), size, "bicubic", fast=False)
 
 
 def test_digits_are_all_there_split_fixed_and_stratified(cache, golden):
@@ -33,11 +43,11 @@ def test_digits_are_all_there_split_fixed_and_stratified(cache, golden):
     for source in (train, val):
         labels = source.labels(np.arange(len(source)))
         for sample in range(0, len(source), 7):
-            number = int(os.path.basename(source.index.path(sample)).removesuffix(".png"))
+            number = int(os.path.basename(source.path(sample)).removesuffix(".png"))
             assert digits.target[number] == labels[sample]
-            pixels = np.asarray(source.image(sample))[:, :, 0]
+            pixels = pixels_of(source, sample)[:, :, 0]
             assert np.array_equal(pixels, np.round(digits.images[number] * 255 / 16))
-        seen |= {os.path.basename(source.index.path(sample)) for sample in range(len(source))}
+        seen |= {os.path.basename(source.path(sample)) for sample in range(len(source))}
         assert np.ptp(np.bincount(labels)) <= 0.08 * len(source)
     assert len(seen) == 1797
     golden("digits_fingerprints.txt", f"{train.fingerprint}\n{val.fingerprint}")
@@ -48,26 +58,26 @@ def test_index_lists_classes_labels_and_paths(photographs, cache):
     assert (len(train), len(val)) == (60, 12)
     assert train.classes == ["n00000000", "n00000001", "n00000002"]
     assert train.labels(np.arange(60)).tolist() == [0] * 20 + [1] * 20 + [2] * 20
-    assert train.index.path(21) == photographs / "train" / "n00000001" / "001.JPEG"
+    assert train.path(21) == photographs / "train" / "n00000001" / "001.JPEG"
 
 
 def test_index_is_cached_and_made_anew_when_the_folder_changes(photographs, cache, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(photographs, root)
-    first = open_index(root / "train", tmp_path / "cache")
+    first = open_folder(root / "train", tmp_path / "cache")
     (page,) = (tmp_path / "cache").rglob("*.json")
     stamp = page.stat().st_mtime_ns
-    assert open_index(root / "train", tmp_path / "cache").fingerprint == first.fingerprint
+    assert open_folder(root / "train", tmp_path / "cache").fingerprint == first.fingerprint
     assert page.stat().st_mtime_ns == stamp
     (root / "train" / "n00000001" / "003.JPEG").unlink()
-    changed = open_index(root / "train", tmp_path / "cache")
+    changed = open_folder(root / "train", tmp_path / "cache")
     assert len(changed) == 59
     assert changed.fingerprint != first.fingerprint
     assert len(first) == 60  # who has the old one open keeps it
     assert first.path(59).name == "019.JPEG"
     # The same files elsewhere are the same data.
     shutil.copytree(photographs, tmp_path / "other")
-    assert open_index(tmp_path / "other" / "train", tmp_path / "cache").fingerprint == first.fingerprint
+    assert open_folder(tmp_path / "other" / "train", tmp_path / "cache").fingerprint == first.fingerprint
 
 
 def test_what_is_not_an_image_is_ignored_and_counted(photographs, tmp_path):
@@ -79,7 +89,7 @@ def test_what_is_not_an_image_is_ignored_and_counted(photographs, tmp_path):
     (root / "train" / ".ipynb_checkpoints").mkdir()
     (root / "train" / "n00000000" / "below").mkdir()
     shutil.copy(root / "train" / "n00000000" / "001.JPEG", root / "train" / "n00000000" / "below" / "a.JPG")
-    index = open_index(root / "train", tmp_path / "cache")
+    index = open_folder(root / "train", tmp_path / "cache")
     assert len(index) == 61
     assert index.ignored == ["n00000000/Thumbs.db", "n00000000/features.h5"]
 
@@ -115,11 +125,10 @@ def test_every_mode_becomes_what_pillow_converts_to(mode, tmp_path):
     for split in ("train", "val"):
         image.save(tmp_path / split / "a" / f"x.{'tiff' if mode in ('CMYK', 'F') else 'png'}")
     train, _ = folder(tmp_path, tmp_path / "cache")
-    with Image.open(train.index.path(0)) as opened:
+    with Image.open(train.path(0)) as opened:
         assert opened.mode == mode
         expected = np.asarray(opened.convert("RGB"))
-    assert train.image(0).mode == "RGB"
-    assert np.array_equal(np.asarray(train.image(0)), expected)
+    assert np.array_equal(pixels_of(train, 0), expected)
 
 
 def test_exif_is_not_parsed(tmp_path):
@@ -128,7 +137,7 @@ def test_exif_is_not_parsed(tmp_path):
         exif = Image.Exif()
         exif[0x0112] = 6  # rotate by 90 degrees
         Image.new("RGB", (40, 20), (200, 10, 10)).save(tmp_path / split / "a" / "x.jpg", exif=exif)
-    assert folder(tmp_path, tmp_path / "cache")[0].image(0).size == (40, 20)
+    assert dimensions(folder(tmp_path, tmp_path / "cache")[0].read(0)) == (40, 20)
 
 
 @pytest.mark.parametrize(
@@ -206,27 +215,25 @@ def test_feed_asks_one_batch_ahead():
 def test_synthetic_images_are_keyed(cache):
     train, val = open_sources(Data("synthetic", "synthetic", images=50, classes=4))
     assert (len(train), len(val)) == (50, 5)
-    assert np.array_equal(np.asarray(train.image(3)), np.asarray(train.image(3)))
-    assert not np.array_equal(np.asarray(train.image(3)), np.asarray(train.image(4)))
-    assert not np.array_equal(np.asarray(train.image(3)), np.asarray(val.image(3)))
+    assert np.array_equal(pixels_of(train, 3), pixels_of(train, 3))
+    assert not np.array_equal(pixels_of(train, 3), pixels_of(train, 4))
+    assert not np.array_equal(pixels_of(train, 3), pixels_of(val, 3))
     assert train.labels(np.arange(6)).tolist() == [0, 1, 2, 3, 0, 1]
 
 
 def test_the_index_holds_no_object_per_image(photographs, cache):
-    index = open_index(photographs / "train", cache)
-    assert isinstance(index._rows, np.memmap)
-    assert isinstance(index._names, np.memmap)
+    assert isinstance(open_folder(photographs / "train", cache).index.table, np.memmap)
 
 
 def test_workers_and_threads_together_never_take_more_than_the_cores(monkeypatch):
-    from reconverge import world
+    from reconverge import environment, world
 
     for cores in (1, 2, 3, 8, 64):
         for ranks in (1, 2, 8):
             monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
             monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
             mine = max(1, cores // ranks)
-            assert world.cores() == mine
+            assert environment.cores() == mine
             for device in (torch.device("cpu"), torch.device("cuda")):
                 workers = world.default_workers(device)
                 assert workers >= 0
@@ -240,10 +247,31 @@ def test_a_file_that_never_was_an_image_stops_and_is_named(photographs, tmp_path
     (root / "train" / "n00000001" / "007.JPEG").write_bytes(content)
     train, _ = folder(root, tmp_path / "cache")
     with pytest.raises(Stop, match=r"n00000001/007\.JPEG") as stopped:
-        train.image(27)
+        Images(train, transforms.evaluation(Evaluate(size=32)), 0).sample(0, 27, 0)
     assert stopped.value.code == Exit.DAMAGED
 
 
 def test_digits_are_read_from_the_folders_that_the_settings_name(cache):
     train, val = open_sources(Data("digits", "digits", cache=str(cache / "here"), train="val", val="train"))
     assert (len(train), len(val)) == (359, 1438)
+
+
+def test_a_process_ends_even_if_a_bug_leaves_its_workers_behind(tmp_path):
+    """They ignore SIGTERM, by which Python would end them before it waits for them."""
+    program = """
+import torch
+from reconverge.data import transforms
+from reconverge.data.loader import Feed, Images
+from reconverge.data.sources import Synthetic
+from reconverge.settings import Evaluate
+
+def microbatches():
+    raise RuntimeError("a bug")
+    yield
+
+images = Images(Synthetic(24, 3, "train"), transforms.evaluation(Evaluate(size=16)), 0)
+iter(Feed(images, microbatches(), 1, torch.device("cpu"), ahead=True)).__next__()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "a bug" in ended.stderr

@@ -50,6 +50,7 @@ EFFECTS = [
     ("augment.interpolation", [], "augment.interpolation=bilinear", "inputs"),
     ("augment.flip", [], "augment.flip=1.0", "inputs"),
     ("augment.auto", [], "augment.auto=none", "inputs"),
+    ("augment.repeats", [], "augment.repeats=2", "inputs"),
     ("augment.erase", [], "augment.erase=1.0", "inputs"),
     ("mix.mixup", [*MIXED, "mix.switch=0.0"], "mix.mixup=8.0", "inputs"),
     ("mix.cutmix", [*MIXED, "mix.switch=1.0"], "mix.cutmix=8.0", "inputs"),
@@ -78,6 +79,11 @@ EFFECTS = [
     ("data.cache", [], "data.cache=here", "files"),
     ("data.mean", [], "data.mean=[0,0,0]", "weights"),
     ("data.std", [], "data.std=[1,1,1]", "weights"),
+    ("data.dataset", ["SHARDS"], "data.dataset=imagenet1k", "code"),
+    ("data.decode", [], "data.decode=fast", "weights"),
+    ("data.window", ["SHARDS"], "data.window=1", "weights"),
+    ("data.stage", ["SHARDS", "data.window=1"], "data.stage=local", "files"),
+    ("data.stage_gb", ["SHARDS", "data.window=1", "data.stage=local"], "data.stage_gb=0", "code"),
     ("data.images", SYNTHETIC, "data.images=50", "said"),
     ("data.classes", SYNTHETIC, "data.classes=6", "said"),
     ("tracker.name", [], "tracker=tensorboard", "folder"),
@@ -88,6 +94,8 @@ ELSEWHERE = {
     "recipe.microbatch": "test_config.py: the sizes of in1k",
     "compile": "test_train.py (slow): the compiled model trains to the same loss",
     "resume_allow": "test_resume.py: a change is refused, and allowed by name",
+    "data.on_bad_image": "test_shards.py: damaged images stop the run, or are replaced when asked",
+    "data.max_substitutes": "test_shards.py: one too many stops the run",
     "tracker.project": "test_tracker.py: the offline file names it",
 }
 
@@ -97,9 +105,11 @@ def test_every_setting_is_here():
 
 
 @pytest.fixture
-def observe(train, capsys, photographs, monkeypatch, tmp_path):
+def observe(train, capsys, photographs, shards, monkeypatch, tmp_path):
+    meant = {"PHOTOGRAPHS": [f"data.root={photographs}"], "SHARDS": ["data=shards", f"data.root={shards}"]}
+
     def observe(*arguments):
-        arguments = [f"data.root={photographs}" if argument == "PHOTOGRAPHS" else argument for argument in arguments]
+        arguments = [actual for argument in arguments for actual in meant.get(argument, [argument])]
         name = next((argument[4:] for argument in arguments if argument.startswith("run=")), "a")
         (tmp_path / "runs").exists() and (tmp_path / "runs").rename(tmp_path / f"before{len(list(tmp_path.iterdir()))}")
         capsys.readouterr()

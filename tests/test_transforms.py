@@ -1,5 +1,6 @@
 """Pixels against timm's and the official code's own transforms."""
 
+import io
 import random
 
 import numpy as np
@@ -28,20 +29,37 @@ def image(number, size=None):
     return Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
 
 
+def jpeg(number, size=None):
+    """The same as a file, without loss of a pixel from one decoder to another: both read these bytes."""
+    buffer = io.BytesIO()
+    image(number, size).save(buffer, "JPEG", quality=90, subsampling=2 * (number % 2), progressive=number % 5 == 0)
+    return buffer.getvalue()
+
+
+def opened(data):
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def shipped(pixels):
+    """(H, W, 3) -> (1, 3, H, W), as the loader ships it."""
+    assert pixels.dtype == np.uint8
+    return torch.from_numpy(pixels[None].copy()).permute(0, 3, 1, 2)
+
+
 def test_evaluation_at_224_is_the_official_transform():
     """Resize the shorter side to 256, bicubic; crop the centre; ToTensor; Normalize."""
     official = tv.Compose([tv.Resize(256, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(224), tv.ToTensor(), tv.Normalize(MEAN, STD)])  # fmt: skip
     ours = transforms.evaluation(Evaluate())
     assert transforms.resized_side(Evaluate()) == 256
     for number in range(12):
-        assert torch.equal(normalise(ours(image(number))[None])[0], official(image(number)))
+        assert torch.equal(normalise(shipped(ours(jpeg(number))))[0], official(opened(jpeg(number))))
 
 
 def test_evaluation_at_384_is_a_squash():
     official = tv.Compose([tv.Resize((384, 384), interpolation=tv.InterpolationMode.BICUBIC), tv.ToTensor(), tv.Normalize(MEAN, STD)])
     ours = transforms.evaluation(Evaluate(size=384, crop_ratio=1.0, mode="squash"))
     for number in range(6):
-        assert torch.equal(normalise(ours(image(number))[None])[0], official(image(number)))
+        assert torch.equal(normalise(shipped(ours(jpeg(number))))[0], official(opened(jpeg(number))))
 
 
 def timms(augment):
@@ -58,11 +76,9 @@ def test_training_is_bit_equal_to_timms_with_erasing_when_the_stream_goes_on(siz
     erased = 0
     for number in range(60 if size == 64 else 16):
         with chance.scope(0, "augment", number):
-            expected = theirs(image(number))
+            expected = theirs(opened(jpeg(number)))
         with chance.scope(0, "augment", number):
-            shipped = ours(image(number))
-            assert shipped.dtype == torch.uint8
-            pixels = normalise(shipped[None])
+            pixels = normalise(shipped(ours(jpeg(number))))
             before = pixels.clone()
             erase(pixels, augment.erase)
         assert torch.equal(pixels[0], expected)
@@ -74,16 +90,16 @@ def test_what_reaches_the_model_has_the_distribution_of_timms():
     """Through the real keys: one stream a sample in the worker, another for the erasing of a microbatch."""
     augment = Augment(size=48)
     ours, theirs = transforms.training(augment, MEAN), timms(augment)
-    picture, count = image(3, (160, 120)), 512
+    picture, count = jpeg(3, (160, 120)), 512
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
-    reference = torch.stack([theirs(picture) for _ in range(count)])
+    reference = torch.stack([theirs(opened(picture)) for _ in range(count)])
     batches = []
     for microbatch in range(count // 64):
-        shipped = []
+        augmented = []
         for sample in range(64):
             with chance.scope(0, "augment", 0, microbatch * 64 + sample, 0):
-                shipped.append(ours(picture))
-        pixels = normalise(torch.stack(shipped))
+                augmented.append(shipped(ours(picture)))
+        pixels = normalise(torch.cat(augmented))
         with chance.scope(0, "erase", 0, microbatch):
             erase(pixels, augment.erase)
         batches.append(pixels)

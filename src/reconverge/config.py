@@ -219,6 +219,13 @@ def check(cfg: Train) -> None:
                 "a setting, or code, data, versions, hardware",
                 f"resume_allow=[{_nearest(name, known)}]",
             )
+    if cfg.augment.repeats > cfg.batch // cfg.microbatch:
+        raise Stop(
+            Exit.USAGE,
+            f"augment.repeats={cfg.augment.repeats} with {cfg.batch // cfg.microbatch} microbatches a step",
+            "at most as many repeats as microbatches: each repeat of an image lies in another one",
+            f"a smaller microbatch=, or augment.repeats={cfg.batch // cfg.microbatch}",
+        )
     check_data(cfg.data)
     if cfg.data.kind == "trained":
         raise Stop(Exit.USAGE, "data=trained", "the data of a run: for eval.py only", "data=digits or data=folder data.root=...")
@@ -230,8 +237,19 @@ def check_data(data: Data) -> None:
     for key, triple in (("data.mean", data.mean), ("data.std", data.std)):
         if len(triple) != 3 or (key == "data.std" and not all(value > 0 for value in triple)):
             raise Stop(Exit.USAGE, f"{key}={triple}", "three numbers, for R, G, B in 0..1; deviations above 0", f"{key}=[0.5,0.5,0.5]")
-    if data.kind == "folder" and not data.root:
-        raise Stop(Exit.USAGE, "data=folder without data.root", _help(Train, "data.root"), "data.root=/path")
+    if data.kind in ("folder", "shards") and not data.root:
+        raise Stop(Exit.USAGE, f"data={data.name} without data.root", _help(Train, "data.root"), "data.root=/path")
+    if data.window != "all" and data.kind != "shards":
+        raise Stop(
+            Exit.USAGE, f"data.window={data.window} with data={data.name}", "windows of shards", "data.window=all, or reconverge prepare"
+        )
+    if data.stage is not None and data.window == "all":
+        raise Stop(
+            Exit.USAGE,
+            "data.stage with data.window=all",
+            "windows: what comes next must be a few shards to be copied ahead",
+            "data.window=8, say, or data.stage=null",
+        )
 
 
 def evaluation_data(given: Data, trained: Data) -> Data:

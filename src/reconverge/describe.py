@@ -25,7 +25,7 @@ def rows(
         "model": f"{cfg.model.name}, {parameters:.2f} M parameters, stochastic depth {cfg.model.drop_path:g}",
         "recipe": f"{cfg.recipe.name}, seed {cfg.seed}",
         "data": f"{cfg.data.name}: {len(training)} training and {len(validation)} validation images of {len(training.classes)} classes"
-        + (f"; {ignored} files that are no images left out" if (ignored := training.ignored + validation.ignored) else ""),
+        + "".join(f"; {note}" for note in training.notes + validation.notes),
         "images": f"trained at {cfg.augment.size} px; "
         f"evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})",
         "batch": batch,

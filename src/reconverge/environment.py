@@ -4,6 +4,7 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,3 +73,9 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor()
+
+
+def cores() -> int:
+    """Cores that this process may use, of those that the local ranks share."""
+    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

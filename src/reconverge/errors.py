@@ -1,6 +1,7 @@
 """The one exception that a person is meant to read, and the exit codes of every command."""
 
 import errno
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -78,6 +79,11 @@ def explain(error: BaseException) -> Stop | None:
             "a smaller microbatch= changes Mixup and needs a run of its own",
         )
     return None
+
+
+def reason(error: Exception) -> str:
+    """What a library said, without the address of the object it said it of."""
+    return re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
 
 
 def exit_code(job: Callable[[], int]) -> int:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from reconverge.data import transforms
-from reconverge.data.loader import Feed, Images, in_sequence
+from reconverge.data.loader import Feed, Images
 from reconverge.data.mix import Normalise
+from reconverge.data.order import in_sequence
 from reconverge.data.sources import Source
 from reconverge.errors import Exit, Stop
 from reconverge.settings import Evaluate

@@ -13,19 +13,24 @@ from torch import Tensor
 from reconverge.data import transforms
 from reconverge.data.sources import Source
 from reconverge.evaluate import Result
-from reconverge.settings import Evaluate
+from reconverge.settings import Data, Evaluate
 
 
-def first_batch(path: Path, images: Tensor, targets: Tensor, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
-    """Up to 32 images as the model sees them, normalised (N, 3, H, W), with the classes of their mixed targets (N, classes)."""
+def first_batch(path: Path, images: Tensor, targets: Tensor, classes: Sequence[str], data: Data) -> None:
+    """Up to 32 images of the first microbatch, as `seen` draws them."""
+    seen(path, images[:32], targets[:32], classes, data, "first microbatch, augmented and mixed, as the model sees it")
+
+
+def seen(path: Path, images: Tensor, targets: Tensor, classes: Sequence[str], data: Data, title: str) -> None:
+    """Images as the model sees them, normalised (N, 3, H, W), with the classes of their mixed targets (N, classes)."""
     captions = []
-    for target in targets[:32].cpu():
+    for target in targets.cpu():
         weights, labels = target.topk(min(2, len(target)))
         # Label smoothing gives every class a little; a second class is named only where mixing put it there.
         named = [(w, c) for w, c in zip(weights.tolist(), labels.tolist(), strict=True) if w > 2 * float(target.min()) + 1e-6]
         captions.append("\n".join(f"{weight:.0%} {_short(classes[label])}" for weight, label in named))
-    pixels = images[:32].float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
-    _sheet(path, pixels, captions, ["black"] * len(captions), "first microbatch, augmented and mixed, as the model sees it")
+    pixels = images.float().cpu() * torch.tensor(data.std).view(3, 1, 1) + torch.tensor(data.mean).view(3, 1, 1)
+    _sheet(path, pixels, captions, ["black"] * len(captions), title)
 
 
 def predictions(path: Path, validation: Source, evaluate: Evaluate, results: dict[str, Result]) -> None:
@@ -33,7 +38,7 @@ def predictions(path: Path, validation: Source, evaluate: Evaluate, results: dic
     weights, result = max(results.items(), key=lambda item: item[1].top1)
     ids = np.unique(np.linspace(0, result.images - 1, 32).astype(np.int64))
     transform, classes = transforms.evaluation(evaluate), validation.classes
-    images = torch.stack([transform(validation.image(sample)) for sample in ids.tolist()])
+    images = torch.from_numpy(np.stack([transform(validation.read(sample)) for sample in ids.tolist()])).permute(0, 3, 1, 2)
     pairs = [(classes[true], classes[said]) for true, said in zip(validation.labels(ids), result.predicted[ids], strict=True)]
     captions = [_short(true) if true == said else f"{_short(said)}\nis {_short(true)}" for true, said in pairs]
     colours = ["green" if true == said else "crimson" for true, said in pairs]

@@ -73,3 +73,37 @@ def _duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h" if days else f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+class Meter:
+    """Images/s, MB/s and time left of a pass over `total` bytes; a line now and then where there is no terminal."""
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total = what, max(1, total)
+        self._images = self._bytes = 0
+        self._began = self._said = time.perf_counter()
+        self._bar = Bar(TextColumn(what), BarColumn(20), TextColumn("{task.description}"), console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=self._total)
+
+    def __enter__(self) -> "Meter":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+        if self._images:
+            say(f"{self._what}: {self._line()}")
+
+    def add(self, size: int, images: int = 1) -> None:
+        self._images, self._bytes = self._images + images, self._bytes + size
+        now = time.perf_counter()
+        if now - self._said > (0.2 if console.is_terminal else 30):
+            self._said = now
+            self._bar.update(self._task, completed=self._bytes, description=self._line())
+            if not console.is_terminal:
+                say(f"{self._what}: {self._line()}")
+
+    def _line(self) -> str:
+        seconds = max(1e-6, time.perf_counter() - self._began)
+        left = seconds * (self._total / max(1, self._bytes) - 1)
+        return f"{self._images} images, {self._images / seconds:.0f} images/s, {self._bytes / seconds / 1e6:.0f} MB/s, left {_duration(max(0, left))}"

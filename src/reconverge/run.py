@@ -27,6 +27,10 @@ from reconverge.settings import Train
 from reconverge.tracker import Tracker
 
 RUNS = Path("runs")
+ADVICE = (
+    "More workers= helps while cores are free; then data.decode=fast, a smaller copy (reconverge prepare --resize), "
+    "or data.window= with data.stage= where the disk is slow. `reconverge bench data` measures where the time goes."
+)
 OVERFLOWS = 30  # steps in a row that fp16 may skip while its loss scale settles
 
 _signals: dict[int, float] = {}  # number -> when it first came, by time.monotonic
@@ -66,7 +70,7 @@ def opened(path: Path) -> Opened:
         if (folder / "config.yaml").exists() and (folder / "classes.txt").exists():
             cfg = config.from_text((folder / "config.yaml").read_text(), Train)
             return Opened(folder, cfg, (folder / "classes.txt").read_text().splitlines())
-    raise Stop(Exit.MISSING, f"{path} is no run and no checkpoint of one", "runs/NAME or runs/NAME/checkpoints/step-...", "checkpoint=")
+    raise Stop(Exit.MISSING, f"{path} is no run and no checkpoint of one", "runs/NAME or runs/NAME/checkpoints/step-...", "the path")
 
 
 class Run:
@@ -84,6 +88,7 @@ class Run:
         self._pending: list[tuple[int, Any, Any, float]] = []
         self.closing = ExitStack()  # what is to be ended with the run, however it ends
         self._top1: dict[int, dict[str, float]] = {}  # of each evaluation, by step: raw and EMA, percent
+        self._intervals = 0
         self._in_a_row = 0  # steps whose gradient was not finite
         self._clock: Clock | None = None
         self._metrics: TextIO | None = None
@@ -161,8 +166,11 @@ class Run:
 
     # ---- while it trains ----
 
-    def start(self, step: int, clock: Clock, classes: list[str]) -> None:
-        """Training goes on after `step`. Only now is the folder changed: whatever might refuse the run has agreed."""
+    def start(self, step: int, clock: Clock, classes: list[str], notes: list[str]) -> None:
+        """Training goes on after `step`. Only now is the folder changed: whatever might refuse the run has agreed.
+
+        `notes`: what is to be known of the data, such as that it is a lossy copy.
+        """
         self.step, self._clock, self._end = step, clock, clock.end
         start = {"time": _now(), "after_step": step, "command": shlex.join([sys.executable, *sys.argv]), **environment.host()}
         self._environment |= {
@@ -170,6 +178,7 @@ class Run:
             "git": environment.git(),
             "packages": environment.versions(),
             "promises": self.promises(),
+            "data_notes": notes,
             "starts": [*self._environment["starts"], start],
         }
         self._write("environment.json", json.dumps(self._environment, indent=1))
@@ -217,6 +226,9 @@ class Run:
         self._status("running", Exit.DONE)
         if self._progress:
             self._progress.update(step, loss, lr, **speed)
+        self._intervals += 1
+        if self._intervals == 2 and speed["data_wait"] > 0.05:  # the first one has the start of the workers in it
+            say(f"data-wait {speed['data_wait']:.0%}: the device waits for images. {ADVICE}")
 
     def _stop_if_not_finite(self, values: list[tuple[int, float, float, float]]) -> None:
         for step, loss, norm, _ in values:
@@ -279,6 +291,8 @@ class Run:
         summary = f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {self.step}; "
         if best != self.step:
             summary += f"best {max(self._top1[best].values()):.2f} % in checkpoints/step-{best:08d}; "
+        if (replaced := self.folder / "quarantine.jsonl").exists():
+            summary += f"{len(replaced.read_text().splitlines())} damaged images were replaced (quarantine.jsonl); "
         summary += f"everything is in {self.folder}/"
         self._status("done", Exit.DONE, summary)
         self._say_last(summary)

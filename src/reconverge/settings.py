@@ -58,6 +58,7 @@ class Augment:
     interpolation: str = setting("bicubic", "of the random resized crop (official code)", ("bicubic", "bilinear", "random"))
     flip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
     auto: str = setting("rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy, or none (Table 5: magnitude 9, deviation 0.5)", pattern=r"none|rand(-(m|n|p|mmax|mstd|inc)[0-9.]+)*")
+    repeats: int = setting(1, "how often each chosen sample comes in an epoch, each time augmented anew (repeated augmentation; DeiT: 3)", low=1)
     erase: float = setting(0.25, "probability of random erasing with normal noise, per image (Table 5, mode pixel)", low=0, high=1)
 
 
@@ -98,13 +99,20 @@ class Evaluate:
 @dataclass
 class Data:
     name: str = setting(MISSING, "a file of conf/data, as data=NAME", pattern=NAME)
-    kind: str = setting(MISSING, "how it is read", ("digits", "folder", "synthetic", "trained"))
-    root: str | None = setting(None, "folder that holds the train and val folders", free=True)
+    kind: str = setting(MISSING, "how it is read", ("digits", "folder", "shards", "synthetic", "trained"))
+    root: str | None = setting(None, "folder: holds the train and val folders; shards: holds dataset.json", free=True)
     train: str = setting("train", "folder below root with one folder a class")
     val: str = setting("val", "folder below root with one folder a class")
     cache: str = setting("~/.cache/reconverge", "folder for indexes and generated images", free=True)
     mean: list[float] = setting([0.485, 0.456, 0.406], "of R, G, B in 0..1 (ImageNet's)")
     std: list[float] = setting([0.229, 0.224, 0.225], "of R, G, B in 0..1 (ImageNet's)")
+    dataset: str | None = setting(None, "shards only: what dataset.json must say that it is; null takes any")
+    decode: str = setting("exact", "of training images: exact has Pillow's pixels; fast resamples with torch: 0.04 of 255 off on average", ("exact", "fast"))
+    window: str = setting("all", "shuffle over everything, or, for sequential reading, within windows of so many shards", pattern=r"all|[1-9][0-9]*")
+    stage: str | None = setting(None, "folder on a local disk, to which the shards of the coming windows are copied; null reads them where they are", free=True)
+    stage_gb: float = setting(100.0, "10^9 bytes that stage may take on each node", low=0, free=True)
+    on_bad_image: str = setting("stop", "a training image that is damaged or cannot be decoded: stop, or substitute another", ("stop", "substitute"), free=True)
+    max_substitutes: int = setting(100, "different images that may be substituted before the run stops", low=0, free=True)
     images: int = setting(5120, "synthetic only: training images; a tenth as many for validation", low=10)
     classes: int = setting(1000, "synthetic only: number of classes", low=2)
 

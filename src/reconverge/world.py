@@ -1,5 +1,6 @@
 """The machine under a run: rank, device, threads, precision. A lone process is a world of one."""
 
+import ctypes
 import os
 import sys
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 class World:
     def __init__(self, device: str, precision: str, deterministic: bool):
         """Errors: Stop(USAGE) for a device or precision that this machine lacks, or several ranks."""
-        self.size = 1  # ranks
+        self.rank, self.size = 0, 1
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise Stop(
                 Exit.USAGE,
@@ -29,6 +30,8 @@ class World:
         if device == "cuda" and available == "cpu":
             raise Stop(Exit.USAGE, "device=cuda, and torch sees no GPU", "cpu, or a GPU with a driver that torch can use", "device=cpu")
         self.device = torch.device(available if device == "auto" else device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.precision = precision
         if precision == "tf32" and (self.device.type == "cpu" or torch.cuda.get_device_capability() < (8, 0)):
             raise Stop(
@@ -78,17 +81,22 @@ class World:
         return f"{environment.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def cores() -> int:
-    """Cores that this process may use, of those that the local ranks share."""
-    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def keep_freed_memory() -> None:
+    """Let malloc keep large blocks that are freed, for the next step's tensors.
+
+    Mapped anew each time, their pages are zeroed and faulted in one by one: 8 to 10 % of a training step on a CPU.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to the system
 
 
 def default_workers(device: torch.device) -> int:
     """On a GPU every core but the main process's, 16 at most; on a CPU one, for there the model takes the time."""
-    return min(16 if device.type == "cuda" else 1, cores() - 1)
+    return min(16 if device.type == "cuda" else 1, environment.cores() - 1)
 
 
 def default_threads(device: torch.device, workers: int) -> int:
     """Threads and workers together never take more than the cores."""
-    return 1 if device.type == "cuda" else max(1, cores() - workers)
+    return 1 if device.type == "cuda" else max(1, environment.cores() - workers)

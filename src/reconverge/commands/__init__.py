@@ -6,7 +6,13 @@ from importlib import import_module
 
 from reconverge.errors import exit_code
 
-COMMANDS = {"models": "the table of models: counted and published size, accuracy, recipes"}
+COMMANDS = {
+    "prepare": "from what people download to verified shards",
+    "check": "read every byte of prepared shards, name each fault",
+    "batch": "the images of one step of a run, with their keys",
+    "bench": "measure the loader alone",
+    "models": "the table of models: counted and published size, accuracy, recipes",
+}
 
 
 def main() -> None:
@@ -15,5 +21,10 @@ def main() -> None:
     for name, help in COMMANDS.items():
         command = import_module(f"reconverge.commands.{name}")  # light: what takes seconds to import, a command imports as it runs
         command.add_arguments(subparsers.add_parser(name, help=help, description=command.__doc__))
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    if hasattr(arguments, "overrides"):  # key=value may stand on both sides of an option
+        arguments.overrides += [argument for argument in rest if not argument.startswith("-")]
+        rest = [argument for argument in rest if argument.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     sys.exit(exit_code(lambda: import_module(f"reconverge.commands.{arguments.command}").run(arguments)))

@@ -3,11 +3,13 @@ the number of workers and the step where one starts change nothing.
 """
 
 import atexit
+import json
+import multiprocessing
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,40 +18,105 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from reconverge import chance
+from reconverge.data.decode import Undecodable
+from reconverge.data.order import Microbatch
 from reconverge.data.sources import Source
 from reconverge.data.transforms import Transform
 from reconverge.errors import Exit, Stop
 
 
+class Bad(NamedTuple):
+    """A sample that cannot be read or decoded, and the one that stands in for it."""
+
+    sample: int
+    reason: str
+    substitute: int
+
+
 class Batch(NamedTuple):
-    images: Tensor  # uint8 (N, 3, H, W)
+    images: Tensor  # uint8 (N, 3, H, W), in memory as (N, H, W, 3)
     labels: Tensor  # int64 (N,)
 
 
-def in_sequence(images: int, batch: int) -> list[tuple[int, np.ndarray]]:
-    """Every sample id once, in order, for evaluation."""
-    return [(0, np.arange(first, min(first + batch, images))) for first in range(0, images, batch)]
-
-
 class Images(Dataset):
-    """Decodes and augments the images of one batch. A Stop is returned as a value: raised in a worker, it would arrive as a traceback."""
+    """Decodes and augments the images of one microbatch. A Stop is returned as a value: raised in a worker, it would arrive as a traceback.
 
-    def __init__(self, source: Source, transform: Transform, seed: int):
-        self.source, self.transform, self.seed = source, transform, seed
+    `on_bad_image`: stop, or substitute a sample whose content is damaged by another, which is a function of its id alone.
+    """
 
-    def __getitem__(self, at: tuple[int, np.ndarray]) -> Batch | Stop:
-        epoch, ids = at
+    def __init__(self, source: Source, transform: Transform, seed: int, on_bad_image: str = "stop"):
+        self.source, self.transform, self.seed, self.on_bad_image = source, transform, seed, on_bad_image
+
+    def __getitem__(self, microbatch: Microbatch | Stop) -> tuple[Batch, list[Bad]] | Stop:
+        if isinstance(microbatch, Stop):
+            return microbatch
+        bad: list[Bad] = []
         try:
-            images = torch.stack([self.sample(epoch, sample) for sample in ids.tolist()])
+            taken = [
+                self._good(microbatch.epoch, sample, repeat, bad)
+                for sample, repeat in zip(microbatch.ids.tolist(), microbatch.repeats.tolist(), strict=True)
+            ]
         except Stop as stop:
             return stop
-        return Batch(images, torch.from_numpy(self.source.labels(ids)))
+        images = torch.from_numpy(np.stack([pixels for pixels, _ in taken])).permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
+        labels = self.source.labels(np.array([sample for _, sample in taken]))
+        return Batch(images, torch.from_numpy(labels)), bad
 
-    def sample(self, epoch: int, sample: int) -> Tensor:
-        """One augmented image, uint8 (3, H, W)."""
-        image = self.source.image(sample)
-        with chance.scope(self.seed, "augment", epoch, sample, 0):  # 0: the first of a recipe's repeats
-            return self.transform(image)
+    def key(self, epoch: int, sample: int, repeat: int) -> tuple[int | str, ...]:
+        """Of the augmentation of an image."""
+        return self.seed, "augment", epoch, sample, repeat
+
+    def sample(self, epoch: int, sample: int, repeat: int) -> np.ndarray:
+        """One augmented image, uint8 (H, W, 3). Errors: Stop, with code DAMAGED where the content is at fault."""
+        data = self.source.read(sample)
+        try:
+            with chance.scope(*self.key(epoch, sample, repeat)):
+                return self.transform(data)
+        except Undecodable as error:
+            raise Stop(
+                Exit.DAMAGED,
+                f"{self.source.where(sample)}: {error}",
+                "images that Pillow can decode whole",
+                "replace or remove the file and start a new run; or data.on_bad_image=substitute",
+            ) from None
+
+    def _good(self, epoch: int, sample: int, repeat: int, bad: list[Bad]) -> tuple[np.ndarray, int]:
+        """The pixels of a sample and its id; where it is damaged those of its substitute, and a line in `bad`."""
+        for _attempt in range(100):
+            try:
+                return self.sample(epoch, sample, repeat), sample
+            except Stop as stop:
+                if self.on_bad_image == "stop" or stop.code != Exit.DAMAGED:
+                    raise
+                other = chance.key("substitute", sample) % len(self.source)
+                bad.append(Bad(sample, stop.args[1], other))
+                trouble, sample = stop, other
+        raise trouble
+
+
+class Quarantine:
+    """quarantine.jsonl: every sample that was replaced, once. More than `limit` of them stop the run."""
+
+    def __init__(self, path: Path, limit: int):
+        self.path, self._limit = path, limit
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        self.samples = {json.loads(line)["sample"] for line in lines}
+
+    def note(self, bad: list[Bad]) -> None:
+        """Errors: Stop(DAMAGED)."""
+        for entry in bad:
+            if entry.sample in self.samples:
+                continue
+            self.samples.add(entry.sample)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry._asdict()) + "\n")
+            if len(self.samples) > self._limit:
+                raise Stop(
+                    Exit.DAMAGED,
+                    f"{len(self.samples)} images had to be replaced, the last: {entry.reason}",
+                    f"data.max_substitutes={self._limit}",
+                    f"mend the data (all are listed in {self.path}), or raise the limit",
+                )
 
 
 class Feed:
@@ -58,14 +125,23 @@ class Feed:
     With `ahead`, the copy of the next batch runs on a side stream while the device works on this one.
     """
 
-    def __init__(self, images: Images, batches: Iterable[tuple[int, np.ndarray]], workers: int, device: torch.device, ahead: bool):
+    def __init__(
+        self,
+        images: Images,
+        microbatches: Iterable[Microbatch | Stop],
+        workers: int,
+        device: torch.device,
+        ahead: bool,
+        quarantine: Quarantine | None = None,
+    ):
         self.waited = 0.0
+        self._quarantine = quarantine
         self._device = device
         self._ahead = ahead
         self._side = torch.cuda.Stream(device) if device.type == "cuda" and ahead else None
         self._loader = DataLoader(
             images,
-            sampler=batches,  # type: ignore[arg-type]
+            sampler=microbatches,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -77,8 +153,6 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         loaded = iter(self._loader)
-        end = partial(_end_workers, loaded)
-        atexit.register(end)  # an error may keep this generator alive until the process ends
         try:
             following = self._next(loaded)
             while following is not None:
@@ -90,13 +164,12 @@ class Feed:
                     yield batch
                     following = self._next(loaded)
         finally:
-            end()
-            atexit.unregister(end)
+            _end_workers(loaded)
 
-    def _next(self, loaded: Iterator[Batch | Stop]) -> Batch | None:
+    def _next(self, loaded: Iterator[tuple[Batch, list[Bad]] | Stop]) -> Batch | None:
         started = time.perf_counter()
         try:
-            batch = next(loaded, None)
+            arrived = next(loaded, None)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -108,9 +181,14 @@ class Feed:
             ) from error
         finally:
             self.waited += time.perf_counter() - started
-        if isinstance(batch, Stop):
-            raise batch
-        if batch is None or self._device.type == "cpu":
+        if isinstance(arrived, Stop):
+            raise arrived
+        if arrived is None:
+            return None
+        batch, bad = arrived
+        if self._quarantine:
+            self._quarantine.note(bad)
+        if self._device.type == "cpu":
             return batch
         with torch.cuda.stream(self._side):  # None: the current one
             images = batch.images.to(self._device, non_blocking=True)
@@ -130,11 +208,17 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _end_workers(loaded: Any) -> None:
-    """Python ends workers by SIGTERM, which ours ignore, and would then wait for them for ever."""
     if hasattr(loaded, "_shutdown_workers"):
         loaded._shutdown_workers()
         for worker in loaded._workers:
             worker.kill()
+
+
+@atexit.register
+def _kill_children() -> None:
+    """An error may leave workers behind. Python would end them by SIGTERM, which ours ignore, and wait for them for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _ignore_signals(worker: int) -> None:

@@ -4,51 +4,130 @@ It is evaluated only where it is asked: opening, seeking and memory do not grow 
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from reconverge import chance
+from reconverge.data.shards import Shards
+from reconverge.data.sources import Source
+from reconverge.settings import Train
 
 VERSION = "order-1"  # recorded in every run; a change of this file that moves a golden hash needs a new name
 ROUNDS = 8
 
 
+class Microbatch(NamedTuple):
+    epoch: int
+    ids: np.ndarray  # int64 (N,)
+    repeats: np.ndarray  # int64 (N,): which of the augmentations that the sample has in this epoch
+    window: int = 0  # in which the first of them lies
+
+
+def in_sequence(images: int, batch: int) -> list[Microbatch]:
+    """Every sample id once, in order, for evaluation."""
+    ids = [np.arange(first, min(first + batch, images)) for first in range(0, images, batch)]
+    return [Microbatch(0, part, np.zeros_like(part)) for part in ids]
+
+
+class Windows:
+    """An epoch in windows of `width` shards: shards in an order of their own, and all images of a window shuffled among each other.
+
+    Sample ids count through the shards; `images` is how many each shard holds.
+    """
+
+    def __init__(self, images: np.ndarray, width: int, seed: int):
+        self._images, self.width, self._seed = images, width, seed
+        self._first_id = np.cumsum(images) - images
+        self._epoch = lru_cache(maxsize=2)(self._laid_out)
+
+    @property
+    def count(self) -> int:
+        """Windows of an epoch."""
+        return -(-len(self._images) // self.width)
+
+    def shards(self, epoch: int, window: int) -> np.ndarray:
+        """The shards of one window."""
+        return self._epoch(epoch)[0][window * self.width : (window + 1) * self.width]
+
+    def window(self, epoch: int, position: int) -> int:
+        return int(np.searchsorted(self._epoch(epoch)[2], position, side="right"))
+
+    def ids(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Sample ids, int64, at positions of an epoch: each id once an epoch."""
+        shards, first, ends = self._epoch(epoch)
+        windows, ids = np.searchsorted(ends, positions, side="right"), np.empty(len(positions), np.int64)
+        for window in np.unique(windows):
+            began = ends[window - 1] if window else 0
+            mine = windows == window
+            shuffled = began + permuted(
+                positions[mine] - began, int(ends[window] - began), self._seed, VERSION, epoch, "window", int(window)
+            )
+            place = np.searchsorted(first, shuffled, side="right") - 1
+            ids[mine] = self._first_id[shards[place]] + shuffled - first[place]
+        return ids
+
+    def _laid_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The shards in the order of the epoch, the position at which each begins, and at which each window ends."""
+        shards = permuted(np.arange(len(self._images)), len(self._images), self._seed, VERSION, epoch, "shards")
+        after = np.cumsum(self._images[shards])
+        last = np.minimum(np.arange(1, self.count + 1) * self.width, len(shards)) - 1  # shard of each window
+        return shards, after - self._images[shards], after[last]
+
+
 class Order:
-    """Which images each microbatch of training takes. `overfit`: every step takes those of step 0."""
+    """Which images each microbatch of training takes: each (sample, repeat) at most once an epoch, in images // batch steps.
 
-    def __init__(self, images: int, batch: int, microbatch: int, seed: int, overfit: bool = False):
-        self.images, self.batch, self.microbatch, self.seed, self.overfit = images, batch, microbatch, seed, overfit
+    `repeats`: how often each chosen sample comes in an epoch, never twice in one microbatch. `windows`: None shuffles over
+    everything. `overfit`: every step takes the images of step 0.
+    """
 
-    def ids(self, step: int, microbatch: int) -> tuple[int, np.ndarray]:
-        """Epoch, and sample ids (int64) of one microbatch of a step."""
-        steps_per_epoch = self.images // self.batch
-        epoch, step_of_epoch = divmod(0 if self.overfit else step, steps_per_epoch)
-        first = step_of_epoch * self.batch + microbatch * self.microbatch
-        return epoch, sample_ids(np.arange(first, first + self.microbatch), self.images, self.seed, epoch)
+    def __init__(
+        self, images: int, batch: int, microbatch: int, seed: int, overfit: bool = False, repeats: int = 1, windows: Windows | None = None
+    ):
+        self.images, self.batch, self.seed, self.overfit, self.repeats, self.windows = images, batch, seed, overfit, repeats, windows
+        self.microbatches = batch // microbatch
 
-    def steps(self, start: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, sample ids) of every microbatch of steps start..end-1, in turn."""
-        for step in range(start, end):
-            for microbatch in range(self.batch // self.microbatch):
-                yield self.ids(step, microbatch)
+    @classmethod
+    def of(cls, cfg: Train, source: Source) -> "Order":
+        """The order of a run over its training images."""
+        windows = (
+            Windows(source.images_of, int(cfg.data.window), cfg.seed) if isinstance(source, Shards) and cfg.data.window != "all" else None
+        )
+        return cls(len(source), cfg.batch, cfg.microbatch, cfg.seed, cfg.debug.overfit, cfg.augment.repeats, windows)
+
+    def microbatch(self, step: int, number: int) -> Microbatch:
+        """Neighbouring positions of a step lie in different microbatches, and so do the repeats of a sample."""
+        epoch, first = divmod(0 if self.overfit else step, self.images // self.batch)
+        positions = first * self.batch + np.arange(number, self.batch, self.microbatches)
+        chosen, repeats = np.divmod(positions, self.repeats)
+        if self.windows:
+            return Microbatch(epoch, self.windows.ids(epoch, chosen), repeats, self.windows.window(epoch, int(chosen[0])))
+        return Microbatch(epoch, permuted(chosen, self.images, self.seed, VERSION, epoch), repeats)
+
+    def steps(self, start: int, end: int, rank: int = 0, ranks: int = 1) -> Iterator[Microbatch]:
+        """The microbatches of steps start..end-1 that a rank takes: of each step its contiguous block, in turn."""
+        mine = range(rank * self.microbatches // ranks, (rank + 1) * self.microbatches // ranks)
+        return (self.microbatch(step, number) for step in range(start, end) for number in mine)
 
     def step_ids(self, step: int) -> list[int]:
         """All sample ids of one step."""
-        return [int(sample) for _, ids in self.steps(step, step + 1) for sample in ids]
+        return [int(sample) for microbatch in self.steps(step, step + 1) for sample in microbatch.ids]
 
 
-def sample_ids(positions: np.ndarray, images: int, seed: int, epoch: int) -> np.ndarray:
-    """Sample ids, int64 of the shape of `positions`, at positions 0..images-1 of an epoch: each id once an epoch.
+def permuted(positions: np.ndarray, size: int, *key: int | str) -> np.ndarray:
+    """Numbers, int64 of the shape of `positions`, at positions 0..size-1 of the permutation of 0..size-1 that `key` stands for.
 
-    A keyed bijection of the smallest 2^(2k) >= images (a Feistel network on two halves of k bits), walked along its
-    cycle until it falls below `images` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    A keyed bijection of the smallest 2^(2k) >= size (a Feistel network on two halves of k bits), walked along its
+    cycle until it falls below `size` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
-    half = max(1, (max(images - 1, 1).bit_length() + 1) // 2)
-    keys = [np.uint64(chance.key(seed, VERSION, epoch, round)) for round in range(ROUNDS)]
-    ids = _permute(np.asarray(positions).astype(np.uint64), half, keys)
-    while (outside := ids >= images).any():
-        ids[outside] = _permute(ids[outside], half, keys)
-    return ids.astype(np.int64)
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    keys = [np.uint64(chance.key(*key, round)) for round in range(ROUNDS)]
+    numbers = _permute(np.asarray(positions).astype(np.uint64), half, keys)
+    while (outside := numbers >= size).any():
+        numbers[outside] = _permute(numbers[outside], half, keys)
+    return numbers.astype(np.int64)
 
 
 def _permute(values: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray:

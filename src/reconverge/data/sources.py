@@ -1,4 +1,4 @@
-"""Where images come from. A source has `classes`, `fingerprint`, `len`, `labels(ids)` and `image(id)`."""
+"""Where images come from. A source gives the bytes of a sample, its label, and what to call it in a message."""
 
 import os
 import shutil
@@ -13,75 +13,26 @@ import numpy as np
 from PIL import Image
 
 from reconverge import chance
-from reconverge.data.index import Index, open_index
+from reconverge.data.folder import open_folder
+from reconverge.data.shards import open_shards
 from reconverge.errors import Exit, Stop
 from reconverge.settings import Data
 
 
 class Source(Protocol):
     classes: list[str]
-    fingerprint: str  # of what decides the images: paths, sizes and labels of files, not their content
-    ignored: int  # files that are no images
+    fingerprint: str  # of what decides the images: paths, sizes and labels of files, checksums of shards
+    notes: list[str]  # what whoever trains on it should know
 
     def __len__(self) -> int: ...
     def labels(self, ids: np.ndarray) -> np.ndarray: ...
-    def image(self, sample: int) -> Image.Image: ...
+    def read(self, sample: int) -> bytes: ...
+    def where(self, sample: int) -> str: ...
 
 
 def open_sources(data: Data) -> tuple[Source, Source]:
-    """The training and the validation images. Errors: Stop(MISSING, PERMISSION, USAGE)."""
+    """The training and the validation images. Errors: Stop(MISSING, PERMISSION, USAGE, DAMAGED)."""
     return KINDS[data.kind](data)
-
-
-class Folder:
-    """Images of class folders, in any format that Pillow reads, as RGB."""
-
-    def __init__(self, index: Index):
-        self.index = index
-        self.classes = index.classes
-        self.fingerprint = index.fingerprint
-        self.ignored = len(index.ignored)
-        self.labels = index.labels
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def image(self, sample: int) -> Image.Image:
-        """RGB as Pillow's convert gives it, whatever the mode of the file; EXIF is not parsed.
-
-        Errors: Stop(DAMAGED, MISSING, PERMISSION), and NOT_COMPARABLE for a file that has changed since it was listed.
-        """
-        path = self.index.path(sample)
-        try:
-            with open(path, "rb") as file:
-                if (size := os.fstat(file.fileno()).st_size) != self.index.bytes(sample):
-                    raise Stop(
-                        Exit.NOT_COMPARABLE,
-                        f"{path} (sample {sample}) has {size} bytes and had {self.index.bytes(sample)} when it was listed",
-                        "the files that were listed when the run began",
-                        "put it back; or touch its folder, so that it is listed anew, and start a new run",
-                    )
-                return Image.open(file).convert("RGB")
-        except Stop:
-            raise
-        except FileNotFoundError:
-            raise Stop(
-                Exit.MISSING,
-                f"{path} (sample {sample}) is gone",
-                "the files that were listed when the run began",
-                "put it back, or start a new run",
-            ) from None
-        except PermissionError:
-            raise Stop(
-                Exit.PERMISSION, f"{path} (sample {sample}) may not be read", "files that this user may read", f"chmod +r {path}"
-            ) from None
-        except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error and more on broken files
-            raise Stop(
-                Exit.DAMAGED,
-                f"{path} (sample {sample}): {type(error).__name__}: {error}",
-                "images that Pillow can decode whole",
-                "replace or remove the file, and start a new run",
-            ) from None
 
 
 def open_validation(data: Data, classes: list[str]) -> Source:
@@ -90,7 +41,7 @@ def open_validation(data: Data, classes: list[str]) -> Source:
     Errors: as open_sources, and Stop(NOT_COMPARABLE) for other classes.
     """
     if data.kind == "folder":
-        return Folder(open_index(Path(str(data.root)).expanduser() / data.val, Path(data.cache).expanduser(), classes))
+        return open_folder(_root(data) / data.val, Path(data.cache).expanduser(), classes)
     validation = open_sources(data)[1]
     if validation.classes != classes:
         raise Stop(
@@ -102,10 +53,18 @@ def open_validation(data: Data, classes: list[str]) -> Source:
     return validation
 
 
+def _root(data: Data) -> Path:
+    return Path(str(data.root)).expanduser()
+
+
 def _folder(data: Data) -> tuple[Source, Source]:
-    root, cache = Path(str(data.root)).expanduser(), Path(data.cache).expanduser()
-    train = open_index(root / data.train, cache)
-    return Folder(train), Folder(open_index(root / data.val, cache, train.classes))
+    root, cache = _root(data), Path(data.cache).expanduser()
+    train = open_folder(root / data.train, cache)
+    return train, open_folder(root / data.val, cache, train.classes)
+
+
+def _shards(data: Data) -> tuple[Source, Source]:
+    return open_shards(_root(data), data.dataset)
 
 
 def _digits(data: Data) -> tuple[Source, Source]:
@@ -138,7 +97,8 @@ class Synthetic:
     """Noise, each image a function of its sample id, for speed and memory without a data set."""
 
     def __init__(self, images: int, classes: int, split: str):
-        self.images, self.split, self.ignored = images, split, 0
+        self.images, self.split = images, split
+        self.notes: list[str] = []
         self.classes = [f"class{label:05d}" for label in range(classes)]
         self.fingerprint = sha256(f"synthetic-1 {split} {images} {classes}".encode()).hexdigest()
 
@@ -148,13 +108,21 @@ class Synthetic:
     def labels(self, ids: np.ndarray) -> np.ndarray:
         return ids % len(self.classes)
 
-    def image(self, sample: int) -> Image.Image:
+    def read(self, sample: int) -> bytes:
         noise = chance.uniform((400, 500, 3), "synthetic", self.split, sample)  # ImageNet's usual size
-        return Image.fromarray((noise * 256).astype(np.uint8))
+        return b"P6 500 400 255\n" + (noise * 256).astype(np.uint8).tobytes()  # a PPM file
+
+    def where(self, sample: int) -> str:
+        return f"synthetic image {sample}"
 
 
 def _synthetic(data: Data) -> tuple[Source, Source]:
     return Synthetic(data.images, data.classes, "train"), Synthetic(max(1, data.images // 10), data.classes, "val")
 
 
-KINDS: dict[str, Callable[[Data], tuple[Source, Source]]] = {"digits": _digits, "folder": _folder, "synthetic": _synthetic}
+KINDS: dict[str, Callable[[Data], tuple[Source, Source]]] = {
+    "digits": _digits,
+    "folder": _folder,
+    "shards": _shards,
+    "synthetic": _synthetic,
+}

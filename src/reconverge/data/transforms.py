@@ -1,24 +1,28 @@
-"""From a PIL image to uint8 pixels, in a data worker: timm's own transforms, up to where the device takes over."""
+"""From the bytes of an image file to augmented uint8 pixels, in a data worker: timm's own transforms, up to where the device takes over."""
 
 import math
+import random
 from collections.abc import Callable
 
+import numpy as np
+import torch
 from PIL import Image
-from timm.data.transforms_factory import transforms_imagenet_eval, transforms_imagenet_train
-from torch import Tensor
+from timm.data.transforms_factory import transforms_imagenet_train
 
+from reconverge.data.decode import crop_and_resize, dimensions
 from reconverge.settings import Augment, Evaluate
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[bytes], np.ndarray]
 
 
-def training(augment: Augment, mean: list[float]) -> Transform:
-    """Random resized crop, flip, RandAugment: uint8 (3, size, size). Draws from the global generators.
+def training(augment: Augment, mean: list[float], decode: str = "exact") -> Transform:
+    """Random resized crop, flip, RandAugment: uint8 (size, size, 3). Draws from the global generators. Errors: Undecodable.
 
-    timm's use_prefetcher leaves normalising and erasing to the device. Colour jitter is off: the published command asks
-    for 0.4, which timm drops wherever RandAugment is on. `mean` fills what a rotation or shear uncovers.
+    Draws and pixels are those of timm's transforms_imagenet_train; normalising and erasing are left to the device. Colour jitter
+    is off: the published command asks for 0.4, which timm drops wherever RandAugment is on. `mean` fills what a rotation uncovers.
+    `decode`: exact or fast, see decode.py.
     """
-    return transforms_imagenet_train(
+    first, auto, _ = transforms_imagenet_train(
         augment.size,
         scale=(augment.scale[0], augment.scale[1]),
         ratio=(augment.ratio[0], augment.ratio[1]),
@@ -28,18 +32,41 @@ def training(augment: Augment, mean: list[float]) -> Transform:
         interpolation=augment.interpolation,
         mean=tuple(mean),
         use_prefetcher=True,
+        separate=True,
     )
+    crop = first.transforms[0]
+    filters = crop.interpolation if augment.interpolation == "random" else None
+
+    def transform(data: bytes) -> np.ndarray:
+        width, height = dimensions(data)
+        like = torch.empty((height, width), device="meta")  # get_params looks at the size alone
+        top, left, rows, columns = crop.get_params(like, crop.scale, crop.ratio)
+        interpolation = random.choice(filters).value if filters else augment.interpolation
+        box = (left, top, left + columns, top + rows)
+        pixels = crop_and_resize(data, box, (augment.size, augment.size), interpolation, decode == "fast")
+        image = Image.fromarray(pixels)
+        if augment.flip and torch.rand(1).item() < augment.flip:  # torchvision's draw
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for augmentation in auto.transforms:
+            image = augmentation(image)
+        return np.asarray(image)
+
+    return transform
 
 
 def evaluation(evaluate: Evaluate) -> Transform:
-    """Resize and centre crop, or warp: uint8 (3, size, size). Draws nothing."""
-    return transforms_imagenet_eval(
-        evaluate.size,
-        crop_pct=evaluate.crop_ratio,
-        crop_mode="squash" if evaluate.mode == "squash" else "center",
-        interpolation=evaluate.interpolation,
-        use_prefetcher=True,
-    )
+    """Resize and centre crop, or warp: uint8 (size, size, 3). Draws nothing. Errors: Undecodable."""
+    side, size = resized_side(evaluate), evaluate.size
+
+    def transform(data: bytes) -> np.ndarray:
+        width, height = dimensions(data)
+        short = min(width, height)
+        resized = (side, side) if evaluate.mode == "squash" else (int(side * width / short), int(side * height / short))
+        pixels = crop_and_resize(data, (0, 0, width, height), resized, evaluate.interpolation, fast=False)
+        left, top = (round((length - size) / 2) for length in resized)
+        return pixels[top : top + size, left : left + size]
+
+    return transform
 
 
 def resized_side(evaluate: Evaluate) -> int:

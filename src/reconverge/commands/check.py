@@ -1,0 +1,81 @@
+"""Read every byte of a data set and name each fault by shard, key and offset."""
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from reconverge.environment import cores
+from reconverge.errors import Exit, Stop
+from reconverge.progress import Meter, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that reconverge prepare made")
+    parser.add_argument("--jobs", type=int, metavar="N", help="shards that are read at a time (default: the cores)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from reconverge.data import shards
+
+    root = arguments.folder.expanduser()
+    about = shards.load(root)
+    faults = shards.problems(root, about)
+    total = sum(shard["bytes"] for part in about["splits"].values() for shard in part["shards"])
+    with ThreadPoolExecutor(arguments.jobs or cores()) as threads, Meter("checking", total) as meter:
+        jobs = []
+        for split, part in about["splits"].items():
+            table = root / part["index"]
+            if table.exists() and shards.digest_of(table) != part["index_sha256"]:
+                faults.append((Exit.DAMAGED, f"{table} is damaged: it is not what dataset.json says"))
+            elif table.exists():
+                jobs += [threads.submit(_faults, root, about, split, number, meter) for number in range(len(part["shards"]))]
+        for job in jobs:
+            faults += [fault for fault in job.result() if fault not in faults]
+    for _, fault in faults:
+        say(fault)
+    for note in [note for split in about["splits"] for note in shards.notes(about, split)]:
+        say(f"note: {note}")
+    if faults:
+        raise Stop(
+            min(code for code, _ in faults),
+            f"{len(faults)} faults in {root}",
+            "every byte as it was prepared",
+            "copy these shards again, or prepare anew",
+        )
+    say(f"{root}: every byte is as it was prepared")
+    return Exit.DONE
+
+
+def _faults(root: Path, about: dict[str, Any], split: str, number: int, meter: Meter) -> list[tuple[Exit, str]]:
+    """What is wrong with one shard. A digest that is right says that nothing is; else each image is looked at."""
+    import xxhash
+
+    from reconverge.data import shards
+
+    source = shards.Shards(root, about, split)
+    shard = source.shards[number]
+    path = root / shard["name"]
+    try:
+        if shards.digest_of(path) == shard["sha256"]:
+            meter.add(shard["bytes"], shard["images"])
+            return []
+    except FileNotFoundError:
+        return [(Exit.MISSING, f"{path} is missing")]
+    found = []
+    first = int(source.images_of[:number].sum())
+    with open(path, "rb") as file:
+        for row in source.index.table[first : first + shard["images"]]:
+            file.seek(int(row["offset"]))
+            data = file.read(int(row["size"]))
+            if len(data) != row["size"] or xxhash.xxh3_64_intdigest(data) != row["checksum"]:
+                what = "is cut off" if len(data) != row["size"] else "has other bytes"
+                found.append((Exit.DAMAGED, f"{path}: {os.fsdecode(row['key'])} at byte {row['offset']} {what}"))
+        file.seek(0)
+        try:
+            for _ in shards.samples(file, str(path)):
+                pass
+        except Stop as stop:
+            found.append((stop.code, str(stop.args[1])))
+    return found or [(Exit.DAMAGED, f"{path}: a header, a label or padding is not as it was prepared (sha256)")]

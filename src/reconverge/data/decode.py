@@ -1,0 +1,91 @@
+"""From the bytes of an image file to pixels: one seam, bytes + crop box + size -> uint8 array, behind which faster ways have their place."""
+
+import io
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+from reconverge.errors import reason
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # pixels, beyond which Pillow speaks of a decompression bomb
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the image
+
+
+class Undecodable(Exception):
+    """Not an image that Pillow can decode whole."""
+
+
+def dimensions(data: bytes) -> tuple[int, int]:
+    """Width and height, from the header alone. Errors: Undecodable."""
+    if header := _plain_jpeg(data):
+        return header
+    return _opened(data).size
+
+
+def crop_and_resize(data: bytes, box: Box, size: tuple[int, int], interpolation: str, fast: bool) -> np.ndarray:
+    """The pixels of `box`, resampled to `size` (width, height): uint8 (height, width, 3), RGB.
+
+    Bit-equal to Pillow's convert("RGB").crop(box).resize(size, interpolation). `fast` takes torch's resampling of bytes,
+    which differs by 0.04 of 255 on average, 8 at most on photographs, and takes about half the time. EXIF is not parsed.
+    Errors: Undecodable.
+    """
+    left, top, right, bottom = box
+    if not fast:
+        return np.asarray(_cropped(data, box).resize(size, RESAMPLING[interpolation]))
+    pixels = _decoded(data, "RGB")
+    if pixels is None:
+        pixels = np.array(_converted(data))
+    planes = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]  # (H, W, 3) -> (1, 3, H, W), in the same memory
+    planes = torch.nn.functional.interpolate(planes, size[::-1], mode=interpolation, antialias=True)
+    return planes[0].permute(1, 2, 0).numpy()
+
+
+def _cropped(data: bytes, box: Box) -> Image.Image:
+    left, top, right, bottom = box
+    pixels = _decoded(data, "RGBX")
+    if pixels is None:
+        return _converted(data).crop(box)
+    # Pillow keeps four bytes a pixel too: of the crop alone, each row is copied as it is.
+    width = pixels.shape[1]
+    rows: Any = pixels.reshape(-1)[4 * (top * width + left) :]
+    return Image.frombytes("RGB", (right - left, bottom - top), rows, "raw", "RGBX", 4 * width, 1)
+
+
+def _decoded(data: bytes, space: str) -> np.ndarray | None:
+    """The whole image: uint8 (H, W, channels of `space`). None where it is for Pillow to decide."""
+    try:
+        return simplejpeg.decode_jpeg(data, space) if _plain_jpeg(data) else None
+    except ValueError:  # a warning of libjpeg is enough; Pillow reads on where it can
+        return None
+
+
+def _converted(data: bytes) -> Image.Image:
+    try:
+        return _opened(data).convert("RGB")
+    except Exception as error:  # OSError, ValueError, SyntaxError, struct.error and more on broken files
+        raise _undecodable(error) from None
+
+
+def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG that needs nothing of Pillow: gray or YCbCr (not CMYK), and no bomb."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (width, height) if space in ("YCbCr", "Gray") and 0 < width * height <= LARGEST else None
+
+
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except Exception as error:
+        raise _undecodable(error) from None
+
+
+def _undecodable(error: Exception) -> Exception:
+    return error if isinstance(error, MemoryError | Undecodable) else Undecodable(reason(error))

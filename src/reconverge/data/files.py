@@ -1,0 +1,53 @@
+"""Reading files: by position, and with patience for a disk or network that fails for a moment."""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from reconverge.errors import Exit, Stop
+
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ECONNRESET, errno.ENETDOWN, errno.EHOSTDOWN}
+WAITS = (0.1, 1.0, 5.0)  # seconds before each further try
+
+Result = TypeVar("Result")
+
+
+def patiently(job: Callable[[], Result], where: str) -> Result:
+    """What `job` returns; faults of disk or network are tried again. Errors: Stop(DISK) where they last."""
+    for wait in WAITS:
+        try:
+            return job()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            print(f"{where}: {error.strerror}; trying again in {wait} s", file=sys.stderr, flush=True)
+        time.sleep(wait)
+    try:
+        return job()
+    except OSError as error:
+        if error.errno not in PASSING:
+            raise
+        raise Stop(
+            Exit.DISK,
+            f"{where}: {error.strerror}, {len(WAITS) + 1} times in {sum(WAITS):.0f} s",
+            "a disk or network that answers",
+            "see to it, then run the same command again: it goes on from the last checkpoint",
+        ) from error
+
+
+class ByPosition:
+    """An open file that has no position of its own, so that forked processes may share it; closed when it is forgotten."""
+
+    def __init__(self, path: Path):
+        self._number = os.open(path, os.O_RDONLY)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._number, size, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)

@@ -1,0 +1,256 @@
+"""A data set in WebDataset shards: dataset.json, one index a split, tar files. `reconverge prepare` makes it."""
+
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import xxhash
+
+from reconverge.data import index, tar
+from reconverge.data.files import ByPosition, patiently
+from reconverge.errors import Exit, Stop
+
+FORMAT = "reconverge-shards-1"
+IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "ppm")  # suffixes of a shard's members that are images
+OPEN = 64  # shards that one process keeps open
+
+
+class Sample(NamedTuple):
+    """One sample of a shard: the members KEY.jpg and KEY.cls."""
+
+    key: str
+    label: int
+    suffix: str
+    start: int  # byte of the shard where the image begins
+    data: bytes
+
+
+def samples(file: BinaryIO, where: str) -> Iterator[Sample]:
+    """All samples of a shard, strictly. Errors: Stop(DAMAGED), also for a sample without an image or a label."""
+    key: str | None = None
+    image: tuple[str, int, bytes] | None = None
+    label: int | None = None
+
+    def finished() -> Sample:
+        if image is None or label is None:
+            raise _damaged(f"{where}: {key} has no {'image' if image is None else 'label (.cls)'}")
+        return Sample(str(key), label, *image)
+
+    for member in tar.members(file, where):
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if (this := f"{folder}/{stem}" if folder else stem) != key:
+            if key is not None and (image or label is not None):
+                yield finished()
+            key, image, label = this, None, None
+        if suffix.lower() in IMAGES:
+            image = suffix.lower(), member.start, tar.read(file, member, where)
+        elif suffix == "cls":
+            text = tar.read(file, member, where).strip()
+            if not text.isdigit():
+                raise _damaged(f"{where}, byte {member.start}: the label of {key} is {text[:20]!r}")
+            label = int(text)
+    if key is not None and (image or label is not None):
+        yield finished()
+
+
+def scan(path: Path, number: int, examine: Callable[[Sample], None] = lambda sample: None) -> tuple[np.ndarray, str]:
+    """Index rows of shard `number` and its sha256, from one reading of the disk. Errors: Stop(DAMAGED)."""
+    rows, digest = [], digest_of(path)
+    with open(path, "rb") as file:
+        for sample in samples(file, str(path)):
+            examine(sample)
+            checksum = xxhash.xxh3_64_intdigest(sample.data)
+            rows.append((number, sample.start, len(sample.data), sample.label, checksum, os.fsencode(sample.key)))
+    return np.array(rows, index.row(max([len(row[-1]) for row in rows], default=1))), digest
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Shards:
+    """A source (see sources.py) of one split. `fingerprint` stands for every image's bytes, label and place."""
+
+    def __init__(self, root: Path, about: dict[str, Any], split: str):
+        part = about["splits"][split]
+        self.root = root
+        self.shards: list[dict[str, Any]] = part["shards"]
+        self.images_of = np.array([shard["images"] for shard in self.shards], np.int64)
+        self.classes: list[str] = [entry["synset"] for entry in about["classes"]]
+        self.fingerprint: str = fingerprint(about, split)
+        self.notes = notes(about, split)
+        self.staged: Path | None = None  # a folder where a local copy of a shard may be found (stage.py)
+        self.index = index.Index(root / part["index"])
+        self.labels = self.index.labels
+        self._files: dict[int, ByPosition] = {}  # by shard, the last used last
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def where(self, sample: int) -> str:
+        row = self.index.row(sample)
+        return f"{self.root / self.shards[row['shard']]['name']}, {os.fsdecode(row['key'])} at byte {row['offset']} (sample {sample})"
+
+    def read(self, sample: int) -> bytes:
+        """Errors: Stop(DAMAGED) for bytes that are not those of the index, Stop(MISSING, PERMISSION, DISK)."""
+        row = self.index.row(sample)
+        shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
+
+        def read() -> bytes:
+            try:
+                return self._file(shard).read(size, offset)
+            except OSError:
+                self._files.pop(shard, None)  # a stale handle of a network file system does not recover
+                raise
+
+        data = patiently(read, self.where(sample))
+        if len(data) != size or xxhash.xxh3_64_intdigest(data) != row["checksum"]:
+            raise _damaged(f"{self.where(sample)}: the bytes are not those that were indexed")
+        return data
+
+    def first_ids(self) -> np.ndarray:
+        """The first sample id of each shard that has one."""
+        return (np.cumsum(self.images_of) - self.images_of)[self.images_of > 0]
+
+    def replaced(self, sample: int) -> tuple[Exit, str] | None:
+        """The fault, if the tar header in front of a sample is not its own: another file has taken the shard's place."""
+        row, key = self.index.row(sample), self.index.key(sample)
+        block = ByPosition(self.root / self.shards[row["shard"]]["name"]).read(tar.BLOCK, int(row["offset"]) - tar.BLOCK)
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if header.size == row["size"] and (header.name.startswith(key[:100]) or not key.isascii()):  # a longer name is cut here
+                return None
+        except tarfile.HeaderError:
+            pass
+        return Exit.DAMAGED, f"{self.where(sample)}: something else is there: the shard was replaced or damaged"
+
+    def _file(self, shard: int) -> ByPosition:
+        file = self._files.pop(shard, None) or self._open(shard)
+        self._files[shard] = file
+        if len(self._files) > OPEN:
+            del self._files[next(iter(self._files))]
+        return file
+
+    def _open(self, shard: int) -> ByPosition:
+        if self.staged is not None:
+            try:
+                return ByPosition(self.staged / staged_name(shard))
+            except FileNotFoundError:
+                pass  # not there yet, or there no more: the same bytes are at the source
+        return ByPosition(self.root / self.shards[shard]["name"])
+
+
+def staged_name(shard: int) -> str:
+    """File name of a shard's local copy; the shards themselves may lie in several folders."""
+    return f"{shard:06d}.tar"
+
+
+def load(root: Path) -> dict[str, Any]:
+    """What dataset.json says. Errors: Stop(MISSING, DAMAGED)."""
+    path = root / "dataset.json"
+    if not path.exists():
+        raise Stop(
+            Exit.MISSING,
+            f"no {path}",
+            "a folder that reconverge prepare has finished",
+            f"data.root=, or reconverge prepare SOURCE --to {root}",
+        )
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:
+        raise _damaged(f"{path}: {error}") from None
+    if about.get("format") != FORMAT:
+        raise Stop(Exit.DAMAGED, f"{path} has format {about.get('format')}", FORMAT, "prepare the data set again")
+    return about
+
+
+def problems(root: Path, about: dict[str, Any]) -> list[tuple[Exit, str]]:
+    """What can be seen without reading it all: shards and indexes that are missing, of another size, other files, or not to be read."""
+    files = [(part["index"], part["index_bytes"]) for part in about["splits"].values()]
+    files += [(shard["name"], shard["bytes"]) for part in about["splits"].values() for shard in part["shards"]]
+    with ThreadPoolExecutor(16) as threads:  # a network file system answers each question in milliseconds
+        found = [problem for problem in threads.map(lambda file: _problem(root / file[0], file[1]), files) if problem]
+        if not found:
+            sources = [Shards(root, about, split) for split in about["splits"]]
+            firsts = [(source, int(first)) for source in sources for first in source.first_ids()]
+            found = [problem for problem in threads.map(lambda pair: pair[0].replaced(pair[1]), firsts) if problem]
+    return found
+
+
+def _problem(path: Path, size: int) -> tuple[Exit, str] | None:
+    try:
+        if (now := path.stat().st_size) != size:
+            return Exit.DAMAGED, f"{path} has {now} bytes in place of {size}"
+    except FileNotFoundError:
+        return Exit.MISSING, f"{path} is missing"
+    except PermissionError:
+        return Exit.PERMISSION, f"{path} may not be looked at"
+    return None if os.access(path, os.R_OK) else (Exit.PERMISSION, f"{path} may not be read")
+
+
+def open_shards(root: Path, dataset: str | None) -> tuple[Shards, Shards]:
+    """The training and the validation split, once everything is in place.
+
+    Errors: Stop(MISSING, PERMISSION, DAMAGED) with all problems in one list, Stop(USAGE) for another data set than `dataset`
+    or one without validation images.
+    """
+    about = load(root)
+    if dataset is not None and about["dataset"] != dataset:
+        raise Stop(Exit.USAGE, f"{root} holds {about['dataset']}", f"{dataset}, as data.dataset says", "data.root=, or another data=")
+    if found := problems(root, about):
+        more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
+        raise Stop(
+            min(code for code, _ in found),
+            "; ".join(text for _, text in found[:20]) + more,
+            "every shard as it was prepared",
+            "copy these shards again, or prepare the data set again; reconverge check DIR reads every byte",
+        )
+    for split in ("train", "val"):
+        if split not in about["splits"]:
+            raise Stop(
+                Exit.USAGE,
+                f"{root} has the splits {', '.join(about['splits'])}, and no {split}",
+                "a data set with train and val",
+                "reconverge prepare with --hold-out PERCENT takes validation images from the others",
+            )
+    return Shards(root, about, "train"), Shards(root, about, "val")
+
+
+def fingerprint(about: dict[str, Any], split: str) -> str:
+    """Of a split: hashes its index, which holds each image's checksum and label, and the classes."""
+    return sha256(f"{about['splits'][split]['index_sha256']} {json.dumps(about['classes'])}".encode()).hexdigest()
+
+
+def notes(about: dict[str, Any], split: str) -> list[str]:
+    """What whoever trains on this split should know."""
+    part, lossy = about["splits"][split], about["lossy"]
+    said = []
+    if part["expected"] not in (None, part["images"]):
+        said.append(f"{split}: {part['images']} images where the published set has {part['expected']}")
+    if lossy:
+        said.append(f"{split}: a lossy copy, shorter side {lossy['resize']} at most, JPEG quality {lossy['quality']}")
+    return said
+
+
+def _damaged(what: str) -> Stop:
+    return Stop(
+        Exit.DAMAGED,
+        what,
+        "shards as they were prepared",
+        "reconverge check DIR lists every fault; copy the shard again, or data.on_bad_image=substitute",
+    )

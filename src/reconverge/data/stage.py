@@ -1,0 +1,129 @@
+"""A local copy of the shards that come next: read in sequence from a slow disk or network, one thread a node."""
+
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from reconverge.data.files import patiently
+from reconverge.data.order import Microbatch, Windows
+from reconverge.data.shards import Shards, staged_name
+from reconverge.data.sources import Source
+from reconverge.errors import Exit, Stop, explain
+
+
+class Stage:
+    """Keeps in `folder` the shards of the window that is being read and of those after it, `limit` bytes at most.
+
+    Workers take a shard from there once it is whole and verified, and from the source before that: the same bytes.
+    A shard that is deleted stays readable for whoever has it open.
+    """
+
+    def __init__(self, source: Source, windows: Windows | None, folder: Path, gigabytes: float):
+        """Errors: Stop(USAGE) if two windows do not fit."""
+        assert isinstance(source, Shards), "config.check_data refuses data.stage for other data"
+        assert windows is not None, "and for data.window=all"
+        self.folder, self._source, self._windows, self._limit = folder, source, windows, gigabytes * 1e9
+        largest = windows.width * max(shard["bytes"] for shard in source.shards)
+        if self._limit < 2 * largest:
+            raise Stop(
+                Exit.USAGE,
+                f"data.stage_gb={gigabytes:g}",
+                f"room for two windows, of which one takes up to {largest / 1e9:.3g} GB",
+                f"data.stage_gb={2.2 * largest / 1e9:.2g}, or a smaller data.window=",
+            )
+        self._at: tuple[int, int] | None = None  # epoch and window that are being read
+        self._brought: tuple[int, int] | None = None  # for which everything wanted is there
+        self._changed = threading.Condition()
+        self._trouble: Stop | None = None
+        self._closed = False
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir(parents=True)
+        source.staged = folder
+        self._thread = threading.Thread(target=self._work, daemon=True, name="stage")
+        self._thread.start()
+
+    def follow(self, microbatches: Iterable[Microbatch]) -> Iterator[Any]:
+        """The same microbatches; the copying is kept ahead of them. Ends with the Stop(DAMAGED, DISK, ...) that it met, if any."""
+        for microbatch in microbatches:
+            if self._trouble:
+                yield self._trouble
+                return
+            at = (microbatch.epoch, microbatch.window)
+            if at != self._at:
+                with self._changed:
+                    self._at = at
+                    self._changed.notify()
+            yield microbatch
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self._source.staged = None
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _bytes(self, shards: object) -> int:
+        return sum(self._source.shards[shard]["bytes"] for shard in shards)  # type: ignore[attr-defined]
+
+    def _wanted(self, epoch: int, window: int) -> list[int]:
+        """The shards of this window and the following ones, as many as fit."""
+        wanted: list[int] = []
+        room = self._limit
+        while True:
+            coming = self._windows.shards(epoch, window)
+            room -= self._bytes(coming)
+            if room < 0 or set(coming.tolist()) & set(wanted):
+                return wanted
+            wanted += coming.tolist()
+            epoch, window = (epoch, window + 1) if window + 1 < self._windows.count else (epoch + 1, 0)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._at != self._brought)
+                at = self._at
+            if self._closed or at is None:
+                return
+            try:
+                if self._bring(at):
+                    self._brought = at
+            except Exception as error:
+                self._trouble = explain(error) or Stop(Exit.BUG, f"staging: {error!r}", "a local disk", "data.stage=null reads the source")
+                return
+
+    def _bring(self, at: tuple[int, int]) -> bool:
+        """Delete what is not wanted, copy what is. False if the run has moved on meanwhile."""
+        names = {staged_name(shard): shard for shard in self._wanted(*at)}
+        for path in self.folder.iterdir():
+            if path.name not in names:
+                path.unlink()
+        for name, shard in names.items():
+            if self._closed or self._at != at:
+                return False
+            if not (self.folder / name).exists():
+                patiently(lambda shard=shard: self._copy(shard), str(self.folder / name))  # type: ignore[misc]
+        return True
+
+    def _copy(self, shard: int) -> None:
+        """Copy one shard; it appears under its name once it is whole. Errors: Stop(DAMAGED)."""
+        about = self._source.shards[shard]
+        source, draft = self._source.root / about["name"], self.folder / ".draft"
+        digest = sha256()
+        with open(source, "rb", buffering=0) as reading, open(draft, "wb") as writing:
+            while not self._closed and (block := reading.read(1 << 22)):
+                digest.update(block)
+                writing.write(block)
+        if self._closed:
+            return
+        if digest.hexdigest() != about["sha256"]:
+            raise Stop(
+                Exit.DAMAGED, f"{source} is not as it was prepared", "the sha256 of dataset.json", "reconverge check DIR names the fault"
+            )
+        draft.rename(self.folder / staged_name(shard))

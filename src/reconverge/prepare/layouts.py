@@ -1,0 +1,396 @@
+"""What people download, as a stream of samples: nothing is unpacked to disk, and a gzip file is read from its beginning to its end."""
+
+import csv
+import gzip
+import io
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+from reconverge.data import tar
+from reconverge.data.folder import suffixes
+from reconverge.errors import Exit, Stop
+
+FORMS = (
+    "ILSVRC2012_img_train.tar (with ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz), Kaggle's zip or its folder, "
+    "train_images_*.tar.gz of Hugging Face, fall11_whole.tar, winter21_whole.tar.gz, WebDataset shards, or train/CLASS/ and val/"
+)
+
+
+class Taken(NamedTuple):
+    """One image of the source. Of a stream, `read` works until the next one is asked for; else at any time, in any thread."""
+
+    key: str
+    label: int
+    suffix: str
+    name: str  # what the source calls it
+    read: Callable[[], bytes]
+
+
+@dataclass
+class Layout:
+    kind: str  # what was found, in words
+    dataset: str  # imagenet1k, imagenet22k or folder
+    files: list[Path]  # of which it is made: names and sizes identify the source
+    classes: Callable[[], list[str]]  # by label; one pass over the source where a gzip stream does not tell before
+    splits: dict[str, Callable[[list[str]], Iterator[Taken]]]  # given the classes
+    bytes: dict[str, int] = field(default_factory=dict)  # of each split, about
+    ignored: list[str] = field(default_factory=list)  # names of files that are no images, as they are met
+    stream: bool = True  # read from beginning to end; else file by file
+
+
+def find(source: Path, dataset: str | None) -> Layout:
+    """What lies at `source`. Errors: Stop(MISSING) with the forms that are known, Stop(USAGE) where labels are missing."""
+    for form in (_official, _huggingface, _whole, _kaggle, _folders):
+        if source.exists() and (layout := form(source)):
+            layout.dataset = dataset or layout.dataset
+            return layout
+    raise Stop(Exit.MISSING, f"{source}: " + ("nothing known" if source.exists() else "does not exist"), FORMS, "the path")
+
+
+# ---- the forms ------------------------------------------------------------------------------------------------------
+
+
+def _official(source: Path) -> Layout | None:
+    """ILSVRC2012_img_train.tar is a tar of one tar a synset; the labels of the flat val tar stand in the devkit."""
+    root = source if source.is_dir() else source.parent
+    train, val, devkit = (root / f"ILSVRC2012_{name}" for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz"))
+    if not train.exists() or source not in (root, train):
+        return None
+    layout = Layout("the official archives", "imagenet1k", [train], lambda: _inner_tars(train), {}, {"train": train.stat().st_size})
+    layout.splits["train"] = lambda classes: _tar_of_tars(layout, train, classes)
+    if val.exists():
+        synset_of = _val_labels(root)
+        layout.files += [val, *([devkit] if devkit.exists() else [])]
+        layout.splits["val"] = lambda classes: _labelled(layout, _tar(val), classes, lambda name: synset_of[_stem(name)])
+        layout.bytes["val"] = val.stat().st_size
+    return layout
+
+
+def _huggingface(source: Path) -> Layout | None:
+    """train_images_N.tar.gz and val_images.tar.gz; each file is called NAME_SYNSET.JPEG."""
+    root = source / "data" if (source / "data").is_dir() else source
+    train, val = sorted(root.glob("train_images_*.tar.gz")), sorted(root.glob("val_images.tar.gz"))
+    if not train:
+        return None
+    layout = Layout("the files of Hugging Face", "imagenet1k", [*train, *val], imagenet1k, {})
+
+    def read(files: list[Path]) -> Callable[[list[str]], Iterator[Taken]]:
+        def samples(classes: list[str]) -> Iterator[Taken]:
+            for path in files:
+                yield from _labelled(layout, _tar(path), classes, lambda name: _stem(name).rpartition("_")[2], key=lambda name: _stem(name).rpartition("_")[0])  # fmt: skip
+
+        return samples
+
+    for split, files in (("train", train), ("val", val)):
+        if files:
+            layout.splits[split] = read(files)
+            layout.bytes[split] = sum(path.stat().st_size for path in files)
+    return layout
+
+
+def _whole(source: Path) -> Layout | None:
+    """ImageNet-22K: a tar, plain or gzipped, of one tar a synset."""
+    if source.is_dir():
+        found = [path for name in ("fall11_whole.tar", "winter21_whole.tar.gz") if (path := source / name).exists()]
+        if len(found) != 1:
+            return None
+        source = found[0]
+    if not source.name.endswith((".tar", ".tar.gz")):
+        return None
+    layout = Layout(source.name, "imagenet22k", [source], lambda: _inner_tars(source), {}, {"train": source.stat().st_size})
+    layout.splits["train"] = lambda classes: _tar_of_tars(layout, source, classes)
+    return layout
+
+
+def _kaggle(source: Path) -> Layout | None:
+    """The tree ILSVRC/Data/CLS-LOC, in a folder or a zip, with LOC_val_solution.csv beside it."""
+    below = "ILSVRC/Data/CLS-LOC"
+    if source.suffix == ".zip":
+        tree: Tree = ZipTree(source)
+        files = [source]
+        if not tree.folders(f"{below}/train"):
+            return None
+        solution = tree.read("LOC_val_solution.csv") if tree.has("LOC_val_solution.csv") else None
+        synset_of = _solution(solution) if solution else {}
+    else:
+        root = next((path for path in (source, *source.parents[:3]) if (path / below / "train").is_dir()), None)
+        if root is None:
+            return None
+        tree, files, synset_of = FolderTree(root), [], _val_labels(root)
+    return _tree("Kaggle's layout", "imagenet1k", tree, below + "/", files, synset_of)
+
+
+def _folders(source: Path) -> Layout | None:
+    """train/CLASS/*.jpg and val/CLASS/*.jpg, or a flat val with the labels beside it."""
+    if not (source / "train").is_dir():
+        return None
+    tree = FolderTree(source)
+    flat = tree.has_files("val")
+    return _tree("class folders", "folder", tree, "", [], _val_labels(source) if flat else {})
+
+
+def _tree(kind: str, dataset: str, tree: "Tree", below: str, files: list[Path], synset_of: dict[str, str]) -> Layout:
+    layout = Layout(kind, dataset, files, lambda: tree.folders(f"{below}train"), {}, stream=False)
+
+    def train(classes: list[str], split: str = "train") -> Iterator[Taken]:
+        for name in classes:
+            entries = tree.entries(f"{below}{split}/{name}")
+            yield from _labelled(layout, entries, classes, lambda _, name=name: name, key=None if layout.dataset != "folder" else lambda path: _plain(path, f"{below}{split}/"))  # type: ignore[misc]  # fmt: skip
+
+    def flat(classes: list[str]) -> Iterator[Taken]:
+        return _labelled(layout, tree.entries(f"{below}val"), classes, lambda name: synset_of[_stem(name)])
+
+    layout.splits["train"] = train
+    layout.bytes["train"] = tree.total_bytes(f"{below}train")
+    if tree.has_files(f"{below}val"):
+        layout.splits["val"] = flat
+    elif tree.folders(f"{below}val"):
+        layout.splits["val"] = lambda classes: train([name for name in classes if name in set(tree.folders(f"{below}val"))], "val")
+    if "val" in layout.splits:
+        layout.bytes["val"] = tree.total_bytes(f"{below}val")
+    return layout
+
+
+# ---- samples from entries -------------------------------------------------------------------------------------------
+
+Entry = tuple[str, Callable[[], bytes]]  # name, and how to read it
+
+
+def _labelled(
+    layout: Layout,
+    entries: Iterator[Entry],
+    classes: list[str],
+    synset_of: Callable[[str], str],
+    key: Callable[[str], str] | None = None,
+) -> Iterator[Taken]:
+    """Samples of the entries that are images; the others are noted. Errors: Stop(DAMAGED) for one whose class is unknown."""
+    labels, images = {name: label for label, name in enumerate(classes)}, suffixes()
+    for name, read in entries:
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix not in images or os.path.basename(name).startswith("."):
+            layout.ignored.append(name)
+            continue
+        try:
+            label = labels[synset_of(name)]
+        except KeyError as error:
+            raise Stop(
+                Exit.DAMAGED,
+                f"{name}: no class is known for it ({error})",
+                f"images of the {len(classes)} classes",
+                "the missing labels (devkit or LOC_val_solution.csv), or remove the file",
+            ) from None
+        yield Taken(key(name) if key else _stem(name), label, {"jpeg": "jpg"}.get(suffix[1:], suffix[1:]), name, read)
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(os.path.basename(name))[0]
+
+
+def _plain(path: str, below: str) -> str:
+    """A key for a file of a class folder: its path; a dot would end a WebDataset key, and a.png beside a.jpg stays another sample."""
+    stem, suffix = os.path.splitext(path.removeprefix(below))
+    folder, _, name = stem.rpartition("/")
+    return f"{folder}/{name.replace('.', '_')}" + ("" if suffix.lower() in (".jpg", ".jpeg") else suffix.lower().replace(".", "_"))
+
+
+# ---- archives -------------------------------------------------------------------------------------------------------
+
+
+class Gzip(gzip.GzipFile):
+    """A gzip stream whose faults are named."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._named(lambda: super(Gzip, self).read(size))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._named(lambda: super(Gzip, self).seek(offset, whence))
+
+    def _named(self, job: Callable[[], Any]) -> Any:
+        try:
+            return job()
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise Stop(Exit.DAMAGED, f"{self.name}: {error}", "a whole gzip file", "download it again") from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    return Gzip(path) if path.suffix == ".gz" else open(path, "rb", buffering=1 << 20)  # type: ignore[return-value]
+
+
+def _tar(path: Path) -> Iterator[Entry]:
+    with _opened(path) as file:
+        for member in tar.members(file, str(path)):
+            yield member.name, lambda member=member: tar.read(file, member, str(path))  # type: ignore[misc]
+
+
+def _tar_of_tars(layout: Layout, path: Path, classes: list[str]) -> Iterator[Taken]:
+    with _opened(path) as file:
+        for outer in tar.members(file, str(path), largest=None):
+            if not outer.name.endswith(".tar"):
+                layout.ignored.append(outer.name)
+                continue
+            where = f"{path}, {outer.name}"
+
+            def entries(outer: tar.Member = outer, where: str = where) -> Iterator[Entry]:
+                for member in tar.members(file, where, outer.start + outer.size):
+                    yield member.name, lambda member=member: tar.read(file, member, where)  # type: ignore[misc]
+
+            yield from _labelled(layout, entries(), classes, lambda _, outer=outer: _stem(outer.name))  # type: ignore[misc]
+
+
+def _inner_tars(path: Path) -> list[str]:
+    """The synsets of a tar of tars, sorted. Of a gzip file this takes a pass over all of it."""
+    with _opened(path) as file:
+        found = [_stem(member.name) for member in tar.members(file, str(path), largest=None) if member.name.endswith(".tar")]
+    if not found or len(set(found)) < len(found):
+        raise Stop(Exit.DAMAGED, f"{path} holds {len(found)} class archives", "one tar a synset, each once", "download it again")
+    return sorted(found)
+
+
+class Tree(Protocol):
+    """Files below a root, by relative path; entries in sorted order, the same wherever it lies."""
+
+    def folders(self, below: str) -> list[str]: ...
+    def has_files(self, below: str) -> bool: ...
+    def entries(self, below: str) -> Iterator[Entry]: ...
+    def total_bytes(self, below: str) -> int: ...
+    def has(self, name: str) -> bool: ...
+    def read(self, name: str) -> bytes: ...
+
+
+class FolderTree:
+    def __init__(self, root: Path):
+        self.root = root
+
+    def folders(self, below: str) -> list[str]:
+        return [name for name in self._names(below) if not name.startswith(".") and (self.root / below / name).is_dir()]
+
+    def has_files(self, below: str) -> bool:
+        return any(not name.startswith(".") and (self.root / below / name).is_file() for name in self._names(below))
+
+    def entries(self, below: str) -> Iterator[Entry]:
+        for name in self._names(below):
+            path = self.root / below / name
+            if path.is_dir():
+                yield from self.entries(f"{below}/{name}")
+            else:
+                yield f"{below}/{name}", path.read_bytes
+
+    def total_bytes(self, below: str) -> int:
+        return sum(os.stat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(self.root / below) for name in names)
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).exists()
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def _names(self, below: str) -> list[str]:
+        return sorted(os.listdir(self.root / below)) if (self.root / below).is_dir() else []
+
+
+class ZipTree:
+    def __init__(self, path: Path):
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise Stop(Exit.DAMAGED, f"{path}: {error}", "a whole zip file", "download it again") from None
+        self._where = str(path)
+        self._names = sorted(name for name in self._zip.namelist() if not name.endswith("/"))
+        for name in self._names:
+            tar.refuse_path(name, self._where)
+
+    def folders(self, below: str) -> list[str]:
+        return sorted({name[len(below) + 1 :].partition("/")[0] for name in self._below(below) if "/" in name[len(below) + 1 :]})
+
+    def has_files(self, below: str) -> bool:
+        return any("/" not in name[len(below) + 1 :] for name in self._below(below))
+
+    def entries(self, below: str) -> Iterator[Entry]:
+        for name in self._below(below):
+            yield name, lambda name=name: self.read(name)  # type: ignore[misc]
+
+    def total_bytes(self, below: str) -> int:
+        return sum(self._zip.getinfo(name).file_size for name in self._below(below))
+
+    def has(self, name: str) -> bool:
+        return name in self._zip.NameToInfo
+
+    def read(self, name: str) -> bytes:
+        if (size := self._zip.getinfo(name).file_size) > tar.LARGEST:
+            raise Stop(
+                Exit.DAMAGED, f"{self._where}, {name} claims {size} bytes", f"at most {tar.LARGEST}", "a zip file from where you trust it"
+            )
+        try:
+            return self._zip.read(name)
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise Stop(Exit.DAMAGED, f"{self._where}, {name}: {error}", "a whole zip file", "download it again") from None
+
+    def _below(self, below: str) -> Iterator[str]:
+        from bisect import bisect_left
+
+        for at in range(bisect_left(self._names, below + "/"), len(self._names)):
+            if not self._names[at].startswith(below + "/"):
+                return
+            yield self._names[at]
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+def _val_labels(root: Path) -> dict[str, str]:
+    """File stem -> synset of the validation images, from Kaggle's table or the devkit. Errors: Stop(MISSING)."""
+    if (solution := root / "LOC_val_solution.csv").exists():
+        return _solution(solution.read_bytes())
+    if (devkit := root / "ILSVRC2012_devkit_t12.tar.gz").exists():
+        return _devkit(devkit)
+    raise Stop(
+        Exit.MISSING,
+        f"{root} has validation images in one heap, and nothing that labels them",
+        "ILSVRC2012_devkit_t12.tar.gz or LOC_val_solution.csv",
+        f"put one of them into {root}",
+    )
+
+
+def _solution(text: bytes) -> dict[str, str]:
+    """Rows read `ILSVRC2012_val_00000001,n01751748 111 108 329 150 ...`: the synset of each box, which is the same in all."""
+    return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(io.StringIO(text.decode()))}
+
+
+def _devkit(path: Path) -> dict[str, str]:
+    """The ground truth lists challenge ids; meta.mat says which synset each one is (not in sorted order)."""
+    from scipy.io import loadmat
+
+    with tarfile.open(path) as archive:
+        files = {os.path.basename(member.name): archive.extractfile(member) for member in archive if member.isfile()}
+        truth, meta = files.get("ILSVRC2012_validation_ground_truth.txt"), files.get("meta.mat")
+        if truth is None or meta is None:
+            raise Stop(Exit.DAMAGED, f"{path} lacks its ground truth or meta.mat", "ILSVRC2012_devkit_t12.tar.gz", "download it again")
+        synsets = loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
+        ids = [int(line) for line in truth.read().split()]
+    synset_of = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets if int(entry["num_children"]) == 0}
+    return {f"ILSVRC2012_val_{number:08d}": synset_of[challenge] for number, challenge in enumerate(ids, 1)}
+
+
+def imagenet1k() -> list[str]:
+    """The 1,000 synsets, sorted, from the list that timm carries."""
+    from timm.data import ImageNetInfo
+
+    return sorted(ImageNetInfo("imagenet-1k").label_names())
+
+
+def described(classes: list[str]) -> list[dict[str, str]]:
+    """Synset and name of each class; a class that is no synset is its own name."""
+    names: dict[str, str] = {}
+    if all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        from timm.data import ImageNetInfo
+
+        for info in (ImageNetInfo("imagenet-22k"), ImageNetInfo("imagenet-1k")):  # one synset of the second is not in the first
+            names |= {name: info.label_name_to_description(name) for name in set(classes) & set(info.label_names())}
+    return [{"synset": name, "name": names.get(name, name)} for name in classes]

@@ -1,0 +1,117 @@
+"""Samples scattered over shards in one pass, with bounded memory, one open file, and a journal to go on from after a kill."""
+
+import io
+import json
+import os
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from webdataset.writer import TarWriter
+
+MEMORY = 256 << 20, 4 << 30  # bytes of samples that wait to be written: at least, at most
+PIECE = 1 << 20  # bytes that a shard is to grow by at a time: for 6,000 shards on a disk that seeks, a sample at a time would take weeks
+END = bytes(1024)  # end-of-archive blocks
+
+
+class Scatter:
+    """Shards of several splits. A sample's key alone chooses its shard; nothing is on disk until commit() says so in the journal.
+
+    After a kill, shards and report are cut back to what the journal knows.
+    """
+
+    def __init__(self, folder: Path, work: Path, shards: dict[str, int], threads: Executor):
+        self.folder, self._work, self._shards, self._threads = folder, work, shards, threads
+        self._waiting: dict[str, tuple[io.BytesIO, TarWriter]] = {}
+        self._report: list[str] = []
+        self._buffered = 0
+        self._limit = min(max(PIECE * sum(shards.values()), MEMORY[0]), MEMORY[1])
+        journal = work / "journal.json"
+        self.state: dict[str, Any] = {
+            "split": 0,
+            "taken": 0,
+            "images": {},
+            "content": {},
+            "dropped": 0,
+            "read": 0,
+            "lengths": {"report.jsonl": 0},
+        }
+        if journal.exists():
+            self.state = json.loads(journal.read_text())
+        for path in [folder / name for split in shards for name in self.names(split)] + [folder / "report.jsonl"]:
+            if path.exists() and path.name not in self.state["lengths"]:
+                path.unlink()
+            elif path.exists():
+                os.truncate(path, self.state["lengths"][path.name])
+
+    def names(self, split: str) -> list[str]:
+        return [f"{split}-{number:06d}.tar" for number in range(self._shards[split])]
+
+    def add(self, split: str, key: str, suffix: str, label: int, data: bytes) -> None:
+        hashed = xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
+        name = f"{split}-{hashed % self._shards[split]:06d}.tar"
+        if name not in self._waiting:
+            buffer = io.BytesIO()
+            self._waiting[name] = buffer, TarWriter(buffer, user="reconverge", group="reconverge", mtime=0, encoder=False)
+        self._waiting[name][1].write({"__key__": key, suffix: data, "cls": str(label).encode()})
+        self._buffered += len(data)
+        self.state["images"][split] = self.state["images"].get(split, 0) + 1
+        self.state["content"][split] = self.state["content"].get(split, 0) ^ content(key, data)
+
+    def report(self, line: dict[str, Any]) -> None:
+        self._report.append(json.dumps(line) + "\n")
+
+    def full(self) -> bool:
+        return self._buffered >= self._limit
+
+    def commit(self) -> None:
+        """Write what waits and sync it, then the journal, which alone says how far we are."""
+        lengths: dict[str, int] = self.state["lengths"]
+
+        def append(name: str, data: bytes | memoryview) -> tuple[str, int]:
+            with open(self.folder / name, "ab") as file:
+                file.write(data)
+            return name, lengths.get(name, 0) + len(data)
+
+        pieces: dict[str, bytes | memoryview] = {"report.jsonl": "".join(self._report).encode()}
+        for name, (buffer, writer) in self._waiting.items():
+            size = writer.tarstream.offset  # without the end of the archive, which close() writes
+            writer.close()
+            pieces[name] = buffer.getbuffer()[:size]
+        lengths.update(dict(self._threads.map(append, pieces.keys(), pieces.values())))
+        os.sync()  # once for all; a call for each of thousands of files would take longer than the writing
+        self._waiting.clear()
+        self._report.clear()
+        self._buffered = 0
+        write_whole(self._work / "journal.json", json.dumps(self.state))
+
+    def abandon(self) -> None:
+        """Forget what waits."""
+        for _, writer in self._waiting.values():
+            writer.close()
+        self._waiting.clear()
+
+    def end(self) -> None:
+        """Give every shard its end-of-archive blocks; again after a kill, it changes nothing."""
+        for split in self._shards:
+            for name in self.names(split):
+                with open(self.folder / name, "ab") as file:
+                    file.truncate(self.state["lengths"].get(name, 0))
+                    file.write(END)
+        os.sync()
+
+
+def content(key: str, data: bytes) -> int:
+    """64 bits of a sample; those of a whole split are combined by exclusive or, in any order."""
+    return xxhash.xxh3_64_intdigest(data, seed=xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape")))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file whole, so that a kill leaves the old one or the new one."""
+    draft = path.with_name(f".{path.name}.new")
+    with open(draft, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path)

@@ -1,0 +1,234 @@
+"""From archives as people download them to shards: labels, counts and bytes against the source."""
+
+import gc
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+
+import archives
+import numpy as np
+import pytest
+from PIL import Image
+
+from reconverge.commands import main
+from reconverge.data.shards import open_shards
+
+TRAIN = archives.pictures(archives.SYNSETS, 7, seed=1)
+VAL = archives.pictures(archives.SYNSETS, 3, seed=2, val=True, odd=False)
+GOOD = archives.pictures(archives.SYNSETS, 7, seed=1, odd=False)
+
+
+@pytest.fixture
+def reconverge(monkeypatch, capsys):
+    """reconverge COMMAND in this process: exit code, and what it said."""
+
+    def reconverge(*arguments):
+        monkeypatch.setattr(sys, "argv", ["reconverge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out + said.err
+
+    return reconverge
+
+
+def digests(folder):
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def content(folder, split):
+    """(key, synset, bytes) of every sample, read by tarfile."""
+    import tarfile
+
+    about = json.loads((folder / "dataset.json").read_text())
+    found = []
+    for shard in about["splits"][split]["shards"]:
+        with tarfile.open(folder / shard["name"]) as archive:
+            files = {member.name: archive.extractfile(member).read() for member in archive}
+        for name, data in files.items():
+            if not name.endswith(".cls"):
+                key = os.path.splitext(name)[0]
+                found.append((key, about["classes"][int(files[f"{key}.cls"])]["synset"], data))
+    return sorted(found)
+
+
+def expected(pictures, key=lambda picture: picture.name):
+    return sorted((key(picture), picture.synset, picture.data) for picture in pictures)
+
+
+FORMS = {
+    "official": archives.official,
+    "kaggle": archives.kaggle,
+    "kaggle_zip": archives.kaggle_zip,
+    "class_folders": archives.class_folders,
+    "flat_val": archives.flat_val,
+    "huggingface": archives.huggingface,
+    "fall11": lambda folder, train, val: archives.fall11(folder, train),
+    "winter21": lambda folder, train, val: archives.winter21(folder, train),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_keeps_labels_counts_and_bytes(form, reconverge, tmp_path):
+    source = FORMS[form](tmp_path / "source", TRAIN, VAL)
+    code, said = reconverge("prepare", source, "--to", tmp_path / "made", "--shard-mb", "0.02")
+    assert code == 0, said
+    folders = form in ("class_folders", "flat_val")
+    key = (lambda picture: f"{picture.synset}/{picture.name}") if folders else (lambda picture: picture.name)
+    assert content(tmp_path / "made", "train") == expected(TRAIN, key)
+    about = json.loads((tmp_path / "made" / "dataset.json").read_text())
+    assert len(about["splits"]["train"]["shards"]) > 2
+    assert about["splits"]["train"]["images"] == len(TRAIN)
+    if form not in ("fall11", "winter21"):
+        flat = form == "flat_val"
+        assert content(tmp_path / "made", "val") == expected(VAL, key if folders and not flat else lambda picture: picture.name)
+    synsets = [entry["synset"] for entry in about["classes"]]
+    assert synsets == sorted(synsets)
+    assert len(synsets) == (1000 if form == "huggingface" else 3)
+    assert {entry["synset"]: entry["name"] for entry in about["classes"]}["n02119789"] == "kit fox, Vulpes macrotis"
+    assert not (tmp_path / "made" / ".preparing").exists()
+    # What is odd is named, and kept byte for byte.
+    odd = {(entry.get("key") or entry["name"]).rpartition("/")[2]: " ".join(entry["odd"]) for entry in map(json.loads, (tmp_path / "made" / "report.jsonl").read_text().splitlines())}  # fmt: skip
+    words = {"cmyk": "CMYK", "png": "PNG, named .jpg", "exif": "EXIF", "truncated": "truncated", "empty": "empty", "garbage": "unreadable"}
+    assert {picture.name for picture in TRAIN if picture.odd} <= set(odd)
+    for picture in TRAIN:
+        if picture.odd:
+            assert words[picture.odd] in odd[picture.name]
+        else:
+            assert picture.name not in odd
+    if about["dataset"] != "folder":
+        assert "where the published set has" in said
+    # And again, into another folder: the same bytes, dataset.json included.
+    assert reconverge("prepare", source, "--to", tmp_path / "again", "--shard-mb", "0.02", "--jobs", "1")[0] == 0
+    assert digests(tmp_path / "again") == digests(tmp_path / "made")
+    assert reconverge("check", tmp_path / "made")[0] == 0
+
+
+def test_what_cannot_be_read_is_dropped_only_when_asked(reconverge, tmp_path):
+    source = archives.fall11(tmp_path / "source", TRAIN)
+    assert reconverge("prepare", source, "--to", tmp_path / "made", "--drop-unreadable")[0] == 0
+    kept = [picture for picture in TRAIN if picture.odd not in ("truncated", "empty", "garbage")]
+    assert content(tmp_path / "made", "train") == expected(kept)
+    about = json.loads((tmp_path / "made" / "dataset.json").read_text())
+    assert about["dropped"] == 3
+
+
+@pytest.mark.parametrize("kind", ["absolute", "dotdot", "symlink", "hardlink", "device", "fifo", "bomb", "huge"])
+def test_hostile_members_are_refused(kind, reconverge, tmp_path):
+    source = archives.hostile(tmp_path / "source", kind)
+    code, said = reconverge("prepare", source, "--to", tmp_path / "made")
+    assert code == 65, said
+    assert "fall11_whole.tar" in said or kind == "bomb"
+    assert not (tmp_path / "made" / "dataset.json").exists()
+
+
+def test_shards_are_indexed_where_they_are(reconverge, tmp_path):
+    source = archives.webdataset_shards(tmp_path / "source", GOOD, VAL)
+    before = digests(source)
+    code, said = reconverge("prepare", source, "--to", source, "--as", "folder")
+    assert code == 0, said
+    assert {name: digest for name, digest in digests(source).items() if name.endswith(".tar")} == before
+    train, val = open_shards(source, None)
+    order = sorted(archives.SYNSETS)
+    found = sorted(
+        (train.index.key(sample), order[int(train.labels(np.array(sample)))], train.read(sample)) for sample in range(len(train))
+    )
+    assert found == expected(GOOD)
+    assert len(val) == len(VAL)
+    assert reconverge("check", source)[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")  # webdataset leaves its shards open
+def test_webdataset_and_timm_read_our_shards(reconverge, tmp_path):
+    import webdataset
+    from timm.data.readers.reader_wds import ReaderWds
+
+    source = archives.official(tmp_path / "source", GOOD, VAL)
+    assert reconverge("prepare", source, "--to", tmp_path / "made", "--shard-mb", "0.02")[0] == 0
+    train, _ = open_shards(tmp_path / "made", "imagenet1k")
+    ours = sorted((train.index.key(sample), int(train.labels(np.array(sample))), train.read(sample)) for sample in range(len(train)))
+    urls = [str(path) for path in sorted((tmp_path / "made").glob("train-*.tar"))]
+    theirs = sorted((sample["__key__"], int(sample["cls"]), sample["jpg"]) for sample in webdataset.WebDataset(urls, shardshuffle=False))
+    assert theirs == ours
+    reader = ReaderWds(str(tmp_path / "made"), split=f"train-{{000000..{len(urls) - 1:06d}}}.tar|{len(train)}")
+    pixels = sorted((label, image.tobytes()) for image, label in reader)
+    assert pixels == sorted((label, Image.open(io.BytesIO(data)).convert("RGB").tobytes()) for _, label, data in ours)
+    del reader
+    gc.collect()
+
+
+def test_killed_at_any_time_and_started_again_it_gives_the_same_bytes(tmp_path):
+    """A process of its own, killed ten times: the shards, the index and dataset.json are those of an uninterrupted one."""
+    pictures = archives.pictures(archives.SYNSETS, 60, seed=5)
+    source = archives.winter21(tmp_path / "source", pictures)
+
+    def command(to):
+        program = "import sys; from reconverge.prepare import scatter; scatter.MEMORY = 40_000, 40_000; from reconverge.commands import main; main()"  # fmt: skip
+        return [sys.executable, "-c", program, "prepare", str(source), "--to", str(to), "--shard-mb", "0.1", "--jobs", "2"]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
+    random, kills = np.random.Generator(np.random.PCG64(3)), 0
+    seen = set()
+    for _attempt in range(60):
+        process = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        journal = tmp_path / "killed" / ".preparing" / "journal.json"
+        # Ten kills, each a random while after the journal has moved on since the last one.
+        while kills < 10 and process.poll() is None:
+            state = journal.read_text() if journal.exists() else None
+            if state is not None and state not in seen:
+                time.sleep(float(random.uniform(0, 0.02)))
+                seen.add(state)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.001)
+        _, said = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, said.decode()
+    assert kills >= 5
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    assert content(tmp_path / "whole", "train") == expected(pictures)
+
+
+@pytest.mark.parametrize("form", ["official", "winter21", "kaggle_zip", "huggingface"])
+def test_a_source_that_was_cut_off_is_named(form, reconverge, tmp_path):
+    source = FORMS[form](tmp_path / "source", GOOD, VAL)
+    path = {"official": source / "ILSVRC2012_img_train.tar", "huggingface": source / "data" / "train_images_1.tar.gz"}.get(form, source)
+    whole = path.read_bytes()
+    for cut in (len(whole) * 2 // 3, len(whole) // 3 // 512 * 512):
+        path.write_bytes(whole[:cut])
+        code, said = reconverge("prepare", source, "--to", tmp_path / f"made{cut}")
+        assert code == 65, said
+        assert path.name in said
+
+
+def test_hold_out_and_lossy_copy(reconverge, tmp_path):
+    source = archives.fall11(tmp_path / "source", archives.pictures(archives.SYNSETS, 40, seed=3, odd=False))
+    code, said = reconverge("prepare", source, "--to", tmp_path / "made", "--hold-out", "20", "--resize", "32", "--quality", "80")
+    assert code == 0, said
+    train, val = open_shards(tmp_path / "made", "imagenet22k")
+    assert len(train) + len(val) == 120
+    assert 10 < len(val) < 40
+    assert "lossy" in train.notes[-1]
+    assert min(Image.open(io.BytesIO(train.read(0))).size) == 32
+
+
+def test_wrong_input(reconverge, tmp_path):
+    source = archives.official(tmp_path / "source", GOOD, VAL)
+    (tmp_path / "empty").mkdir()
+    assert reconverge("prepare", tmp_path / "empty", "--to", tmp_path / "a")[0] == 66
+    assert reconverge("prepare", tmp_path / "nowhere", "--to", tmp_path / "a")[0] == 66
+    assert reconverge("prepare", source, "--to", tmp_path / "a", "--jobs", "0")[0] == 2
+    assert reconverge("prepare", source, "--to", tmp_path / "b")[0] == 0
+    code, said = reconverge("prepare", source, "--to", tmp_path / "b")
+    assert (code, "finished data set" in said) == (2, True)
+    assert reconverge("check", tmp_path / "empty")[0] == 66
+    (source / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    code, said = reconverge("prepare", source, "--to", tmp_path / "c")
+    assert (code, "devkit" in said) == (66, True)
