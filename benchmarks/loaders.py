@@ -1,0 +1,191 @@
+"""Images/s of whole training loaders on the same JPEGs, with the same transform and the same number of workers.
+
+    python benchmarks/loaders.py [--images 400] [--copies 4] [--rounds 5] [--workers 2] [--only PART-OF-A-NAME]
+
+Two forms: "float" is what each loader hands to a training loop by default, normalised and erased float32 (ours ships bytes and
+normalises and erases in the main process, which is counted); "uint8" is raw bytes delivered to the main process. All take turns,
+in each round in another order; the table gives medians, and ratios to timm's loader in the same form. Before anything is
+measured, our exact pixels are compared with timm's, sample by sample.
+"""
+
+import argparse
+import io
+import os
+import random
+import resource
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pictures
+import PIL
+import timm.data
+import torch
+import torchvision.transforms as tv
+import webdataset
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+from reconverge import chance
+from reconverge.data import sources, transforms
+from reconverge.data.loader import Feed, Images
+from reconverge.data.mix import Normalise, erase
+from reconverge.data.order import Order
+from reconverge.prepare.make import Options, prepare
+from reconverge.settings import Augment, Data
+from reconverge.world import keep_freed_memory
+
+BATCH, SIZE = 64, 224
+MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+AUGMENT = Augment(size=SIZE)
+CPU = torch.device("cpu")
+
+
+def timms(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tensor]:
+    loader = timm.data.create_loader(
+        timm.data.create_dataset("", folder / "train", is_training=True), (3, SIZE, SIZE), BATCH, is_training=True, use_prefetcher=uint8,
+        re_prob=AUGMENT.erase, re_mode="pixel", scale=AUGMENT.scale, ratio=AUGMENT.ratio, hflip=AUGMENT.flip, color_jitter=0.4,
+        auto_augment=AUGMENT.auto, interpolation="bicubic", mean=MEAN, std=STD, num_workers=workers, pin_memory=False, device=CPU,
+    )  # fmt: skip
+    return (images for images, _ in (loader.loader if uint8 else loader))
+
+
+def randaugment() -> Callable[[Image.Image], Image.Image]:
+    settings = {
+        "translate_const": int(SIZE * 0.45),
+        "img_mean": tuple(round(255 * mean) for mean in MEAN),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    return rand_augment_transform(AUGMENT.auto, settings)
+
+
+def torchvision_transform(uint8: bool) -> tv.Compose:
+    """As references/classification/presets.py builds it, with timm's RandAugment in the place of its own: the same transform."""
+    parts = [tv.RandomResizedCrop(SIZE, interpolation=tv.InterpolationMode.BICUBIC), tv.RandomHorizontalFlip(AUGMENT.flip), randaugment()]
+    parts += (
+        [tv.PILToTensor()]
+        if uint8
+        else [tv.PILToTensor(), tv.ConvertImageDtype(torch.float), tv.Normalize(MEAN, STD), tv.RandomErasing(AUGMENT.erase)]
+    )
+    return tv.Compose(parts)
+
+
+def torchvisions(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tensor]:
+    dataset = ImageFolder(str(folder / "train"), torchvision_transform(uint8))
+    return (images for images, _ in DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, drop_last=True))
+
+
+def webdatasets(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tensor]:
+    """As its documentation trains ImageNet: samples decoded by Pillow, shuffled in a buffer, batched in the workers."""
+    urls = [str(path) for path in sorted((folder / "shards").glob("train-*.tar"))]
+    dataset = webdataset.WebDataset(urls, shardshuffle=100, nodesplitter=None).shuffle(1000).decode("pil").to_tuple("jpg", "cls")
+    dataset = dataset.map_tuple(torchvision_transform(uint8), int).batched(BATCH, partial=False)
+    return (images for images, _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
+
+
+def ours(workers: int, folder: Path, uint8: bool, decode: str = "exact") -> Iterable[torch.Tensor]:
+    source, _ = sources.open_sources(Data("shards", "shards", root=str(folder / "shards")))
+    order, normalise = Order(len(source), BATCH, BATCH, seed=0), Normalise(list(MEAN), list(STD), CPU, channels_last=False)
+    images = Images(source, transforms.training(AUGMENT, list(MEAN), decode), seed=0)
+    for number, batch in enumerate(Feed(images, order.steps(0, len(source) // BATCH), workers, CPU, ahead=True)):
+        if uint8:
+            yield batch.images
+        else:
+            pixels = normalise(batch.images)
+            with chance.scope(0, "erase", number):
+                erase(pixels, AUGMENT.erase)
+            yield pixels
+
+
+def oursfast(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tensor]:
+    return ours(workers, folder, uint8, "fast")
+
+
+LOADERS = {"timm": timms, "torchvision reference": torchvisions, "webdataset": webdatasets, "ours, exact": ours, "ours, fast": oursfast}
+
+
+def measure(make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: Path, uint8: bool) -> tuple[float, float]:
+    """Images/s from the first batch on, and CPU milliseconds an image of all processes."""
+    cpu = sum(
+        resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    count, began = 0, 0.0
+    for images in make(workers, folder, uint8):
+        assert images.shape == (BATCH, 3, SIZE, SIZE)
+        assert images.dtype == (torch.uint8 if uint8 else torch.float32)
+        if count == 0:
+            began = time.perf_counter()
+        count += len(images)
+    seconds = time.perf_counter() - began
+    cpu = (
+        sum(resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        - cpu
+    )
+    return (count - BATCH) / seconds, cpu / count * 1000
+
+
+def assert_equal(folder: Path, count: int) -> None:
+    """Our exact pixels are timm's, with the same keys."""
+    source, _ = sources.open_sources(Data("shards", "shards", root=str(folder / "shards")))
+    mine, theirs = transforms.training(AUGMENT, list(MEAN)), timm.data.create_transform(
+        SIZE, is_training=True, color_jitter=0.4, auto_augment=AUGMENT.auto, interpolation="bicubic", mean=MEAN, std=STD, use_prefetcher=True
+    )  # fmt: skip
+    for sample in range(count):
+        data = source.read(sample)
+        with chance.scope(0, "augment", sample):
+            expected = np.asarray(theirs(Image.open(io.BytesIO(data)).convert("RGB"))).transpose(1, 2, 0)
+        with chance.scope(0, "augment", sample):
+            assert np.array_equal(mine(data), expected), source.where(sample)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=400, help="different pictures")
+    parser.add_argument("--copies", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", default="", help="measure the loaders whose name holds this")
+    arguments = parser.parse_args()
+    assert int(PIL.__version__.split(".")[0]) < 13, "Pillow 13 raises in timm's RandAugment"
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as train.py does on a CPU; all loaders gain by it
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pictures.write(folder / "images", arguments.images, 4, copies=arguments.copies)
+        sizes = [path.stat().st_size for path in (folder / "images" / "train").rglob("*_0.jpg")]
+        print(f"{len(sizes)} JPEGs of {statistics.mean(sizes) / 1000:.0f} KB on average, each {arguments.copies} times")
+        prepare(
+            folder / "images", folder / "shards", None, 2, Options(shard_mb=10, hold_out=0, resize=None, quality=90, drop_unreadable=False)
+        )
+        (folder / "train").symlink_to(folder / "images" / "train")
+        assert_equal(folder, arguments.images)
+        print(f"exact: bit-equal to timm's transform on {arguments.images} of {arguments.images} samples")
+        contest = [(name, uint8) for uint8 in (False, True) for name in LOADERS if name == "timm" or arguments.only in name]
+        results: dict[tuple[str, bool], list[tuple[float, float]]] = {entry: [] for entry in contest}
+        for round in range(arguments.rounds):
+            random.Random(round).shuffle(contest)
+            for name, uint8 in contest:
+                results[name, uint8].append(measure(LOADERS[name], arguments.workers, folder, uint8))
+    print(
+        f"\n{os.cpu_count()} cores, {arguments.workers} workers, Pillow {PIL.__version__}, timm {timm.__version__}, torch {torch.__version__}; medians of {arguments.rounds} rounds"
+    )
+    print("| loader | form | images/s | ratio to timm | CPU ms an image | ratio |\n|---|---|---|---|---|---|")
+    for uint8 in (False, True):
+        for name in LOADERS:
+            if (name, uint8) in results:
+                (speed, cpu), (base, base_cpu) = (
+                    tuple(map(statistics.median, zip(*results[key, uint8], strict=True)))
+                    for key in (name, "timm" if ("timm", uint8) in results else name)
+                )
+                print(f"| {name} | {'uint8' if uint8 else 'float'} | {speed:.0f} | {speed / base:.2f} | {cpu:.2f} | {base_cpu / cpu:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
