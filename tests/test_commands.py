@@ -47,3 +47,69 @@ def test_the_command_is_installed_and_helps_without_torch():
     assert subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout.startswith("usage: reconverge")
     code = "import sys; from reconverge import commands; sys.argv = ['reconverge', '--help']\ntry: commands.main()\nfinally: assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_batch_prints_and_draws_what_the_step_saw(train, monkeypatch, capsys, shards):
+    """Against what the loader is asked for while it trains."""
+    import torch
+
+    from reconverge.data.loader import Images
+    from reconverge.data.mix import Mix
+
+    asked, mixed = [], []
+    load, mix = Images.__getitem__, Mix.__call__
+    monkeypatch.setattr(Images, "__getitem__", lambda images, microbatch: (asked.append(microbatch), load(images, microbatch))[1])
+    monkeypatch.setattr(Mix, "__call__", lambda self, *given: (mixed.append(mix(self, *given)), mixed[-1])[1])
+    arguments = ["data=shards", f"data.root={shards}", "data.window=2", "steps=5", "run=a", "evaluate_every=0"]
+    assert train(*arguments) == 0
+    trained, images = asked[6:8], torch.cat([pixels for pixels, _ in mixed[6:8]])  # step 3, two microbatches a step
+    capsys.readouterr()
+    drawn = []
+    from reconverge import pictures
+
+    seen = pictures.seen
+    monkeypatch.setattr(pictures, "seen", lambda path, pixels, *rest: (drawn.append(pixels), seen(path, pixels, *rest))[1])
+    code, said = run(monkeypatch, capsys, "batch", "runs/a", "--step", "3", "--show")
+    assert code == 0
+    printed = [line.split() for line in said.out.splitlines() if line.startswith("  sample")]
+    assert [int(words[1]) for words in printed] == [sample for part in trained for sample in part.ids.tolist()]
+    assert all(f"0/augment/1/{words[1]}/0" in words for words in printed)
+    assert torch.equal(drawn[0], images)
+    assert Path("runs/a/batch-00000003.png").stat().st_size > 10_000
+    assert run(monkeypatch, capsys, "batch", "runs/a", "--step", "3", "--microbatch", "1")[1].out.count("  sample") == 8
+    for wrong, expected in ((["--step", "999"], 2), (["--step", "0", "--microbatch", "2"], 2)):
+        assert run(monkeypatch, capsys, "batch", "runs/a", *wrong)[0] == expected
+    assert run(monkeypatch, capsys, "batch", "runs/nothing", "--step", "0")[0] == 66
+
+
+def test_batch_refuses_data_that_is_not_the_runs(train, monkeypatch, capsys, digits, tmp_path):
+    import shutil
+
+    shutil.copytree(digits, tmp_path / "copy")
+    assert train("steps=1", "run=a", f"data.root={tmp_path / 'copy'}") == 0
+    next((tmp_path / "copy" / "train").glob("*/*")).unlink()
+    code, said = run(monkeypatch, capsys, "batch", "runs/a", "--step", "0")
+    assert (code, "not the data" in said.err) == (78, True)
+
+
+def test_bench_data_measures_each_part(monkeypatch, capsys, shards):
+    arguments = ["model=convnext_t", "recipe=in1k", "data=shards", f"data.root={shards}", "batch=16", "microbatch=8"]
+    code, said = run(monkeypatch, capsys, "bench", "data", *arguments, "--seconds", "0.5", "--gpu", "100", "workers=1")
+    assert code == 0, said.err
+    for part in (
+        "read and verify",
+        "decode, crop, resize",
+        "flip and RandAugment",
+        "collate",
+        "1 workers:",
+        "(p50)",
+        "(p99)",
+        "GPUs that train 100",
+    ):
+        assert part in said.out
+    parts = [float(line.split(" ms")[0].split()[-1]) for line in said.out.splitlines() if line.endswith("ms an image")]
+    together = next(float(line.split(" ms:")[0].split()[-1]) for line in said.out.splitlines() if "together" in line)
+    assert len(parts) == 4
+    assert sum(parts) == pytest.approx(together, abs=0.01)
+    assert run(monkeypatch, capsys, "bench", "data", "epohcs=3")[0] == 2
+    assert run(monkeypatch, capsys, "bench", "data", "--seconds", "0")[0] == 2

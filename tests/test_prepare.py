@@ -3,9 +3,9 @@
 import gc
 import io
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from hashlib import sha256
@@ -17,6 +17,8 @@ from PIL import Image
 
 from reconverge.commands import main
 from reconverge.data.shards import open_shards
+from reconverge.prepare import scatter
+from reconverge.prepare.make import Options, prepare
 
 TRAIN = archives.pictures(archives.SYNSETS, 7, seed=1)
 VAL = archives.pictures(archives.SYNSETS, 3, seed=2, val=True, odd=False)
@@ -91,6 +93,8 @@ def test_each_form_keeps_labels_counts_and_bytes(form, reconverge, tmp_path):
     assert synsets == sorted(synsets)
     assert len(synsets) == (1000 if form == "huggingface" else 3)
     assert {entry["synset"]: entry["name"] for entry in about["classes"]}["n02119789"] == "kit fox, Vulpes macrotis"
+    assert about["class_list"]["name"] == {"fall11": "fall11", "winter21": "winter21"}.get(form, about["dataset"])
+    assert about["class_list"]["sha256"] == sha256("\n".join(synsets).encode()).hexdigest()
     assert not (tmp_path / "made" / ".preparing").exists()
     # What is odd is named, and kept byte for byte.
     odd = {(entry.get("key") or entry["name"]).rpartition("/")[2]: " ".join(entry["odd"]) for entry in map(json.loads, (tmp_path / "made" / "report.jsonl").read_text().splitlines())}  # fmt: skip
@@ -162,36 +166,40 @@ def test_webdataset_and_timm_read_our_shards(reconverge, tmp_path):
     gc.collect()
 
 
-def test_killed_at_any_time_and_started_again_it_gives_the_same_bytes(tmp_path):
+def test_killed_at_any_time_and_started_again_it_gives_the_same_bytes(tmp_path, monkeypatch):
     """A process of its own, killed ten times: the shards, the index and dataset.json are those of an uninterrupted one."""
     pictures = archives.pictures(archives.SYNSETS, 60, seed=5)
     source = archives.winter21(tmp_path / "source", pictures)
+    monkeypatch.setattr(scatter, "MEMORY", (40_000, 40_000))  # some thirty commits
 
-    def command(to):
-        program = "import sys; from reconverge.prepare import scatter; scatter.MEMORY = 40_000, 40_000; from reconverge.commands import main; main()"  # fmt: skip
-        return [sys.executable, "-c", program, "prepare", str(source), "--to", str(to), "--shard-mb", "0.1", "--jobs", "2"]
+    def start(to):
+        options = Options(shard_mb=0.1, hold_out=0, resize=None, quality=90, drop_unreadable=False)
+        process = multiprocessing.get_context("fork").Process(target=prepare, args=(source, to, None, 2, options))
+        process.start()
+        return process
 
-    subprocess.run(command(tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
-    random, kills = np.random.Generator(np.random.PCG64(3)), 0
-    seen = set()
-    for _attempt in range(60):
-        process = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        journal = tmp_path / "killed" / ".preparing" / "journal.json"
-        # Ten kills, each a random while after the journal has moved on since the last one.
-        while kills < 10 and process.poll() is None:
+    process = start(tmp_path / "whole")
+    process.join()
+    assert process.exitcode == 0
+    random, kills, seen = np.random.Generator(np.random.PCG64(3)), 0, set()
+    journal = tmp_path / "killed" / ".preparing" / "journal.json"
+    while kills < 10:  # each a random while after the journal has moved on
+        process = start(tmp_path / "killed")
+        while True:
             state = journal.read_text() if journal.exists() else None
             if state is not None and state not in seen:
-                time.sleep(float(random.uniform(0, 0.02)))
-                seen.add(state)
-                process.send_signal(signal.SIGKILL)
-                kills += 1
                 break
-            time.sleep(0.001)
-        _, said = process.communicate()
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, said.decode()
-    assert kills >= 5
+            assert process.is_alive(), "it was finished before the tenth kill"
+            time.sleep(0.0005)
+        time.sleep(float(random.uniform(0, 0.02)))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        seen.add(state)
+        kills += 1
+    process = start(tmp_path / "killed")
+    process.join()
+    assert process.exitcode == 0
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     assert content(tmp_path / "whole", "train") == expected(pictures)
 

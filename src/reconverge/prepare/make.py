@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,10 @@ def _about(to: Path, plan: dict[str, Any], parts: dict[str, dict[str, Any]], los
         "source": plan["source"],
         "lossy": lossy,
         "dropped": dropped,
+        "class_list": {
+            "name": plan["source"]["kind"].partition("_")[0] if plan["dataset"] == "imagenet22k" else plan["dataset"],
+            "sha256": sha256("\n".join(entry["synset"] for entry in classes).encode()).hexdigest(),
+        },
         "classes": classes,
         "splits": splits,
     }
