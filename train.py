@@ -73,7 +73,8 @@ def train(cfg: Train, run: Run) -> int:
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
     run.start(start, clock, training.classes)
-    panel(cfg.run, describe.rows(cfg, clock, net, world, workers, training, validation, run))
+    job = describe.job(cfg, clock, net, optimizer.param_groups, describe.images(cfg, training, validation))
+    panel(cfg.run, job | describe.machine(cfg, world, workers, run) | describe.notices(cfg))
 
     augmented = Images(training, transforms.training(cfg.augment, cfg.data.mean), cfg.seed)
     feed = Feed(augmented, batch_order.steps(start, clock.end), workers, world.device, cfg.copy_ahead)
@@ -99,7 +100,7 @@ def train(cfg: Train, run: Run) -> int:
 
     # ---- the loop ----
     for step in range(start, clock.end):
-        rate = optim.learning_rate(cfg.optim, step, clock.total, clock.warmup)
+        rate = optim.learning_rate(cfg.optim, step, clock)
         optim.set_learning_rate(optimizer, rate)
         step_loss = torch.zeros((), device=world.device)
 

@@ -15,7 +15,7 @@ from reconverge.settings import Eval, Train
 # what is typed, the line "given", something of "allowed", something of "change"
 REFUSED = [
     (["epohcs=30"], "epohcs", "epochs", "epochs"),
-    (["optim.lrr=1"], "optim.lrr", "lr, min_lr", "optim.lr"),
+    (["optim.lrr=1"], "optim.lrr", "lr, lr_batch, min_lr", "optim.lr"),
     (["optm.lr=1"], "optm", "optim", "optim"),
     (["model.size.x=1"], "model.size", "str", "model.size"),
     (["+epochs=3"], "+epochs=3", "none can be added", "epochs=3"),

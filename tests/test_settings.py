@@ -57,7 +57,12 @@ EFFECTS = [
     ("mix.switch", [*MIXED, "mix.switch=0.0"], "mix.switch=1.0", "inputs"),
     ("mix.smoothing", [], "mix.smoothing=0.3", "weights"),
     ("optim.lr", [], "optim.lr=1e-3", "lr"),
+    ("optim.lr_batch", [], "optim.lr_batch=64", "lr"),
     ("optim.min_lr", ["optim.warmup_epochs=0"], "optim.min_lr=1e-3", "lr"),
+    ("optim.warmup_lr", [], "optim.warmup_lr=1e-3", "lr"),
+    ("optim.schedule", [], "optim.schedule=swin", "lr"),
+    ("optim.layer_decay", [], "optim.layer_decay=0.5", "weights"),
+    ("optim.layer_groups", ["optim.layer_decay=0.5"], "optim.layer_groups=blocks", "weights"),
     ("optim.warmup_epochs", [], "optim.warmup_epochs=2", "lr"),
     ("optim.weight_decay", [], "optim.weight_decay=0.5", "weights"),
     ("optim.betas", [], "optim.betas=[0.5,0.9]", "weights"),
@@ -85,6 +90,7 @@ EFFECTS = [
     ("debug.profile", ["steps=4"], "debug.profile=1", "folder"),
 ]  # fmt: skip
 ELSEWHERE = {
+    "augment.repeats": "test_order.py: how often a sample comes",
     "recipe.microbatch": "test_config.py: the sizes of in1k",
     "compile": "test_train.py (slow): the compiled model trains to the same loss",
     "resume_allow": "test_resume.py: a change is refused, and allowed by name",

@@ -44,6 +44,15 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     assert (folder / "classes.txt").read_text().split() == [str(digit) for digit in range(10)]
 
 
+def test_layer_decay_is_shown_layer_by_layer(train, capsys):
+    assert train("steps=1", "run=a", "optim.layer_decay=0.5") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("layer ")]
+    assert [row.split()[1] for row in rows] == ["0", "1", "2", "3", "4", "5", "6"]
+    # stem: a 4 x 4 convolution to 40 channels with its bias, and a norm; head: a norm of 320 and 10 classes
+    assert rows[0].split(None, 2)[2] == "lr x 0.01562, 2,040 parameters: stem.0.bias ... stem.1.weight"
+    assert rows[6].split(None, 2)[2] == "lr x 1, 3,850 parameters: head.fc.bias ... head.norm.weight"
+
+
 def test_again_says_finished(train, capsys):
     assert train("steps=2", "run=a") == 0
     before = weights("a")

@@ -8,7 +8,7 @@ from reconverge.settings import Train
 
 @dataclass(frozen=True)
 class Clock:
-    """All in steps, `microbatches` apart."""
+    """All in steps, `microbatches` and `lr_factor` apart."""
 
     steps_per_epoch: int
     total: int  # length of the schedule
@@ -17,6 +17,7 @@ class Clock:
     save_every: int  # 0: at the end only
     evaluate_every: int
     microbatches: int  # of one step: V
+    lr_factor: float  # batch / optim.lr_batch, the linear rule, where a recipe asks for it; else 1
 
     @classmethod
     def of(cls, cfg: Train, images: int) -> "Clock":
@@ -43,6 +44,7 @@ class Clock:
             save_every=every(cfg.save_every),
             evaluate_every=every(cfg.evaluate_every),
             microbatches=cfg.batch // cfg.microbatch,
+            lr_factor=cfg.batch / cfg.optim.lr_batch if cfg.optim.lr_batch else 1.0,
         )
 
     def due(self, every: int, step: int) -> bool:

@@ -58,6 +58,7 @@ class Augment:
     interpolation: str = setting("bicubic", "of the random resized crop (official code)", ("bicubic", "bilinear", "random"))
     flip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
     auto: str = setting("rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy, or none (Table 5: magnitude 9, deviation 0.5)", pattern=r"none|rand(-(m|n|p|mmax|mstd|inc)[0-9.]+)*")
+    repeats: int = setting(1, "how often each chosen sample comes in an epoch, each time augmented anew (repeated augmentation; DeiT: 3)", low=1)
     erase: float = setting(0.25, "probability of random erasing with normal noise, per image (Table 5, mode pixel)", low=0, high=1)
 
 
@@ -73,8 +74,13 @@ class Mix:
 @dataclass
 class Optim:
     lr: float = setting(4e-3, "AdamW's learning rate after warm-up, of one step of recipe.batch images (Table 5)", low=0)
+    lr_batch: int | None = setting(None, "images of a step that lr, min_lr and warmup_lr are given for: all are multiplied by batch / lr_batch; null: as they are, whatever the batch", low=1)
     min_lr: float = setting(1e-6, "where the cosine ends (official code)", low=0)
-    warmup_epochs: int = setting(20, "epochs of linear warm-up from 0 (Table 5)", low=0)
+    warmup_lr: float = setting(0.0, "where the warm-up begins (official code: 0; DeiT's: 1e-6)", low=0)
+    warmup_epochs: int = setting(20, "epochs of linear warm-up (Table 5)", low=0)
+    schedule: str = setting("convnext", "warm-up and cosine in the exact form of which published code: convnext and swin by step, deit by epoch", ("convnext", "deit", "swin"))
+    layer_decay: float = setting(1.0, "lr of a layer / lr of the layer above it, 1 at the head; 1: one lr for all (Table 6: 0.7 and 0.8)", low=0.01, high=1)
+    layer_groups: str = setting("auto", "what a layer is; stages: ConvNeXt's published groups; blocks: each block; auto: stages for ConvNeXts, else blocks", ("auto", "stages", "blocks"))
     weight_decay: float = setting(0.05, "on weights of two or more dimensions (Table 5)", low=0)
     betas: list[float] = setting([0.9, 0.999], "decay of AdamW's two moments, per step (Table 5)")
     eps: float = setting(1e-8, "AdamW's epsilon (official code)", low=0)
