@@ -31,7 +31,7 @@ def train(cfg: Train, run: Run) -> int:
     from torch.nn.functional import cross_entropy
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    from reconverge import describe, environment, models, optim, pictures
+    from reconverge import describe, environment, models, optim, pictures, published
     from reconverge.data import order, sources, transforms
     from reconverge.data.loader import Feed, Images
     from reconverge.data.mix import Mix, Normalise
@@ -51,7 +51,7 @@ def train(cfg: Train, run: Run) -> int:
     run.fact("hardware", world.hardware())
 
     training, validation = sources.open_sources(cfg.data)
-    run.fact("data", {"train": training.fingerprint, "val": validation.fingerprint, "order": order.VERSION})
+    run.fact("data", {"train": training.fingerprint, "val": validation and validation.fingerprint, "order": order.VERSION})
     clock = Clock.of(cfg, len(training))
     batch_order = order.Order(len(training), cfg.batch, cfg.microbatch, cfg.seed, cfg.debug.overfit)
     run.samples_of = batch_order.step_ids
@@ -74,7 +74,7 @@ def train(cfg: Train, run: Run) -> int:
         say(f"skipped a damaged checkpoint: {reason}")
     run.start(start, clock, training.classes)
     job = describe.job(cfg, clock, net, optimizer.param_groups, describe.images(cfg, training, validation))
-    panel(cfg.run, job | describe.machine(cfg, world, workers, run) | describe.notices(cfg))
+    panel(cfg.run, job | describe.machine(cfg, world, workers, run) | describe.numbered("notice", config.notices(cfg)))
 
     augmented = Images(training, transforms.training(cfg.augment, cfg.data.mean), cfg.seed)
     feed = Feed(augmented, batch_order.steps(start, clock.end), workers, world.device, cfg.copy_ahead)
@@ -82,6 +82,7 @@ def train(cfg: Train, run: Run) -> int:
 
     def measure(step: int) -> None:
         """Evaluate both sets of weights after `step`: metrics.jsonl, curves.png, predictions.png."""
+        assert validation is not None, "without validation images evaluate_every is never"
         net.eval()
         results = evaluate(state.models(), validation, cfg.evaluate, normalise, world, workers, stop=told_to_stop)
         net.train()
@@ -93,7 +94,7 @@ def train(cfg: Train, run: Run) -> int:
     if tracer := world.tracer(cfg.debug.profile, run.folder / "trace.json"):
         run.closing.enter_context(tracer)
     net.train()
-    if start > 0 and (start >= clock.end or clock.due(clock.evaluate_every, start)) and not run.evaluated(start):
+    if start > 0 and clock.due(clock.evaluate_every, min(start, clock.end)) and not run.evaluated(start):
         measure(start)  # a signal came between the step and its evaluation, or steps= is now below it
     if told_to_stop():
         return run.preempted()
@@ -142,7 +143,7 @@ def train(cfg: Train, run: Run) -> int:
         if stopping:
             return run.preempted()
 
-    return run.done()
+    return run.done(published.comparison(cfg, clock, run.step, training, validation, run.top1()))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ EFFECTS = [
     ("model.head_init_scale", [], "model.head_init_scale=0.1", "weights"),
     ("recipe.name", [], "recipe.name=mine", "said"),
     ("recipe.batch", ["recipe.batch=16"], "recipe.batch=64", "said"),
+    ("recipe.dataset", ["ema.decay=0.5"], "recipe.dataset=imagenet1k", "said"),
+    ("recipe.starts_from", [], "recipe.starts_from=elsewhere", "said"),
     ("recipe.drop_path", [], "recipe.drop_path.atto=0.5", "weights"),
     ("augment.size", [], "augment.size=64", "inputs"),
     ("augment.scale", [], "augment.scale=[0.1,0.2]", "inputs"),
@@ -91,7 +93,10 @@ EFFECTS = [
 ]  # fmt: skip
 ELSEWHERE = {
     "augment.repeats": "test_order.py: how often a sample comes",
-    "recipe.microbatch": "test_config.py: the sizes of in1k",
+    "recipe.ema": "test_recipes.py: every recipe for every size",
+    "recipe.expected": "test_recipes.py: the end of a run compares",
+    "recipe.noise": "test_recipes.py: the end of a run compares",
+    "recipe.microbatch": "test_recipes.py: every recipe for every size",
     "compile": "test_train.py (slow): the compiled model trains to the same loss",
     "resume_allow": "test_resume.py: a change is refused, and allowed by name",
     "tracker.project": "test_tracker.py: the offline file names it",

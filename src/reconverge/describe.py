@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from reconverge.clock import Clock
-from reconverge.config import batch_notice
 from reconverge.data.sources import Source
 from reconverge.data.transforms import resized_side
 from reconverge.run import Run
@@ -38,9 +37,11 @@ def job(cfg: Train, clock: Clock, net: nn.Module, groups: Sequence[Mapping[str, 
     }
 
 
-def images(cfg: Train, training: Source, validation: Source) -> str:
-    text = f"{cfg.data.name}: {len(training)} training and {len(validation)} validation images of {len(training.classes)} classes"
-    return text + (f"; {ignored} files that are no images left out" if (ignored := training.ignored + validation.ignored) else "")
+def images(cfg: Train, training: Source, validation: Source | None) -> str:
+    held_out = f"{len(validation)}" if validation else "no"
+    ignored = training.ignored + (validation.ignored if validation else 0)
+    text = f"{cfg.data.name}: {len(training)} training and {held_out} validation images of {len(training.classes)} classes"
+    return text + (f"; {ignored} files that are no images left out" if ignored else "")
 
 
 def machine(cfg: Train, world: World, workers: int, run: Run) -> dict[str, str]:
@@ -52,10 +53,8 @@ def machine(cfg: Train, world: World, workers: int, run: Run) -> dict[str, str]:
     }
 
 
-def notices(cfg: Train) -> dict[str, str]:
-    """What might not be meant."""
-    found = [batch_notice(cfg)]
-    return {f"notice {number}": text for number, text in enumerate(filter(None, found), 1)}
+def numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
+    return {f"{name} {number}": text for number, text in enumerate(texts, 1)}
 
 
 def layers(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -29,6 +29,7 @@ def setting(
 
 NAME = r"[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*"  # a plain folder name: no separators, not "." or ".."
 EVERY = r"[0-9]+(epoch)?"
+EVERY_OR_NEVER = EVERY + "|never"
 
 
 # fmt: off
@@ -45,9 +46,14 @@ class Model:
 @dataclass
 class Recipe:
     name: str = setting(MISSING, "a file of conf/recipe, as recipe=NAME")
+    dataset: str | None = setting(None, "the published run's training images; null: the recipe reproduces no published run", (None, "imagenet1k", "imagenet22k"))
+    starts_from: str | None = setting(None, "the trained weights that the recipe is meant for, in words; null: it starts from scratch")
     batch: int = setting(MISSING, "images of one step that lr was chosen for", low=1)
     drop_path: dict[str, float] = setting({}, "model size -> stochastic depth (Table 5)")
     microbatch: dict[str, int] = setting({}, "model size -> images of one forward pass, on which Mixup draws (the published images per GPU)")
+    ema: dict[str, float | None] = setting({}, "model size -> ema.decay, where it depends on the size (Table 6)")
+    expected: dict[str, float] = setting({}, "model name -> published top-1, percent")
+    noise: float | None = setting(None, "percent points around the published top-1 that independent runs of the recipe fall into", low=0)
 
 
 @dataclass
@@ -107,7 +113,7 @@ class Data:
     kind: str = setting(MISSING, "how it is read", ("digits", "folder", "synthetic", "trained"))
     root: str | None = setting(None, "folder that holds the train and val folders", free=True)
     train: str = setting("train", "folder below root with one folder a class")
-    val: str = setting("val", "folder below root with one folder a class")
+    val: str | None = setting("val", "folder below root with one folder a class; null: there are no validation images")
     cache: str = setting("~/.cache/reconverge", "folder for indexes and generated images", free=True)
     mean: list[float] = setting([0.485, 0.456, 0.406], "of R, G, B in 0..1 (ImageNet's)")
     std: list[float] = setting([0.229, 0.224, 0.225], "of R, G, B in 0..1 (ImageNet's)")
@@ -148,7 +154,7 @@ class Train:
     fused: bool = setting(True, "AdamW as one kernel; false: a kernel an operation, and the host waits for each step's gradient norm")
     copy_ahead: bool = setting(True, "load and copy the next microbatch while the device works on this one", free=True)
     save_every: str = setting("1epoch", "steps, or epochs as in 2epoch; 0: at the end only", pattern=EVERY, free=True)
-    evaluate_every: str = setting("1epoch", "steps, or epochs as in 2epoch; 0: at the end only", pattern=EVERY, free=True)
+    evaluate_every: str = setting("1epoch", "steps, or epochs as in 2epoch; 0: at the end only; never: not at all", pattern=EVERY_OR_NEVER, free=True)
     log_every: int = setting(10, "steps between two lines of metrics.jsonl", low=1, free=True)
     keep: int = setting(2, "newest checkpoints to keep, beside the best", low=1, free=True)
     resume_allow: list[str] = setting([], "what may differ when a run is resumed: settings, or code, data, versions, hardware; a promise is lost and recorded", free=True)

@@ -28,8 +28,8 @@ class Source(Protocol):
     def image(self, sample: int) -> Image.Image: ...
 
 
-def open_sources(data: Data) -> tuple[Source, Source]:
-    """The training and the validation images. Errors: Stop(MISSING, PERMISSION, USAGE)."""
+def open_sources(data: Data) -> tuple[Source, Source | None]:
+    """The training and the validation images; None for these where data.val is null. Errors: Stop(MISSING, PERMISSION, USAGE)."""
     return KINDS[data.kind](data)
 
 
@@ -89,9 +89,12 @@ def open_validation(data: Data, classes: list[str]) -> Source:
 
     Errors: as open_sources, and Stop(NOT_COMPARABLE) for other classes.
     """
+    if data.val is None:
+        raise Stop(Exit.USAGE, "data.val=null", "a data set with validation images", "data.val=val, or another data=")
     if data.kind == "folder":
         return Folder(open_index(Path(str(data.root)).expanduser() / data.val, Path(data.cache).expanduser(), classes))
     validation = open_sources(data)[1]
+    assert validation is not None, "data.val is not null"
     if validation.classes != classes:
         raise Stop(
             Exit.NOT_COMPARABLE,
@@ -102,13 +105,13 @@ def open_validation(data: Data, classes: list[str]) -> Source:
     return validation
 
 
-def _folder(data: Data) -> tuple[Source, Source]:
+def _folder(data: Data) -> tuple[Source, Source | None]:
     root, cache = Path(str(data.root)).expanduser(), Path(data.cache).expanduser()
     train = open_index(root / data.train, cache)
-    return Folder(train), Folder(open_index(root / data.val, cache, train.classes))
+    return Folder(train), None if data.val is None else Folder(open_index(root / data.val, cache, train.classes))
 
 
-def _digits(data: Data) -> tuple[Source, Source]:
+def _digits(data: Data) -> tuple[Source, Source | None]:
     """The scanned digits that scikit-learn bundles, as PNG class folders, read like any other data.
 
     A fifth of each class is held out, the same on every machine: the images with the smallest keys.
@@ -153,8 +156,9 @@ class Synthetic:
         return Image.fromarray((noise * 256).astype(np.uint8))
 
 
-def _synthetic(data: Data) -> tuple[Source, Source]:
-    return Synthetic(data.images, data.classes, "train"), Synthetic(max(1, data.images // 10), data.classes, "val")
+def _synthetic(data: Data) -> tuple[Source, Source | None]:
+    validation = None if data.val is None else Synthetic(max(1, data.images // 10), data.classes, "val")
+    return Synthetic(data.images, data.classes, "train"), validation
 
 
-KINDS: dict[str, Callable[[Data], tuple[Source, Source]]] = {"digits": _digits, "folder": _folder, "synthetic": _synthetic}
+KINDS: dict[str, Callable[[Data], tuple[Source, Source | None]]] = {"digits": _digits, "folder": _folder, "synthetic": _synthetic}
