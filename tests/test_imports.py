@@ -31,7 +31,7 @@ FLOORS = {
     "reconverge.clock": 1, "reconverge.chance": 1, "reconverge.world": 1, "reconverge.environment": 1, "reconverge.lock": 1, "reconverge.progress": 1, "reconverge.tracker": 1,
     "reconverge.data": 2, "reconverge.data.order": 2, "reconverge.data.index": 2, "reconverge.data.sources": 2, "reconverge.data.transforms": 2, "reconverge.data.loader": 2, "reconverge.data.mix": 2,
     "reconverge.models": 2, "reconverge.models.drop_path": 2, "reconverge.models.isotropic": 2, "reconverge.models.layers": 2, "reconverge.optim": 2, "reconverge.ema": 2, "reconverge.checkpoint": 2,
-    "reconverge.evaluate": 3, "reconverge.state": 3, "reconverge.config": 3, "reconverge.pictures": 4, "reconverge.run": 4, "reconverge.published": 4, "reconverge.describe": 5, "reconverge.commands": 5, "reconverge.commands.models": 5,
+    "reconverge.evaluate": 3, "reconverge.state": 3, "reconverge.config": 3, "reconverge.pictures": 4, "reconverge.run": 4, "reconverge.published": 4, "reconverge.describe": 5, "reconverge.commands": 5, "reconverge.commands.models": 5, "reconverge.commands.plan": 5, "reconverge.estimate": 3,
 }  # fmt: skip
 
 

@@ -15,14 +15,15 @@ from reconverge.world import World
 
 
 def job(cfg: Train, clock: Clock, net: nn.Module, groups: Sequence[Mapping[str, Any]], data: str) -> dict[str, str]:
-    """What will be trained, wherever it runs. `groups`: those of optim.parameter_groups; `data`: the images, in words."""
+    """What will be trained, wherever it runs; `net` may be on the meta device. `groups`: those of optim.parameter_groups; `data`: the images, in words."""
     parameters = sum(parameter.numel() for parameter in net.parameters()) / 1e6
     schedule = f"{cfg.epochs} epochs of {clock.steps_per_epoch} steps = {clock.total} steps, {clock.warmup} of them warm-up"
     if clock.end < clock.total:
         schedule += f"; stops after step {clock.end}"
-    rate = f"{cfg.optim.lr * clock.lr_factor:g}, cosine to {cfg.optim.min_lr * clock.lr_factor:g}; weight decay {cfg.optim.weight_decay:g}"
+    rate = f"{cfg.optim.lr * clock.lr_factor:g}, cosine to {cfg.optim.min_lr * clock.lr_factor:g} as in {cfg.optim.schedule}'s code"
     if cfg.optim.lr_batch:
         rate += f"; {cfg.optim.lr:g} x batch {cfg.batch} / {cfg.optim.lr_batch}"
+    decayed = sum(parameter.numel() for group in groups if group["weight_decay"] for parameter in group["params"]) / 1e6
     return {
         "model": f"{cfg.model.name}, {parameters:.2f} M parameters, stochastic depth {cfg.model.drop_path:g}",
         "recipe": f"{cfg.recipe.name}, seed {cfg.seed}",
@@ -32,6 +33,7 @@ def job(cfg: Train, clock: Clock, net: nn.Module, groups: Sequence[Mapping[str, 
         "batch": f"{cfg.batch} images = {clock.microbatches} microbatches x {cfg.microbatch}",
         "schedule": schedule,
         "learning rate": rate,
+        "weight decay": f"{cfg.optim.weight_decay:g} on {decayed:.2f} M parameters, none on {parameters - decayed:.2f} M",
         **(layers(groups) if cfg.optim.layer_decay != 1 else {}),
         "EMA": _ema(cfg.ema.decay, clock),
     }
@@ -62,10 +64,14 @@ def layers(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     rows = {}
     for layer in sorted({group["layer"] for group in groups}):
         own = [group for group in groups if group["layer"] == layer]
-        names = sorted(name for group in own for name in group["names"])
+        names = sorted((name for group in own for name in group["names"]), key=_numerically)
         parameters = sum(parameter.numel() for group in own for parameter in group["params"])
         rows[f"layer {layer}"] = f"lr x {own[0]['lr_scale']:.4g}, {parameters:,} parameters: {names[0]} ... {names[-1]}"
     return rows
+
+
+def _numerically(name: str) -> list[str]:
+    return [part.zfill(4) for part in name.split(".")]
 
 
 def _ema(decay: float | None, clock: Clock) -> str:

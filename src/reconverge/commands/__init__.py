@@ -6,7 +6,10 @@ from importlib import import_module
 
 from reconverge.errors import exit_code
 
-COMMANDS = {"models": "the table of models: counted and published size, accuracy, recipes"}
+COMMANDS = {
+    "models": "the table of models: counted and published size, accuracy, recipes",
+    "plan": "what a training will be, without training",
+}
 
 
 def main() -> None:
@@ -15,5 +18,9 @@ def main() -> None:
     for name, help in COMMANDS.items():
         command = import_module(f"reconverge.commands.{name}")  # light: what takes seconds to import, a command imports as it runs
         command.add_arguments(subparsers.add_parser(name, help=help, description=command.__doc__))
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    if not hasattr(arguments, "overrides") or any("=" not in argument or argument.startswith("-") for argument in rest):
+        arguments = parser.parse_args()  # refuses the rest
+    else:
+        arguments.overrides += rest  # key=value after an option: argparse takes one block of them
     sys.exit(exit_code(lambda: import_module(f"reconverge.commands.{arguments.command}").run(arguments)))

@@ -36,9 +36,7 @@ def build(model: settings.Model, classes: int, seed: int) -> nn.Module:
 
     Errors: Stop(USAGE).
     """
-    if model.name not in MODELS:
-        raise Stop(Exit.USAGE, f"model.name={model.name}", f"the table MODELS: {', '.join(MODELS)}", "model=NAME")
-    spec = MODELS[model.name]
+    spec = _spec(model)
     with chance.scope(seed, "init"):
         net = spec.build(model, classes)
     drop_path.replace(net)
@@ -48,6 +46,20 @@ def build(model: settings.Model, classes: int, seed: int) -> nn.Module:
         head.weight.mul_(model.head_init_scale)
         head.bias.mul_(model.head_init_scale)
     return net
+
+
+def on_meta(model: settings.Model, classes: int) -> nn.Module:
+    """The same without weights, on the meta device: nothing is allocated. Errors: Stop(USAGE)."""
+    with torch.device("meta"):
+        net = _spec(model).build(model, classes)
+    drop_path.replace(net)
+    return net
+
+
+def _spec(model: settings.Model) -> Spec:
+    if model.name not in MODELS:
+        raise Stop(Exit.USAGE, f"model.name={model.name}", f"the table MODELS: {', '.join(MODELS)}", "model=NAME")
+    return MODELS[model.name]
 
 
 def _convnext(timm_name: str) -> Callable[[settings.Model, int], nn.Module]:
