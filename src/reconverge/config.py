@@ -305,9 +305,8 @@ def departures(cfg: Train) -> list[tuple[str, Any, Any, str]]:
 def _yaml(group: str, name: str) -> Any:
     """What the file of conf/ says that gives its model or recipe this name; nothing if there is none."""
     for path in sorted((ROOT / "conf" / group).rglob("*.yaml")):
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
-        if name == (content["recipe"]["name"] if group == "recipe" else content["name"]):
-            return content
+        if f"name: {name}\n" in path.read_text():
+            return OmegaConf.to_container(OmegaConf.load(path))
     return {"recipe": {"batch": None, "drop_path": {}}} if group == "recipe" else {}
 
 

@@ -46,14 +46,14 @@ class Model:
 @dataclass
 class Recipe:
     name: str = setting(MISSING, "a file of conf/recipe, as recipe=NAME")
-    dataset: str | None = setting(None, "the published run's training images; null: the recipe reproduces no published run", (None, "imagenet1k", "imagenet22k"))
-    starts_from: str | None = setting(None, "the trained weights that the recipe is meant for, in words; null: it starts from scratch")
+    dataset: str | None = setting(None, "the published run's training images; null: the recipe reproduces no published run", (None, "imagenet1k", "imagenet22k"), free=True)
+    starts_from: str | None = setting(None, "the trained weights that the recipe is meant for, in words; null: it starts from scratch", free=True)
     batch: int = setting(MISSING, "images of one step that lr was chosen for", low=1)
     drop_path: dict[str, float] = setting({}, "model size -> stochastic depth (Table 5)")
     microbatch: dict[str, int] = setting({}, "model size -> images of one forward pass, on which Mixup draws (the published images per GPU)")
     ema: dict[str, float | None] = setting({}, "model size -> ema.decay, where it depends on the size (Table 6)")
-    expected: dict[str, float] = setting({}, "model name -> published top-1, percent")
-    noise: float | None = setting(None, "percent points around the published top-1 that independent runs of the recipe fall into", low=0)
+    expected: dict[str, float] = setting({}, "model name -> published top-1, percent", free=True)
+    noise: float | None = setting(None, "percent points around the published top-1 that independent runs of the recipe fall into", low=0, free=True)
 
 
 @dataclass
