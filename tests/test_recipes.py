@@ -268,6 +268,11 @@ def test_notices_name_what_departs_from_the_published_recipe_and_why(compose):
     assert "Table 5" in said[2]
 
 
+def test_what_decides_no_result_departs_from_nothing(compose):
+    cfg = compose("model=convnext_b", "recipe=in22k", "evaluate_every=1epoch", "save_every=5", "precision=bf16")
+    assert config.departures(cfg) == []
+
+
 def test_an_own_stochastic_depth_and_microbatch_depart_too(compose):
     cfg = compose("model=convnext_t", "recipe=in1k", "model.drop_path=0.2", "microbatch=64")
     assert [key for key, *_ in config.departures(cfg)] == ["microbatch", "model.drop_path"]
