@@ -253,7 +253,7 @@ def test_the_in1k_recipe_says_what_the_table_of_models_says():
 def test_finetune_follows_the_linear_rule(compose):
     cfg = compose("model=convnext_t", "recipe=finetune", "batch=128")
     clock = Clock.of(cfg, 12_800)
-    assert (cfg.optim.lr, cfg.optim.lr_batch, cfg.optim.layer_decay, cfg.model.head_init_scale) == (5e-4, 512, 0.8, 0.001)
+    assert (cfg.optim.lr, cfg.optim.lr_batch, cfg.optim.layer_decay, cfg.model.head_init_scale) == (2e-3, 512, 0.8, 0.001)
     assert clock.lr_factor == 0.25
     assert not any("not rescaled" in notice for notice in config.notices(cfg))
 
