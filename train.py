@@ -37,7 +37,7 @@ def train(cfg: Train, run: Run) -> int:
     from reconverge.data.mix import Mix, Normalise
     from reconverge.ema import Ema
     from reconverge.evaluate import evaluate
-    from reconverge.models import drop_path
+    from reconverge.models import drop_path, weights
     from reconverge.state import State
     from reconverge.world import World, default_threads, default_workers
 
@@ -67,11 +67,15 @@ def train(cfg: Train, run: Run) -> int:
     optimizer = optim.adamw(net, cfg.optim, cfg.fused)
     scaler = world.scaler()
 
-    # ---- where to start: the run's own newest valid checkpoint, else from scratch ----
+    # ---- where to start: the run's own newest valid checkpoint, else the weights of init=, else from scratch ----
     state = State(net, ema, optimizer, scaler)
     start, skipped = state.restore(run.checkpoints)
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
+    if start == 0 and cfg.init is not None:
+        run.fact("init", weights.load(net, cfg.init, cfg.init_strict, cfg.init_head, training.classes))
+        if ema is not None:
+            ema.model.load_state_dict(net.state_dict())
     run.start(start, clock, training.classes)
     panel(cfg.run, describe.rows(cfg, clock, net, world, workers, training, validation, run))
 

@@ -30,7 +30,7 @@ FLOORS = {
     "reconverge": 0, "reconverge.settings": 0, "reconverge.errors": 0,
     "reconverge.clock": 1, "reconverge.chance": 1, "reconverge.world": 1, "reconverge.environment": 1, "reconverge.lock": 1, "reconverge.progress": 1, "reconverge.tracker": 1,
     "reconverge.data": 2, "reconverge.data.order": 2, "reconverge.data.index": 2, "reconverge.data.sources": 2, "reconverge.data.transforms": 2, "reconverge.data.loader": 2, "reconverge.data.mix": 2,
-    "reconverge.models": 2, "reconverge.models.drop_path": 2, "reconverge.models.isotropic": 2, "reconverge.optim": 2, "reconverge.ema": 2, "reconverge.checkpoint": 2,
+    "reconverge.models": 2, "reconverge.models.drop_path": 2, "reconverge.models.isotropic": 2, "reconverge.models.layouts": 2, "reconverge.models.pretrained": 2, "reconverge.models.weights": 2, "reconverge.optim": 2, "reconverge.ema": 2, "reconverge.checkpoint": 2,
     "reconverge.evaluate": 3, "reconverge.state": 3, "reconverge.config": 3, "reconverge.pictures": 4, "reconverge.run": 4, "reconverge.describe": 5, "reconverge.commands": 5, "reconverge.commands.models": 5,
 }  # fmt: skip
 
@@ -65,6 +65,7 @@ def test_data_does_not_know_the_models():
                 "reconverge.models",
                 "reconverge.models.drop_path",
                 "reconverge.models.isotropic",
+                "reconverge.models.pretrained",
                 "reconverge.data.transforms",
                 "reconverge.data.mix",
             },

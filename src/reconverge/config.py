@@ -210,6 +210,10 @@ def check(cfg: Train) -> None:
             raise Stop(Exit.USAGE, f"{key}={pair}", f"[smallest, largest], above {low}, at most {high}", f"{key}=[{max(low, 0.08)},1.0]")
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise Stop(Exit.USAGE, f"optim.betas={cfg.optim.betas}", "two numbers from 0 up to, but not, 1", "optim.betas=[0.9,0.999]")
+    if cfg.init is None:
+        for key, unread in (("init_head", cfg.init_head != "auto"), ("init_strict", not cfg.init_strict)):
+            if unread:
+                raise Stop(Exit.USAGE, f"{key}={getattr(cfg, key)} without init", _help(Train, "init"), f"init=..., or {key} as it was")
     known = {key for key, *_ in flat(cfg)} | {"code", "versions", "data", "hardware"}
     for name in cfg.resume_allow:
         if name not in known:

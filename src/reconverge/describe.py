@@ -8,6 +8,7 @@ from reconverge.clock import Clock
 from reconverge.config import batch_notice
 from reconverge.data.sources import Source
 from reconverge.data.transforms import resized_side
+from reconverge.models import weights
 from reconverge.run import Run
 from reconverge.settings import Train
 from reconverge.world import World
@@ -36,6 +37,10 @@ def rows(
         "promises": _promises(run),
         "run": f"{run.folder}/" + (f", resumed after step {run.step}" if run.step else ""),
     }
+    if origin := run.recorded("init"):
+        panel |= weights.table(origin)
+        panel["head"] += f" (model.head_init_scale={cfg.model.head_init_scale:g})" if "fresh" in origin["head"] else ""
+        panel["init"] += "; this run's own checkpoint has taken their place" if run.step else ""
     if notice := batch_notice(cfg):
         panel["notice"] = notice
     return panel
