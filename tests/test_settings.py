@@ -85,6 +85,9 @@ EFFECTS = [
     ("debug.profile", ["steps=4"], "debug.profile=1", "folder"),
 ]  # fmt: skip
 ELSEWHERE = {
+    "init": "test_init.py: a chain of runs",
+    "init_strict": "test_weights.py: nothing partial without being told",
+    "init_head": "test_init.py: the same classes keep their head, others are mapped or start afresh",
     "recipe.microbatch": "test_config.py: the sizes of in1k",
     "compile": "test_train.py (slow): the compiled model trains to the same loss",
     "resume_allow": "test_resume.py: a change is refused, and allowed by name",

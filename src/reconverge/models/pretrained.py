@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,12 +172,19 @@ def _load(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises UnpicklingError, EOFError, RuntimeError, ValueError, KeyError and more on broken files
         if not isinstance(error, SafetensorError) and explain(error):
             raise
-        code = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.\w+)", str(error))
-        reason = f"it asks for {code[1]}, which could run code" if code else f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise Stop(
-            Exit.DAMAGED, f"init={path}: {reason}", "a whole file of tensors and plain values; nothing of this one was run", "the file"
-        ) from None
+        raise _unreadable(str(path), error) from None
     return content if isinstance(content, dict) else {}
+
+
+def _unreadable(init: str, error: Exception) -> Stop:
+    code = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.\w+)", str(error))
+    if code:
+        reason = f"it asks for {code[1]}, which could run code"
+    elif isinstance(error, pickle.UnpicklingError):  # torch's message would advise to load it all the same
+        reason = "not what torch.save writes"
+    else:
+        reason = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
+    return Stop(Exit.DAMAGED, f"init={init}: {reason}", "a whole file of tensors and plain values; nothing of this one was run", "the file")
 
 
 # ---- downloads, which the libraries keep in their own caches ----
@@ -189,15 +197,15 @@ def _downloading(init: str) -> Iterator[None]:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         yield
-    except Stop:
-        raise
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise _unreadable(init, error) from None
     except Exception as error:  # of requests, httpx, urllib, huggingface_hub
         stop = explain(error)
         if stop and stop.code != Exit.MISSING:
             raise
         raise Stop(
             Exit.MISSING,
-            f"init={init}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}",
+            f"init={init}: {type(error).__name__} {str(error).partition(chr(10))[0]}",
             "a network, or weights that this machine downloaded before",
             "try again; or download them elsewhere and give the file or folder: init=PATH",
         ) from error
