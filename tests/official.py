@@ -50,14 +50,13 @@ def drawn(shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
-        normal = torch.empty(shape).normal_(generator=generator)
+        uniform = torch.empty(shape).uniform_(-1, 1, generator=generator)
         if name.endswith("gamma"):
-            weights[name] = 0.2 + 0.03 * normal.clamp(-3, 3)
+            weights[name] = 0.2 + 0.1 * uniform
         elif len(shape) == 1:
-            weights[name] = 0.1 * normal + (1.0 if name.endswith("weight") else 0.0)
+            weights[name] = 0.2 * uniform + (1.0 if name.endswith("weight") else 0.0)
         else:
-            inputs = torch.Size(shape[1:]).numel()
-            weights[name] = normal / inputs**0.5
+            weights[name] = uniform * (3 / torch.Size(shape[1:]).numel()) ** 0.5
     return weights
 
 

@@ -70,11 +70,10 @@ def same(net, other, leave_out=()):
         ("iso_s", 1000, 64),
         pytest.param("s", 1000, 224, marks=slow),
         pytest.param("b", 1000, 384, marks=slow),
-        pytest.param("b", 21841, 64, marks=slow),
-        pytest.param("l", 21841, 64, marks=slow),
-        pytest.param("xl", 21841, 64, marks=slow),
+        pytest.param("l", 1000, 32, marks=slow),
+        pytest.param("xl", 21841, 32, marks=slow),
         pytest.param("iso_b", 1000, 224, marks=slow),
-        pytest.param("iso_l", 1000, 64, marks=slow),
+        pytest.param("iso_l", 1000, 32, marks=slow),
     ],
 )
 def test_official_weights_give_the_official_logits(size, classes, pixels):
@@ -86,7 +85,9 @@ def test_official_weights_give_the_official_logits(size, classes, pixels):
         depth = official.DEPTHS[size]
         given = official.drawn(official.shapes(depth, official.WIDTHS[size], classes))
     torch.save({"model": given}, "official.pth")
-    net = models.build(Model(name=f"convnext_{size}", size=size, drop_path=0.0, layer_scale=layer_scale), classes, 0).eval()
+    with torch.device("meta"):
+        net = models.MODELS[f"convnext_{size}"].build(Model("", size, drop_path=0.0, layer_scale=layer_scale), classes)
+    net = net.to_empty(device="cpu").eval()  # whatever is not loaded stays undefined
     origin = weights.load(net, "official.pth", True, "keep", names(classes))
     images = torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

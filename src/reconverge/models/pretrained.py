@@ -258,7 +258,7 @@ def _from_torchvision(name: str) -> Pretrained:
         full = [f"torchvision:{weights}" for weights in sets]
         raise Stop(Exit.USAGE, f"init=torchvision:{name}", f"one of {', '.join(full)}", f"init={full[0]}")
     with _downloading(f"torchvision:{name}"):
-        tensors = sets[0].get_state_dict(progress=False, check_hash=True, weights_only=True)
+        tensors = sets[0].get_state_dict(progress=False, check_hash=True)
     return Pretrained(tensors, None, {"text": f"torchvision:{sets[0]}", "sha256": _digest(tensors)})
 
 
