@@ -254,7 +254,7 @@ def test_the_same_number_of_other_classes_starts_afresh_and_is_said():
     fresh = net.head.fc.weight.detach().clone()
     origin = weights.load(net, save(source), True, "auto", names(4))
     assert torch.equal(net.head.fc.weight, fresh)
-    assert "their names are unknown, and init_head=keep would take them by position" in origin["head"]
+    assert "the names of the 4 classes of the weights are unknown: init_head=keep would take them by position" in origin["head"]
     weights.load(net, "w.safetensors", True, "keep", names(4))
     assert same(net, source)
 
@@ -265,7 +265,7 @@ def test_a_head_for_the_same_classes_is_kept():
     synsets = importlib.resources.files("timm.data._info").joinpath("imagenet_synsets.txt").read_text().split()
     origin = weights.load(net, save(source), True, "auto", synsets)
     assert same(net, source)
-    assert origin["head"] == "kept, 1000 classes, taken for ImageNet's 1000 synsets by their number"
+    assert origin["head"] == "kept, 1000 classes; taken for ImageNet's 1000 synsets by their number"
     net = scrambled(small(1000), 9)
     weights.load(net, "w.safetensors", True, "auto", synsets[::-1])
     assert not torch.equal(net.head.fc.weight, source.head.fc.weight)
@@ -296,7 +296,7 @@ def test_a_22k_head_is_mapped_by_synset(reverse):
         else:
             assert (net.head.fc.weight[row] == large.index(label)).all()
             assert net.head.fc.bias[row] == -large.index(label)
-    assert origin["head"] == "mapped by name, 999 of 1000 classes from 21841, taken for ImageNet's 21841 synsets by their number; fresh rows for n04399382"  # fmt: skip
+    assert origin["head"] == "mapped by name, 999 of 1000 classes from 21841; fresh rows for n04399382; taken for ImageNet's 21841 synsets by their number"  # fmt: skip
 
 
 def test_what_a_head_cannot_do_is_refused():

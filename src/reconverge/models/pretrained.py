@@ -87,8 +87,8 @@ def _folder(path: Path, wanted: str) -> Pretrained:
 
 def _run(path: Path, wanted: str) -> Pretrained:
     """A run's newest valid checkpoint, or the one that is named, with its sha256 verified."""
-    chosen, skipped = checkpoint.choose(path)
-    run = chosen.absolute().parents[1]
+    chosen, skipped = checkpoint.choose(path.absolute())
+    run = chosen.parents[1]
     files = {"raw": chosen / "model.safetensors", "ema": chosen / "ema.safetensors"}
     if not files[wanted].exists():
         raise Stop(Exit.USAGE, f"init={path}:{wanted}, and {chosen} has no EMA weights", "the raw weights", f"init={path}")
@@ -103,7 +103,7 @@ def _run(path: Path, wanted: str) -> Pretrained:
     return Pretrained(
         safetensors.torch.load_file(files[wanted]),
         classes,
-        {"text": text, "run": run.name, "step": step, "weights": wanted, "path": str(files[wanted].absolute()), "sha256": digest},
+        {"text": text, "run": run.name, "step": step, "weights": wanted, "path": str(files[wanted]), "sha256": digest},
     )
 
 

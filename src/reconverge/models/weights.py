@@ -157,40 +157,49 @@ def _load_head(
     """Fill the head's rows by the rule of init_head, and say in words what was done. Errors: Stop(USAGE)."""
     rows = len(entries[0].tensor) if len(entries) == len(names) else 0
     theirs = found.classes if found.classes and len(found.classes) == rows else None
-    by_count = "" if theirs else f", taken for ImageNet's {rows} synsets by their number"
+    by_count = "" if theirs else f"; taken for ImageNet's {rows} synsets by their number"
     theirs = theirs or pretrained.imagenet_classes(rows)
     if rule == "auto":
         rule = "keep" if rows and theirs == classes else "fresh"
     if rule == "fresh":
-        same_number = "" if rows != len(classes) or theirs else ": their names are unknown, and init_head=keep would take them by position"
-        was = (
-            f"the {rows} classes of the weights are others{same_number}"
-            if rows and theirs != classes
-            else f"the weights' {rows} rows unused"
-        )
-        return f"fresh, {len(classes)} classes; " + (was if rows else "the weights have no whole one")
+        return f"fresh, {len(classes)} classes; {_why_fresh(rows, theirs, classes)}"
     if not rows:
         raise Stop(Exit.USAGE, f"init_head={rule}, and init={init} has no head of this width", "weights with a head", "init_head=fresh")
-    if rule == "keep":
-        if rows != len(classes):
-            raise Stop(
-                Exit.USAGE,
-                f"init_head=keep with a head of {rows} classes for data of {len(classes)}",
-                "as many classes",
-                "init_head=mapped by their names, or init_head=fresh",
-            )
-        for entry in entries:
-            own[entry.name].copy_(entry.tensor)
-        if theirs == classes:
-            return f"kept, {rows} classes{by_count}"
-        return f"kept, {rows} classes by position: their names " + ("are others" if theirs else "are unknown")
-    index = {label: row for row, label in enumerate(theirs or [])}
+    if rule == "mapped":
+        return _map_rows(own, entries, theirs or [], classes) + by_count
+    if rows != len(classes):
+        raise Stop(
+            Exit.USAGE,
+            f"init_head=keep with a head of {rows} classes for data of {len(classes)}",
+            "as many classes",
+            "init_head=mapped by their names, or init_head=fresh",
+        )
+    for entry in entries:
+        own[entry.name].copy_(entry.tensor)
+    if theirs == classes:
+        return f"kept, {rows} classes{by_count}"
+    return f"kept, {rows} classes by position: their names " + ("are others" if theirs else "are unknown")
+
+
+def _why_fresh(rows: int, theirs: list[str] | None, classes: list[str]) -> str:
+    if not rows:
+        return "the weights have no whole one"
+    if theirs == classes:
+        return f"the {rows} rows of the weights, of the same classes, are unused"
+    if theirs is None and rows == len(classes):
+        return f"the names of the {rows} classes of the weights are unknown: init_head=keep would take them by position"
+    return f"the {rows} classes of the weights are others"
+
+
+def _map_rows(own: dict[str, Tensor], entries: list[Entry], theirs: list[str], classes: list[str]) -> str:
+    """Each class of the data gets the row of its own name; one that the weights lack keeps its fresh row. Errors: Stop(USAGE)."""
+    index = {label: row for row, label in enumerate(theirs)}
     pairs = [(row, index[label]) for row, label in enumerate(classes) if label in index]
     if not pairs:
         reason = "none of which has the name of a class of the data" if theirs else "whose names are unknown"
         raise Stop(
             Exit.USAGE,
-            f"init_head=mapped with a head of {rows} classes, {reason}",
+            f"init_head=mapped with a head of {len(entries[0].tensor)} classes, {reason}",
             "names in common: synset ids, for ImageNet",
             "init_head=fresh, or init_head=keep where the order is the same",
         )
@@ -200,4 +209,4 @@ def _load_head(
         weight[to.to(weight.device)] = entry.tensor[of].to(weight)
     lacking = [label for label in classes if label not in index]
     fresh = f"; fresh rows for {_listed(lacking)}" if lacking else ""
-    return f"mapped by name, {len(pairs)} of {len(classes)} classes from {rows}{by_count}{fresh}"
+    return f"mapped by name, {len(pairs)} of {len(classes)} classes from {len(theirs)}{fresh}"
