@@ -38,7 +38,7 @@ def train(cfg: Train, run: Run) -> int:
     from reconverge.data.stage import Stage
     from reconverge.ema import Ema
     from reconverge.evaluate import evaluate
-    from reconverge.models import drop_path
+    from reconverge.models import drop_path, weights
     from reconverge.models.batch_norm import RunningStatistics
     from reconverge.state import State
     from reconverge.world import World, default_threads, default_workers
@@ -69,15 +69,20 @@ def train(cfg: Train, run: Run) -> int:
     optimizer = optim.adamw(net, cfg.optim, cfg.fused)
     scaler = world.scaler()
 
-    # ---- where to start: the run's own newest valid checkpoint, else from scratch ----
+    # ---- where to start: the run's own newest valid checkpoint, else the weights of init=, else from scratch ----
     state = State(net, ema, optimizer, scaler)
     start, skipped = state.restore(run.checkpoints)
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
-    statistics = RunningStatistics(net)  # as restored
+    if start == 0 and cfg.init is not None:
+        run.fact("init", weights.load(net, cfg.init, cfg.init_strict, cfg.init_head, training.classes))
+        if ema is not None:
+            ema.model.load_state_dict(net.state_dict())
+    statistics = RunningStatistics(net)  # as restored or loaded
     run.start(start, clock, training.classes, training.notes + (validation.notes if validation else []))
     job = describe.job(cfg, clock, net, optimizer.param_groups, describe.images(cfg, training, validation))
-    panel(cfg.run, job | describe.machine(cfg, world, workers, run) | describe.numbered("notice", config.notices(cfg)))
+    machine = describe.machine(cfg, world, workers, run)
+    panel(cfg.run, job | describe.origin(cfg, run) | machine | describe.numbered("notice", config.notices(cfg)))
 
     augmented = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed, cfg.data.on_bad_image)
     microbatches = batch_order.steps(start, clock.end, world.rank, world.size)

@@ -100,6 +100,9 @@ EFFECTS = [
     ("debug.profile", ["steps=4"], "debug.profile=1", "folder"),
 ]  # fmt: skip
 ELSEWHERE = {
+    "init": "test_init.py: a chain of runs",
+    "init_strict": "test_weights.py: nothing partial without being told",
+    "init_head": "test_init.py: the same classes keep their head, others are mapped or start afresh",
     "recipe.ema": "test_recipes.py: every recipe for every size",
     "recipe.expected": "test_recipes.py: the end of a run compares",
     "recipe.noise": "test_recipes.py: the end of a run compares",

@@ -230,6 +230,10 @@ def check(cfg: Train) -> None:
             raise Stop(Exit.USAGE, f"{key}={pair}", f"[smallest, largest], above {low}, at most {high}", f"{key}=[{max(low, 0.08)},1.0]")
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise Stop(Exit.USAGE, f"optim.betas={cfg.optim.betas}", "two numbers from 0 up to, but not, 1", "optim.betas=[0.9,0.999]")
+    if cfg.init is None:
+        for key, unread in (("init_head", cfg.init_head != "auto"), ("init_strict", not cfg.init_strict)):
+            if unread:
+                raise Stop(Exit.USAGE, f"{key}={getattr(cfg, key)} without init", _help(Train, "init"), f"init=..., or {key} as it was")
     known = {key for key, *_ in flat(cfg)} | {"code", "versions", "data", "hardware"}
     for name in cfg.resume_allow:
         if name not in known:
@@ -291,11 +295,6 @@ def evaluation_data(given: Data, trained: Data) -> Data:
     return replace(given, **{name: getattr(trained, name) for name in {"mean", "std"} - named})
 
 
-def from_scratch(cfg: Train) -> bool:
-    """Whether the run starts from initial weights. The one place that knows: nothing else gives weights to a new run."""
-    return True
-
-
 def notices(cfg: Train) -> list[str]:
     """What might not be meant: a batch that lr was not chosen for, fine-tuning's settings from scratch, what differs from the published recipe."""
     found = []
@@ -304,13 +303,15 @@ def notices(cfg: Train) -> list[str]:
             f"batch={cfg.batch} is not the recipe's {cfg.recipe.batch}: the learning rate is not rescaled and stays {cfg.optim.lr:g}; "
             f"the linear rule would give optim.lr={cfg.optim.lr * cfg.batch / cfg.recipe.batch:g}"
         )
-    if from_scratch(cfg):
+    if cfg.init is None:
         if cfg.recipe.starts_from:
             found.append(f"the run starts from scratch, and recipe={cfg.recipe.name} from {cfg.recipe.starts_from}")
         if cfg.optim.layer_decay != 1:
             found.append(f"optim.layer_decay={cfg.optim.layer_decay:g} is for fine-tuning: from scratch it holds back the first layers")
         if 0 < cfg.model.head_init_scale < 1:
             found.append(f"model.head_init_scale={cfg.model.head_init_scale:g} is for fine-tuning: from scratch it stalls the first steps")
+    elif cfg.recipe.dataset and not cfg.recipe.starts_from:
+        found.append(f"the run starts from init={cfg.init}, and recipe={cfg.recipe.name} from scratch")
     found += [f"{key}={now} is not recipe={cfg.recipe.name}: published {then} ({help})" for key, then, now, help in departures(cfg)]
     return found
 

@@ -9,6 +9,7 @@ from torch import nn
 from reconverge.clock import Clock
 from reconverge.data.sources import Source
 from reconverge.data.transforms import resized_side
+from reconverge.models import weights
 from reconverge.run import Run
 from reconverge.settings import Train
 from reconverge.world import World
@@ -52,6 +53,17 @@ def machine(cfg: Train, world: World, workers: int, run: Run) -> dict[str, str]:
         "promises": _promises(run),
         "run": f"{run.folder}/" + (f", resumed after step {run.step}" if run.step else ""),
     }
+
+
+def origin(cfg: Train, run: Run) -> dict[str, str]:
+    """Where the run's first weights came from, and what became of each; nothing for a run that began from scratch."""
+    loaded = run.recorded("init")
+    if loaded is None:
+        return {}
+    rows = weights.table(loaded)
+    rows["head"] += f" (model.head_init_scale={cfg.model.head_init_scale:g})" if "fresh" in loaded["head"] else ""
+    rows["init"] += "; this run's own checkpoint has taken their place" if run.step else ""
+    return rows
 
 
 def numbered(name: str, texts: Sequence[str]) -> dict[str, str]:

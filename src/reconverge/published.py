@@ -44,8 +44,8 @@ def _reasons(cfg: Train, clock: Clock, step: int, training: Sized, validation: S
         reasons.append(
             f"other data ({len(training):,} training and {held_out:,} validation images, not {data.training:,} and {data.validation:,})"
         )
-    if config.from_scratch(cfg) and cfg.recipe.starts_from:
-        reasons.append(f"from scratch, not from {cfg.recipe.starts_from}")
+    if (cfg.init is None) != (cfg.recipe.starts_from is None):
+        reasons.append(f"from {cfg.init or 'scratch'}, not from {cfg.recipe.starts_from or 'scratch'}")
     if step != clock.total:
         reasons.append(f"other steps ({step:,} of {clock.total:,})")
     if not top1:

@@ -152,6 +152,9 @@ class Train:
     microbatch: int = setting(MISSING, "images of one forward pass, even; the recipe's table by size", low=2)
     epochs: int = setting(300, "length of the schedule (Table 5)", low=1)
     steps: int | None = setting(None, "stop after so many steps; the schedule stays that of epochs", low=1, free=True)
+    init: str | None = setting(None, "weights of the first start: runs/NAME or a checkpoint of it (raw; with :ema at the end the EMA weights), a .safetensors, .pth or .pt file, a folder with config.json, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME; null: from scratch")
+    init_strict: bool = setting(True, "init must give every weight but the head, and none besides; false loads what fits and lists the rest")
+    init_head: str = setting("auto", "the head under init. keep: as it is; mapped: row by row, by class name; fresh: its initial weights (times model.head_init_scale); auto: keep for the same classes, else fresh", ("auto", "keep", "mapped", "fresh"))
     workers: int | None = setting(None, "processes that load images; null: from the cores of this process", low=0, free=True)
     threads: int | None = setting(None, "torch threads of this process; null: from its cores at the first start, then as recorded", low=1)
     device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"), free=True)  # "hardware" is compared
