@@ -143,3 +143,23 @@ def test_a_parent_without_ema(tune, capsys):
     assert tune("steps=1", "run=plain", "ema.decay=null") == 0
     assert tune("init=runs/plain:ema", "steps=1") == 2
     assert "no EMA weights" in capsys.readouterr().err
+
+
+def test_a_recipe_for_pre_training_and_one_for_fine_tuning_make_a_chain(halves, monkeypatch, capsys):
+    """As published: no validation images for the first, other classes, a larger size, layer decay and a fresh head for the second."""
+
+    def run(*arguments):
+        return _main("train", [*SMALL, "model.drop_path=0", "steps=2", *arguments], monkeypatch)
+
+    small = ["augment.size=32", "data.val=null", "optim.warmup_epochs=0"]
+    assert run("recipe=in22k", f"data.root={halves}/low", "run=parent", *small) == 0
+    assert "no validation images" in capsys.readouterr().out
+    fine = ["recipe=ft_in22k_in1k_384", f"data.root={halves}/high", "augment.size=48", "evaluate.size=48", "ema.decay=null"]
+    assert run(*fine, "run=high", "init=runs/parent", "optim.warmup_epochs=0", "augment.erase=0") == 0
+    said = capsys.readouterr().out
+    assert "raw weights of run parent after step 2" in said
+    assert "fresh, 5 classes" in said
+    assert "(model.head_init_scale=0.001)" in said
+    assert "layer 0" in said
+    assert "from scratch" not in said
+    assert origin()["sha256"] == weights("parent")

@@ -278,6 +278,11 @@ def test_an_own_stochastic_depth_and_microbatch_depart_too(compose):
     assert [key for key, *_ in config.departures(cfg)] == ["microbatch", "model.drop_path"]
     cfg = compose("model=convnext_xl", "recipe=in1k", "model.drop_path=0.2", "microbatch=64")
     assert config.departures(cfg) == []  # nothing is published for XL
+    with pytest.raises(Stop, match="size atto") as refused:
+        compose("recipe=ft_in22k_in1k_384", "model.drop_path=0", "microbatch=8")
+    assert "ema.decay=..." in refused.value.args[3]
+    cfg = compose("recipe=ft_in22k_in1k_384", "model.drop_path=0", "microbatch=8", "ema.decay=0.9")
+    assert config.departures(cfg) == []
 
 
 def test_settings_of_fine_tuning_are_warned_about_from_scratch(compose):
@@ -285,6 +290,14 @@ def test_settings_of_fine_tuning_are_warned_about_from_scratch(compose):
     for part in ("recipe=ft_in1k_384 from the raw weights of recipe=in1k", "optim.layer_decay=0.7 is for fine-tuning", "model.head_init_scale=0.001 is for fine-tuning"):  # fmt: skip
         assert any(part in text for text in said)
     assert config.notices(compose("model=convnext_b", "recipe=in1k")) == []
+
+
+def test_weights_from_elsewhere_are_named_where_the_recipe_starts_from_scratch(compose):
+    assert config.notices(compose("model=convnext_b", "recipe=ft_in1k_384", "init=runs/a")) == []
+    assert config.notices(compose("model=convnext_b", "recipe=finetune", "init=runs/a")) == []
+    assert config.notices(compose("init=runs/a")) == []  # demo reproduces nothing
+    (said,) = config.notices(compose("model=convnext_b", "recipe=in1k", "init=runs/a"))
+    assert said == "the run starts from init=runs/a, and recipe=in1k from scratch"
 
 
 IN1K, EVALUATED = range(1_281_167), range(50_000)
@@ -321,6 +334,12 @@ def test_what_cannot_be_compared_says_why(compose, arguments, change, reason):
     said = compared(compose("model=convnext_t", "recipe=in1k", *arguments), **{"top1": {"raw": 82.0, "ema": 82.1}} | change)
     assert said.startswith("published 82.1 %: not comparable, ")
     assert reason in said
+
+
+def test_fine_tuning_is_compared_where_it_starts_from_weights_and_training_from_scratch_where_it_does_not(compose):
+    fine = compose("model=convnext_t", "recipe=ft_in22k_in1k_224", "init=runs/a")
+    assert compared(fine, {"raw": 82.9}) == "published 82.9 ± 0.2 %: within the noise band (+0.00)"
+    assert "not comparable, from runs/a, not from scratch" in compared(compose("model=convnext_t", "recipe=in1k", "init=runs/a"), {"raw": 82.1})  # fmt: skip
 
 
 def test_fine_tuning_from_scratch_or_another_model_cannot_be_compared(compose):

@@ -169,11 +169,12 @@ def _missing_size(error: InterpolationKeyError) -> Stop:
         root = root._get_parent()
     table = "microbatch" if str(error.full_key) == "microbatch" else "drop_path"
     recipe, model = OmegaConf.to_container(root["recipe"]), OmegaConf.to_container(root["model"])  # type: ignore[index]
+    own = "model.drop_path=... microbatch=..." + (" ema.decay=..." if recipe["ema"] else "")  # type: ignore[index,call-overload]
     return Stop(
         Exit.USAGE,
         f"model={model['name']} (size {model['size']}) with recipe={recipe['name']}",  # type: ignore[index,call-overload]
         f"sizes that this recipe has an entry for: {', '.join(recipe[table])}",  # type: ignore[index,call-overload]
-        "a model of such a size, another recipe, or your own values: model.drop_path=... microbatch=...",
+        f"a model of such a size, another recipe, or your own values: {own}",
     )
 
 
@@ -325,9 +326,11 @@ def departures(cfg: Train) -> list[tuple[str, Any, Any, str]]:
         return []
     size, recipe = cfg.model.size, _yaml("recipe", cfg.recipe.name)
     text: dict[str, Any] = {"batch": "${recipe.batch}", "model": {"size": size}}
-    if size in recipe["recipe"]["drop_path"]:  # else whoever gave such a model its own values was told that there are none
+    if size in recipe["recipe"]["drop_path"]:
         text["microbatch"] = f"${{recipe.microbatch.{size}}}"
         text["model"]["drop_path"] = f"${{recipe.drop_path.{size}}}"
+    elif "ema" in recipe["recipe"]:  # whoever gave such a model its own values was told that there are none
+        del recipe["ema"]["decay"]
     merged = OmegaConf.merge({"model": _yaml("model", cfg.model.name)}, text, recipe)
     published = OmegaConf.to_container(merged, resolve=True)
     found = []
