@@ -24,12 +24,13 @@ def job(cfg: Train, clock: Clock, net: nn.Module, groups: Sequence[Mapping[str, 
     rate = f"{cfg.optim.lr * clock.lr_factor:g}, cosine to {cfg.optim.min_lr * clock.lr_factor:g} as in {cfg.optim.schedule}'s code"
     if cfg.optim.lr_batch:
         rate += f"; {cfg.optim.lr:g} x batch {cfg.batch} / {cfg.optim.lr_batch}"
+    repeated = f", each chosen one {cfg.augment.repeats} times an epoch" if cfg.augment.repeats > 1 else ""
     decayed = sum(parameter.numel() for group in groups if group["weight_decay"] for parameter in group["params"]) / 1e6
     return {
         "model": f"{cfg.model.name}, {parameters:.2f} M parameters, stochastic depth {cfg.model.drop_path:g}",
         "recipe": f"{cfg.recipe.name}, seed {cfg.seed}",
         "data": data,
-        "images": f"trained at {cfg.augment.size} px; "
+        "images": f"trained at {cfg.augment.size} px{repeated}; "
         f"evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})",
         "batch": f"{cfg.batch} images = {clock.microbatches} microbatches x {cfg.microbatch}",
         "schedule": schedule,

@@ -90,10 +90,7 @@ def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) 
     series(accuracy, "raw_top1", "raw", "C0", "o")
     series(accuracy, "ema_top1", "EMA", "C1", "o")
     for axes, title in ((loss, "loss"), (rate, "learning rate"), (accuracy, "top-1, %")):
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        _named(axes, title, "epoch")
         if axes is not rate and axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize=9)
     best = max([record.get("ema_top1", 0) for record in records] + [record.get("raw_top1", 0) for record in records], default=0)
@@ -103,15 +100,20 @@ def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) 
 
 
 def plan(path: Path, epochs: Sequence[float], rates: Sequence[float], layers: Mapping[int, float]) -> None:
-    """The learning rate over the epochs, and of each layer the share of it that the layer takes (layer -> lr scale)."""
+    """The learning rate over the epochs, and, of more than one layer, the share of it that each takes (layer -> lr scale)."""
     figure = Figure(figsize=(10, 3.4), dpi=100, layout="constrained")
-    schedule, scales = figure.subplots(1, 2)
+    schedule, *scales = figure.subplots(1, 1 + (len(layers) > 1), squeeze=False)[0]
     schedule.plot(epochs, rates, color="C2", linewidth=1.4)
-    scales.bar(list(layers), list(layers.values()), color="C2")
-    for axes, title, x in ((schedule, "learning rate of the head", "epoch"), (scales, "lr scale", "layer, from the stem to the head")):
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel(x)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    scales.xaxis.get_major_locator().set_params(integer=True)
+    _named(schedule, "learning rate of the head" if scales else "learning rate", "epoch")
+    for axes in scales:
+        axes.bar(list(layers), list(layers.values()), color="C2")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _named(axes, "lr scale", "layer, from the stem to the head")
     figure.savefig(path)
+
+
+def _named(axes: Any, title: str, x: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
