@@ -45,9 +45,9 @@ def explain(error: BaseException) -> Stop | None:
     if isinstance(error, KeyboardInterrupt):
         return Stop(
             Exit.PREEMPTED,
-            "Ctrl-C, twice",
-            "once: this step is finished and saved",
-            "run the same command again: it goes on from the last checkpoint",
+            "Ctrl-C",
+            "what was saved before stays (train.py finishes and saves its step after the first one)",
+            "run the same command again: it goes on from there",
         )
     if isinstance(error, PermissionError):
         return Stop(
