@@ -10,6 +10,7 @@ measured, our exact pixels are compared with timm's, sample by sample.
 
 import argparse
 import io
+import multiprocessing
 import os
 import random
 import resource
@@ -18,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,7 @@ def webdatasets(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tenso
 
 
 def ours(workers: int, folder: Path, uint8: bool, decode: str = "exact") -> Iterable[torch.Tensor]:
+    keep_freed_memory()  # as train.py does on a CPU
     source, _ = sources.open_sources(Data("shards", "shards", root=str(folder / "shards")))
     order, normalise = Order(len(source), BATCH, BATCH, seed=0), Normalise(list(MEAN), list(STD), CPU, channels_last=False)
     images = Images(source, transforms.training(AUGMENT, list(MEAN), decode), seed=0)
@@ -111,10 +114,17 @@ LOADERS = {"timm": timms, "torchvision reference": torchvisions, "webdataset": w
 
 
 def measure(make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: Path, uint8: bool) -> tuple[float, float]:
-    """Images/s from the first batch on, and CPU milliseconds an image of all processes."""
-    cpu = sum(
-        resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    """Images/s from the first batch on, and CPU milliseconds an image of all processes. In a process of its own: each loader as it ships."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sender, make, workers, folder, uint8))
+    process.start()
+    result = receiver.recv()
+    process.join()
+    return result
+
+
+def _measure(sender: Connection, make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: Path, uint8: bool) -> None:
     count, began = 0, 0.0
     for images in make(workers, folder, uint8):
         assert images.shape == (BATCH, 3, SIZE, SIZE)
@@ -123,11 +133,8 @@ def measure(make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: P
             began = time.perf_counter()
         count += len(images)
     seconds = time.perf_counter() - began
-    cpu = (
-        sum(resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        - cpu
-    )
-    return (count - BATCH) / seconds, cpu / count * 1000
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    sender.send(((count - BATCH) / seconds, sum(used.ru_utime + used.ru_stime for used in usage) / count * 1000))
 
 
 def assert_equal(folder: Path, count: int) -> None:
@@ -155,7 +162,6 @@ def main() -> None:
     assert int(PIL.__version__.split(".")[0]) < 13, "Pillow 13 raises in timm's RandAugment"
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    keep_freed_memory()  # as train.py does on a CPU; all loaders gain by it
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pictures.write(folder / "images", arguments.images, 4, copies=arguments.copies)

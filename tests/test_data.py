@@ -29,7 +29,7 @@ def pixels_of(source, sample):
     """The whole image, through the seam."""
     data = source.read(sample)
     size = dimensions(data)
-    return crop_and_resize(data, (0, 0, *size), size, "bicubic", fast=False)
+    return np.asarray(crop_and_resize(data, (0, 0, *size), size, "bicubic", fast=False))
 
 
 def test_digits_are_all_there_split_fixed_and_stratified(cache, golden):

@@ -4,6 +4,7 @@ the number of workers and the step where one starts change nothing.
 
 import atexit
 import json
+import math
 import multiprocessing
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from reconverge import chance
 from reconverge.data.decode import Undecodable
@@ -58,7 +59,7 @@ class Images(Dataset):
             ]
         except Stop as stop:
             return stop
-        images = torch.from_numpy(np.stack([pixels for pixels, _ in taken])).permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
+        images = _stacked([pixels for pixels, _ in taken]).permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
         labels = self.source.labels(np.array([sample for _, sample in taken]))
         return Batch(images, torch.from_numpy(labels)), bad
 
@@ -201,6 +202,18 @@ class Feed:
             batch.images.record_stream(current)
             batch.labels.record_stream(current)
         return batch
+
+
+def _stacked(images: list[np.ndarray]) -> Tensor:
+    """Images uint8 (H, W, 3) as one tensor (N, H, W, 3); in a worker in the memory that the main process shares, as torch's own collation."""
+    shape = (len(images), *images[0].shape)
+    if get_worker_info() is None:
+        stacked = torch.empty(shape, dtype=torch.uint8)
+    else:
+        shared = torch.UntypedStorage._new_shared(math.prod(shape))
+        stacked = torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)  # type: ignore[call-overload]
+    np.stack(images, out=stacked.numpy())
+    return stacked
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -43,8 +43,7 @@ def training(augment: Augment, mean: list[float], decode: str = "exact") -> Tran
         top, left, rows, columns = crop.get_params(like, crop.scale, crop.ratio)
         interpolation = random.choice(filters).value if filters else augment.interpolation
         box = (left, top, left + columns, top + rows)
-        pixels = crop_and_resize(data, box, (augment.size, augment.size), interpolation, decode == "fast")
-        image = Image.fromarray(pixels)
+        image = crop_and_resize(data, box, (augment.size, augment.size), interpolation, decode == "fast")
         if augment.flip and torch.rand(1).item() < augment.flip:  # torchvision's draw
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for augmentation in auto.transforms:
@@ -62,7 +61,7 @@ def evaluation(evaluate: Evaluate) -> Transform:
         width, height = dimensions(data)
         short = min(width, height)
         resized = (side, side) if evaluate.mode == "squash" else (int(side * width / short), int(side * height / short))
-        pixels = crop_and_resize(data, (0, 0, width, height), resized, evaluate.interpolation, fast=False)
+        pixels = np.asarray(crop_and_resize(data, (0, 0, width, height), resized, evaluate.interpolation, fast=False))
         left, top = (round((length - size) / 2) for length in resized)
         return pixels[top : top + size, left : left + size]
 
