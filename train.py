@@ -39,6 +39,7 @@ def train(cfg: Train, run: Run) -> int:
     from reconverge.ema import Ema
     from reconverge.evaluate import evaluate
     from reconverge.models import drop_path
+    from reconverge.models.batch_norm import RunningStatistics
     from reconverge.state import State
     from reconverge.world import World, default_threads, default_workers
 
@@ -73,6 +74,7 @@ def train(cfg: Train, run: Run) -> int:
     start, skipped = state.restore(run.checkpoints)
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
+    statistics = RunningStatistics(net)
     run.start(start, clock, training.classes, training.notes + validation.notes)
     panel(cfg.run, describe.rows(cfg, clock, net, world, workers, training, validation, run))
 
@@ -118,6 +120,8 @@ def train(cfg: Train, run: Run) -> int:
                 pictures.first_batch(run.folder / "first_batch.png", images, targets, training.classes, cfg.data)
             with world.autocast():
                 loss = cross_entropy(masked(images, masks).float(), targets) / clock.microbatches
+            if microbatch == 0:
+                statistics.note()  # BatchNorm's follow this microbatch alone
             scaler.scale(loss).backward()
             step_loss += loss.detach()
 
@@ -128,6 +132,7 @@ def train(cfg: Train, run: Run) -> int:
             clip_grads_with_norm_(net.parameters(), cfg.optim.clip, norm)
         skip = (~norm.isfinite()).float()  # on the device: a gradient that is not finite never reaches the weights
         optim.update(optimizer, skip)
+        statistics.settle(skip)
         scaler.update()
         if ema is not None:
             ema.update(net, skip)

@@ -34,6 +34,7 @@ FLOORS = {
     "reconverge.prepare": 3, "reconverge.prepare.odd": 3, "reconverge.prepare.layouts": 3, "reconverge.prepare.scatter": 3, "reconverge.prepare.make": 3,
     "reconverge.evaluate": 3, "reconverge.state": 3, "reconverge.config": 3, "reconverge.pictures": 4, "reconverge.run": 4, "reconverge.describe": 5,
     "reconverge.commands": 5, "reconverge.commands.models": 5, "reconverge.commands.prepare": 5, "reconverge.commands.check": 5, "reconverge.commands.batch": 5, "reconverge.commands.bench": 5,
+    "reconverge.models.roadmap": 2, "reconverge.models.batch_norm": 2,
 }  # fmt: skip
 
 
@@ -67,6 +68,7 @@ def test_data_does_not_know_the_models():
                 "reconverge.models",
                 "reconverge.models.drop_path",
                 "reconverge.models.isotropic",
+                "reconverge.models.roadmap",
                 "reconverge.data.transforms",
                 "reconverge.data.mix",
                 "reconverge.prepare.layouts",

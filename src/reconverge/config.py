@@ -41,7 +41,7 @@ def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
             sys.exit(0)
         return _typed(composed[0], schema)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null or a number
-        raise _explain(error, schema) from None
+        raise _explain(error, schema, conf) from None
 
 
 def from_text(text: str, schema: type[Schema]) -> Schema:
@@ -102,6 +102,10 @@ def _refuse_override(argument: str) -> None:
             raise Stop(Exit.USAGE, argument, f"key=value, or {' '.join(FLAGS)}", "python train.py --help")
     elif argument.startswith(("+", "~")):
         raise Stop(Exit.USAGE, argument, "key=value, with a key that exists: none can be added or removed", argument.lstrip("+~"))
+    elif "/" in (group := argument.partition("=")[0]):
+        group, _, folder = group.partition("/")
+        name = argument.partition("=")[2] or "NAME"
+        raise Stop(Exit.USAGE, argument, f"a file of a folder as {group}=FOLDER/NAME", f"{group}={folder}/{name}")
     elif argument.startswith("hydra"):
         raise Stop(Exit.USAGE, argument, "the settings of reconverge; the run's folder is set by run=NAME", "drop it")
 
@@ -111,15 +115,16 @@ def _nearest(given: str, allowed: Any) -> str:
     return found[0] if found else str(next(iter(allowed), ""))
 
 
-def _explain(error: Exception, schema: type) -> Stop:
-    """What Hydra or OmegaConf refused, in our three lines."""
+def _explain(error: Exception, schema: type, conf: Path | None = None) -> Stop:
+    """What Hydra, reading the files of `conf`, or OmegaConf refused, in our three lines."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
     where = str(error).splitlines()[0]
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return Stop(Exit.USAGE, f"{group}={choice}", f"{group}: {', '.join(error.options)}", f"{group}={_nearest(choice, error.options)}")
+    if isinstance(error, MissingConfigException) and error.options is not None and conf is not None:
+        group, _, choice = str(error.missing_cfg_file).partition("/")
+        options = sorted(str(path.relative_to(conf / group).with_suffix("")) for path in (conf / group).rglob("*.yaml"))
+        return Stop(Exit.USAGE, f"{group}={choice}", f"{group}: {', '.join(options)}", f"{group}={_nearest(choice, options)}")
     if isinstance(error, OverrideParseException):
         return Stop(
             Exit.USAGE, error.override, "key=value; quote what the shell or Hydra's grammar would read otherwise", "'key=\"value\"'"
@@ -202,6 +207,14 @@ def check(cfg: Train) -> None:
             "a warm-up shorter than the schedule",
             f"optim.warmup_epochs={cfg.epochs // 15} or more epochs",
         )
+    for key, size in (("augment.size", cfg.augment.size), ("evaluate.size", cfg.evaluate.size)):
+        if cfg.model.image_size not in (None, size):
+            raise Stop(
+                Exit.USAGE,
+                f"{key}={size} with model={cfg.model.name} for images of {cfg.model.image_size} px",
+                "the size that it is built for, in training and evaluation",
+                f"augment.size={cfg.model.image_size} evaluate.size={cfg.model.image_size}",
+            )
     for key, pair, low, high in (
         ("augment.scale", cfg.augment.scale, 0.0, 1.0),
         ("augment.ratio", cfg.augment.ratio, 0.0, float("inf")),

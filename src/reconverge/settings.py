@@ -38,8 +38,10 @@ class Model:
     name: str = setting(MISSING, "an entry of the table MODELS, as model=NAME")
     size: str = setting(MISSING, "the row of the recipe's tables that this model takes: atto, t, s, b, l, xl, iso_s, ...")
     drop_path: float = setting(MISSING, "stochastic depth: drop rate of the last block, linear over all blocks (Table 5); the recipe's table by size", low=0, high=0.99)
-    layer_scale: float | None = setting(1e-6, "initial gamma of each block's branch (Table 5); null: no layer scale", low=0)
+    layer_scale: float | None = setting(1e-6, "initial gamma of each block's branch (Table 5); null: no layer scale, or a model of timm's, whose constructor decides", low=0)
     head_init_scale: float = setting(1.0, "multiplies the initial weights of the head (Table 5: none; Table 6: 0.001 for fine-tuning)", low=0)
+    image_size: int | None = setting(None, "pixels, side of the images that the model is built for: augment.size for ViT and Swin; null: it takes any", low=1)
+    timm: str | None = setting(None, "for model=timm: timm's name of a model that is not in the table", pattern=NAME)
 
 
 @dataclass
