@@ -118,6 +118,24 @@ def start(small):
 
 
 @pytest.fixture(scope="session")
+def counted_once():
+    """Each model's size is counted once in the session: all of them take some ten seconds."""
+    from reconverge import models
+
+    count, kept = models.Spec.count, {}
+
+    def remembered(spec, settings, size):
+        key = (id(spec), str(settings), size)
+        if key not in kept:
+            kept[key] = count(spec, settings, size)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.Spec, "count", remembered)
+        yield
+
+
+@pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
     """Three classes of JPEGs of odd sizes, with smooth content as photographs have; 20 to train, 4 to evaluate, of each."""
     root = tmp_path_factory.mktemp("photographs")

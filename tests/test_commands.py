@@ -18,16 +18,29 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def test_models_prints_what_is_counted_beside_what_is_published(monkeypatch, capsys):
-    code, said = run(monkeypatch, capsys, "models")
+    code, said = run(monkeypatch, capsys, "models", "convnext_t", "convnext_iso_s", "roadmap_04_width_96")
     assert code == 0
-    lines = said.out.splitlines()
-    assert lines[0].split()[0] == "model"
-    row = next(line for line in lines if line.startswith("convnext_t "))
-    assert row.split() == ["convnext_t", "28.59", "28.6", "4.46", "4.5", "82.1", "Tables", "1,", "9", "demo,", "in1k"]
-    assert "in1k_iso" in next(line for line in lines if line.startswith("convnext_iso_s"))
+    header, t, t384, iso, step = said.out.splitlines()
+    assert header.split()[:2] == ["model", "px"]
+    assert t.split() == ["convnext_t", "224", "28.59", "28.6", "4.46", "4.5", "82.1", "82.9", "Tables", "1,", "9", "demo,", "in1k"]
+    assert t384.split()[:8] == ["convnext_t", "384", "28.59", "28.6", "13.09", "13.1", "–", "84.1"]
+    assert "demo, in1k_iso" in iso
+    assert iso.endswith("the official repository says 78.7")
+    assert step.split()[:7] == ["roadmap_04_width_96", "224", "33.76", "33.76", "5.27", "5.27", "80.5"]
 
 
-def test_the_page_of_models_is_what_the_command_prints(monkeypatch, capsys):
+def test_models_counts_any_of_timms(monkeypatch, capsys):
+    code, said = run(monkeypatch, capsys, "models", "--markdown", "resnet18", "vit_tiny_patch16_384")
+    assert code == 0
+    resnet, vit = said.out.splitlines()[2:]
+    assert resnet.startswith("| resnet18 | 224 | 11.69 | – | 1.81 | – | – | – | not in the paper |")  # torchvision's: 11.69 M, 1.81 G
+    assert vit.startswith("| vit_tiny_patch16_384 | 384 | 5.79 | – |")
+    code, said = run(monkeypatch, capsys, "models", "resnet5")
+    assert code == 2
+    assert "resnet50" in said.err
+
+
+def test_the_page_of_models_is_what_the_command_prints(monkeypatch, capsys, counted_once):
     """Stale? reconverge models --markdown > docs/models.md"""
     code, said = run(monkeypatch, capsys, "models", "--markdown")
     assert code == 0

@@ -26,6 +26,13 @@ REFUSED = [
     (["-m", "seed=1,2"], "-m", "key=value", "--help"),
     (["seed=1,2"], "seed=1,2", "", ""),
     (["model=convnext_q"], "model=convnext_q", "convnext_atto, convnext_b", "model=convnext_"),
+    (["model=roadmap/07_kernel_57"], "model=roadmap/07_kernel_57", "roadmap/00_resnet50, roadmap/01_stage_ratio", "model=roadmap/07_kernel_5"),
+    (["model/roadmap=00_resnet50"], "model/roadmap=00_resnet50", "model=FOLDER/NAME", "model=roadmap/00_resnet50"),
+    (["model=timm"], "model.timm=", "timm's name of a model", "model.timm"),
+    (["model=timm", "model.timm=a/b", "run=a"], "model.timm=a/b", "timm's name of a model", "model.timm"),
+    (["model=deit_s", "recipe=in1k"], "size deit_s) with recipe=in1k", "atto, t, s, b, l", "model.drop_path="),
+    (["model=swin_b_384", "model.drop_path=0", "microbatch=2"], "augment.size=32 with model=swin_b_384", "the size that it is built for", "augment.size=384 evaluate.size=384"),
+    (["model=vit_s", "model.drop_path=0", "microbatch=2", "evaluate.size=48"], "evaluate.size=48 with model=vit_s", "the size that it is built for", "augment.size=32"),
     (["recipe=in2k"], "recipe=in2k", "demo, in1k, in1k_iso", "recipe=in1k"),
     (["data=imagnet"], "data=imagnet", "digits, folder, imagenet1k, imagenet22k, shards, synthetic", "data=imagenet"),
     (["tracker=wandbb"], "tracker=wandbb", "none, tensorboard, wandb", "tracker=wandb"),
@@ -121,9 +128,9 @@ def test_a_refusal_does_not_wait_for_torch(argv):
 def test_help_shows_groups_choices_and_examples():
     done = process("--help")
     assert done.returncode == 0, done.stderr
-    for part in ("model: convnext_atto, convnext_b", "recipe: demo, in1k, in1k_iso", "data: digits, folder", "tracker: none, tensorboard, wandb", "debug: overfit, profile, short, synthetic"):  # fmt: skip
+    for part in ("model: convnext_atto, convnext_b", "model/roadmap: 00_resnet50, 01_stage_ratio", "deit_b, deit_s", "recipe: demo, in1k, in1k_iso", "data: digits, folder", "tracker: none, tensorboard, wandb", "debug: overfit, profile, short, synthetic"):  # fmt: skip
         assert part in done.stdout
-    assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 5
+    assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 6
     assert "runs/NAME" in process("--help", script="eval.py").stdout
 
 
@@ -180,6 +187,20 @@ def test_in1k_is_table_5(model):
     clock = Clock.of(cfg, 1_281_167)
     assert (clock.steps_per_epoch, clock.total, clock.warmup) == (312, 93600, 6240)
     assert clock.microbatches == 4096 // IN1K[model][1]
+
+
+def test_a_step_of_the_roadmap_is_a_model_by_its_folder():
+    cfg = compose("model=roadmap/04_width_96", "recipe=in1k")
+    assert (cfg.run, cfg.model.name, cfg.model.size) == ("roadmap_04_width_96-in1k-digits-s0", "roadmap_04_width_96", "t")
+    assert (cfg.model.layer_scale, cfg.model.drop_path, cfg.microbatch) == (None, 0.1, 128)
+    cfg = compose("model=roadmap/b_15_downsampling", "recipe=in1k")
+    assert (cfg.run, cfg.model.size, cfg.model.layer_scale) == ("roadmap_b_15_downsampling-in1k-digits-s0", "b", 1e-6)
+
+
+def test_models_of_one_size_take_that_of_the_images_and_any_of_timms_its_name():
+    assert compose("model=swin_t", "model.drop_path=0.2", "microbatch=8", "augment.size=64", "evaluate.size=64").model.image_size == 64
+    cfg = compose("model=timm", "model.timm=resnet18.a1_in1k")
+    assert (cfg.run, cfg.model.name, cfg.model.timm, cfg.model.size) == ("resnet18.a1_in1k-demo-digits-s0", "resnet18.a1_in1k", "resnet18.a1_in1k", "t")  # fmt: skip
 
 
 # Table 2 and section A.1: (drop path, microbatch, layer scale)

@@ -41,6 +41,8 @@ EFFECTS = [
     ("model.drop_path", [], "model.drop_path=0.5", "weights"),
     ("model.layer_scale", [], "model.layer_scale=0.1", "weights"),
     ("model.head_init_scale", [], "model.head_init_scale=0.1", "weights"),
+    ("model.image_size", [], "model.image_size=64", "code"),
+    ("model.timm", ["model.layer_scale=null"], "model.timm=test_resnet", "said"),
     ("recipe.name", [], "recipe.name=mine", "said"),
     ("recipe.batch", ["recipe.batch=16"], "recipe.batch=64", "said"),
     ("recipe.drop_path", [], "recipe.drop_path.atto=0.5", "weights"),

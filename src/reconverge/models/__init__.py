@@ -43,8 +43,8 @@ class Spec:
         Counted on the meta device: nothing is allocated. Multiply-adds are those of convolutions, linear layers and attention.
         """
         model = replace(model, image_size=size if self.fixed_size else None)
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            net = self.build(model, 1000)
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net = self.build(model, 1000).eval()
             net(torch.empty(1, 3, size, size))
         return sum(parameter.numel() for parameter in net.parameters()) / 1e6, counter.get_total_flops() / 2e9
 
@@ -186,14 +186,15 @@ def _refuse(net: nn.Module, name: str, model: settings.Model) -> None:
             f"multiples of {patch[0]}, its patches",
             f"augment.size={near} evaluate.size={near}",
         )
-    for path, module in net.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise Stop(
-                Exit.USAGE,
-                f"{name}, whose {path} drops {module.p:g} of its inputs",
-                "models without dropout: its draws have no key, so a resumed run would see others",
-                "another model",
-            )
+    rates = [float(getattr(net, "drop_rate", None) or 0)]  # some of timm's models call dropout as a function
+    rates += [module.p for module in net.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    if max(rates) > 0:
+        raise Stop(
+            Exit.USAGE,
+            f"{name}, which has dropout of {max(rates):g}",
+            "models without: its draws have no key, so a resumed run would see others",
+            "another model",
+        )
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ MODELS = {
     "regnety_16g": _timm("regnety_160", "Table 1", Published(224, 84, 16.0, 82.9, counted=(83.59, 15.91), note="published: the 16 of its name")),
     "effnet_b7": _timm("tf_efficientnet_b7", "Table 1", Published(600, 66, 37.0, 84.3, counted=(66.35, 37.75), note=OTHERWISE)),
     "effnetv2_l": _timm("tf_efficientnetv2_l", "Table 1", Published(480, 120, 53.0, 85.7, 86.8, counted=(118.52, 56.08), note=OTHERWISE)),
-    "effnetv2_xl": _timm("tf_efficientnetv2_xl", "Table 1", Published(480, 208, 94.0, None, 87.3, counted=(208.12, 82.05), note="published: fits images of 512 px (93.35 counted), not the 480 of Table 1")),
+    "effnetv2_xl": _timm("tf_efficientnetv2_xl", "Table 1", Published(480, 208, 94.0, None, 87.3, counted=(208.12, 82.05), note="published: nearer to images of 512 px (93.35 counted) than to the 480 of Table 1")),
     "r101x3": _timm("resnetv2_101x3_bit", "Table 1", Published(384, 388, 204.6, None, 84.4, counted=(387.93, 204.21), note=OTHERWISE)),
     "r152x4": _timm("resnetv2_152x4_bit", "Table 1", Published(480, 937, 840.5, None, 85.4, counted=(936.53, 839.25), note=OTHERWISE)),
 }  # fmt: skip
