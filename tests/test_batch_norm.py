@@ -1,0 +1,156 @@
+"""BatchNorm's running statistics follow microbatch 0 of each step, through the real command line."""
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import weights
+from safetensors.torch import load_file
+from torch import nn
+
+from reconverge import models
+from reconverge.data import transforms
+from reconverge.data.loader import Images
+from reconverge.data.mix import Mix, Normalise
+from reconverge.data.order import Order
+from reconverge.data.sources import open_sources
+from reconverge.models import drop_path
+from reconverge.models.batch_norm import RunningStatistics
+from reconverge.settings import Augment, Data, Model
+from reconverge.settings import Mix as MixSettings
+
+KINDS = ("model", "ema", "optimizer")
+RESNET = ["model=timm", "model.timm=test_resnet", "model.drop_path=0.3"]
+AUGMENT = ["recipe.name=mine", "augment.scale=[0.08,1.0]", "augment.flip=0.5", "augment.auto=rand-m9-mstd0.5-inc1", "augment.erase=0.5"]
+EVERY = [*RESNET, *AUGMENT, "steps=4", "save_every=1", "keep=9", "evaluate_every=3", "seed=3", "log_every=1"]
+MODEL = Model("test_resnet", "t", 0.3, layer_scale=None, timm="test_resnet")
+
+
+def saved(run, step, kind="model"):
+    return load_file(Path("runs") / run / "checkpoints" / f"step-{step:08d}" / f"{kind}.safetensors")
+
+
+def statistics(tensors):
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] in ("running_mean", "running_var")}
+
+
+def by_hand(digits, cache, run, steps):
+    """After each step: 0.9 of what was, and 0.1 of the mean and unbiased variance of each norm's inputs in microbatch 0, with the
+    weights that the checkpoint before holds."""
+    training, _ = open_sources(Data("folder", "folder", root=str(digits), cache=str(cache)))
+    images_of = Images(training, transforms.training(Augment(size=32), [0.485, 0.456, 0.406]), 3)
+    normalise = Normalise([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], torch.device("cpu"), False)
+    mix, order = Mix(0.5, MixSettings(), 10), Order(len(training), 16, 8, 3)
+    net = models.build(MODEL, 10, seed=3).train()
+    running = {name: tensor.double() for name, tensor in statistics(net.state_dict()).items()}
+    seen = {}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0].detach().double()}))
+    for step in range(steps):
+        if step:
+            net.load_state_dict(saved(run, step))
+        images, labels = images_of[order.ids(step, 0)]
+        key = (3, step, 0)
+        images, _ = mix(normalise(images), labels, key)
+        drop_path.Masked(net)(images, drop_path.draw(drop_path.rates(net), 8, key, torch.device("cpu")))
+        for name, inputs in seen.items():
+            count = inputs.numel() / inputs.shape[1]
+            mean = inputs.mean((0, 2, 3))
+            variance = (inputs - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) / (count - 1)
+            for kind, value in (("running_mean", mean), ("running_var", variance)):
+                running[f"{name}.{kind}"] = 0.9 * running[f"{name}.{kind}"] + 0.1 * value
+        yield running
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_running_statistics_equal_a_count_by_hand(train, digits, cache, checkpointing):
+    """Activation checkpointing computes each forward pass again in backward, and must not count it again."""
+    assert train(*EVERY, "run=a", f"checkpointing={checkpointing}") == 0
+    for step, expected in enumerate(by_hand(digits, cache, "a", 4), start=1):
+        found = saved("a", step)
+        assert set(expected) == set(statistics(found))
+        for name, value in expected.items():
+            assert torch.allclose(found[name].double(), value, rtol=1e-4, atol=1e-5), f"{name} after step {step}"
+        counts = {int(tensor) for name, tensor in found.items() if name.endswith("num_batches_tracked")}
+        assert counts == {step}
+        assert all(
+            torch.equal(tensor, saved("a", step, "ema")[name]) for name, tensor in found.items() if "running" in name or "num_" in name
+        )
+
+
+@pytest.fixture
+def whole(train):
+    assert train(*EVERY, "run=whole") == 0
+    return [weights("whole", kind) for kind in KINDS]
+
+
+def test_the_same_bits_when_resumed_at_every_step_and_with_other_workers(train, whole):
+    """R1, R2 and R3 of a model with BatchNorm."""
+    for step in range(1, 4):
+        kept = [f"step-{number:08d}" for number in range(1, step + 1)]
+        ignore = lambda path, names, kept=kept: [name for name in names if name.startswith("step-") and name not in kept]  # noqa: E731
+        shutil.copytree("runs/whole", f"runs/from{step}", ignore=ignore)
+        (Path("runs") / f"from{step}" / "status.json").unlink()
+        assert train(*EVERY, f"run=from{step}", f"workers={step % 2}") == 0
+        assert [weights(f"from{step}", kind) for kind in KINDS] == whole
+    assert train(*EVERY, "run=again") == 0
+    assert [weights("again", kind) for kind in KINDS] == whole
+    assert train(*EVERY, "run=checkpointed", "checkpointing=true") == 0
+    assert [weights("checkpointed", kind) for kind in KINDS] == whole
+
+
+@pytest.mark.slow
+def test_a_step_of_the_roadmap_keeps_the_same_bits(train):
+    arguments = ["model=roadmap/03_depthwise", "batch=8", "microbatch=4", "evaluate_every=0", "save_every=0", "optim.warmup_epochs=0"]
+    assert train(*arguments, "steps=3", "run=whole") == 0
+    assert train(*arguments, "steps=2", "run=cut") == 0
+    assert train(*arguments, "steps=3", "run=cut") == 0
+    assert [weights("cut", kind) for kind in KINDS] == [weights("whole", kind) for kind in KINDS]
+
+
+def test_evaluating_between_steps_changes_nothing(train, whole):
+    assert train(*EVERY, "evaluate_every=1", "run=evaluated") == 0
+    assert [weights("evaluated", kind) for kind in KINDS] == whole
+
+
+def test_a_suppressed_step_leaves_the_statistics_as_they_were(train):
+    """fp16: a gradient that overflows; the statistics stay those of before, like the weights, and are not counted."""
+    given = [*RESNET, "steps=6", "save_every=1", "keep=9", "evaluate_every=0", "precision=fp16", "model.head_init_scale=3e4"]
+    assert train(*given, "run=a", "augment.auto=none") == 0
+    states = [saved("a", step) for step in range(1, 7)]
+    assert all(tensor.isfinite().all() for state in states for tensor in state.values())
+    counts = [int(state["bn1.num_batches_tracked"]) for state in states]
+    assert counts[0] == 0
+    assert counts[-1] < 6
+    for before, after in pairwise(states):
+        same = all(torch.equal(before[name], after[name]) for name in statistics(before))
+        assert same == (before["bn1.num_batches_tracked"] == after["bn1.num_batches_tracked"])
+
+
+def test_what_is_not_finite_does_not_stay():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    running = RunningStatistics(net)
+    net(torch.full((2, 3, 4, 4), torch.nan))
+    running.note()
+    net(torch.randn(2, 3, 4, 4))
+    running.settle(torch.tensor(1.0))
+    assert (net[1].running_mean == 0).all()
+    assert (net[1].running_var == 1).all()
+    assert net[1].num_batches_tracked == 0
+    net(torch.ones(2, 3, 4, 4))
+    running.note()
+    net(torch.full((2, 3, 4, 4), torch.nan))
+    running.settle(torch.tensor(0.0))
+    assert torch.allclose(net[1].running_mean, 0.1 * net[0](torch.ones(1, 3, 1, 1)).flatten())
+    assert net[1].num_batches_tracked == 1
+
+
+def test_models_without_running_statistics_are_left_alone():
+    net = models.build(Model("convnext_atto", "atto", 0.0), 10, 0)
+    running = RunningStatistics(net)
+    running.note()
+    running.settle(torch.tensor(0.0))
+    assert running._buffers == []
