@@ -74,7 +74,7 @@ def train(cfg: Train, run: Run) -> int:
     start, skipped = state.restore(run.checkpoints)
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
-    statistics = RunningStatistics(net)
+    statistics = RunningStatistics(net)  # as restored
     run.start(start, clock, training.classes, training.notes + validation.notes)
     panel(cfg.run, describe.rows(cfg, clock, net, world, workers, training, validation, run))
 

@@ -130,6 +130,18 @@ def test_a_suppressed_step_leaves_the_statistics_as_they_were(train):
         assert same == (before["bn1.num_batches_tracked"] == after["bn1.num_batches_tracked"])
 
 
+def test_a_suppressed_step_that_is_the_first_after_a_resume(train):
+    """The second step throws the weights beyond all bounds, and from the third on every gradient overflows."""
+    given = [*RESNET, "save_every=1", "keep=9", "evaluate_every=0", "precision=fp16", "optim.lr=1e30", "augment.auto=none"]
+    assert train(*given, "run=whole", "steps=4") == 70  # the end is evaluated
+    shutil.copytree("runs/whole", "runs/cut")
+    shutil.rmtree("runs/cut/checkpoints/step-00000003")
+    assert train(*given, "run=cut", "steps=4") == 70
+    assert [int(saved("whole", step)["bn1.num_batches_tracked"]) for step in (1, 2, 3)] == [1, 2, 2]
+    second, third, resumed = statistics(saved("whole", 2)), statistics(saved("whole", 3)), statistics(saved("cut", 3))
+    assert all(torch.equal(second[name], third[name]) and torch.equal(second[name], resumed[name]) for name in second)
+
+
 def test_what_is_not_finite_does_not_stay():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
     running = RunningStatistics(net)
