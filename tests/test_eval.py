@@ -144,3 +144,12 @@ def test_the_folder_of_checkpoints_and_a_run_named_like_one(train, evaluate):
     assert train("run=step-1", "steps=2", "evaluate_every=0") == 0
     assert evaluate("checkpoint=runs/step-1") == 0
     assert evaluate("checkpoint=runs/step-1/checkpoints") == 0
+
+
+@pytest.mark.parametrize("arguments", [["model=timm", "model.timm=test_vit", "model.image_size=32"], ["model=timm", "model.timm=test_resnet"]])
+def test_any_model_of_timms_is_built_again_as_it_was_trained(train, evaluate, arguments):
+    """One that is built for a size of images, and one with running statistics."""
+    assert train("run=t", "steps=2", *arguments) == 0
+    last = json.loads(Path("runs/t/metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluate("checkpoint=runs/t") == 0
+    assert report(Path("runs/t"), step=2)["ema"]["loss"] == pytest.approx(last["ema_loss"], rel=1e-6)
