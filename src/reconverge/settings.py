@@ -49,7 +49,7 @@ class Recipe:
     name: str = setting(MISSING, "a file of conf/recipe, as recipe=NAME")
     batch: int = setting(MISSING, "images of one step that lr was chosen for", low=1)
     drop_path: dict[str, float] = setting({}, "model size -> stochastic depth (Table 5)")
-    microbatch: dict[str, int] = setting({}, "model size -> images of one forward pass, on which Mixup draws (the published images per GPU)")
+    microbatch: dict[str, int] = setting({}, "model size -> images of one forward pass, on which Mixup draws and BatchNorm averages (the published images per GPU)")
 
 
 @dataclass
