@@ -146,7 +146,9 @@ def test_the_folder_of_checkpoints_and_a_run_named_like_one(train, evaluate):
     assert evaluate("checkpoint=runs/step-1/checkpoints") == 0
 
 
-@pytest.mark.parametrize("arguments", [["model=timm", "model.timm=test_vit", "model.image_size=32"], ["model=timm", "model.timm=test_resnet"]])
+@pytest.mark.parametrize(
+    "arguments", [["model=timm", "model.timm=test_vit", "model.image_size=32"], ["model=timm", "model.timm=test_resnet"]]
+)
 def test_any_model_of_timms_is_built_again_as_it_was_trained(train, evaluate, arguments):
     """One that is built for a size of images, and one with running statistics."""
     assert train("run=t", "steps=2", *arguments) == 0
