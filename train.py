@@ -31,14 +31,14 @@ def train(cfg: Train, run: Run) -> int:
     from torch.nn.functional import cross_entropy
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    from reconverge import describe, environment, models, optim, pictures
+    from reconverge import describe, environment, models, optim, pictures, published
     from reconverge.data import order, sources, transforms
     from reconverge.data.loader import Feed, Images, Quarantine
     from reconverge.data.mix import Mix, Normalise
     from reconverge.data.stage import Stage
     from reconverge.ema import Ema
     from reconverge.evaluate import evaluate
-    from reconverge.models import drop_path
+    from reconverge.models import drop_path, weights
     from reconverge.models.batch_norm import RunningStatistics
     from reconverge.state import State
     from reconverge.world import World, default_threads, default_workers
@@ -53,7 +53,7 @@ def train(cfg: Train, run: Run) -> int:
     run.fact("hardware", world.hardware())
 
     training, validation = sources.open_sources(cfg.data)
-    run.fact("data", {"train": training.fingerprint, "val": validation.fingerprint, "order": order.VERSION})
+    run.fact("data", {"train": training.fingerprint, "val": validation.fingerprint if validation else None, "order": order.VERSION})
     clock = Clock.of(cfg, len(training))
     batch_order = order.Order.of(cfg, training)
     run.samples_of = batch_order.step_ids
@@ -69,14 +69,20 @@ def train(cfg: Train, run: Run) -> int:
     optimizer = optim.adamw(net, cfg.optim, cfg.fused)
     scaler = world.scaler()
 
-    # ---- where to start: the run's own newest valid checkpoint, else from scratch ----
+    # ---- where to start: the run's own newest valid checkpoint, else the weights of init=, else from scratch ----
     state = State(net, ema, optimizer, scaler)
     start, skipped = state.restore(run.checkpoints)
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
-    statistics = RunningStatistics(net)  # as restored
-    run.start(start, clock, training.classes, training.notes + validation.notes)
-    panel(cfg.run, describe.rows(cfg, clock, net, world, workers, training, validation, run))
+    if start == 0 and cfg.init is not None:
+        run.fact("init", weights.load(net, cfg.init, cfg.init_strict, cfg.init_head, training.classes))
+        if ema is not None:
+            ema.model.load_state_dict(net.state_dict())
+    statistics = RunningStatistics(net)  # as restored or loaded
+    run.start(start, clock, training.classes, training.notes + (validation.notes if validation else []))
+    job = describe.job(cfg, clock, net, optimizer.param_groups, describe.images(cfg, training, validation))
+    machine = describe.machine(cfg, world, workers, run)
+    panel(cfg.run, job | describe.origin(cfg, run) | machine | describe.numbered("notice", config.notices(cfg)))
 
     augmented = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed, cfg.data.on_bad_image)
     microbatches = batch_order.steps(start, clock.end, world.rank, world.size)
@@ -89,6 +95,7 @@ def train(cfg: Train, run: Run) -> int:
 
     def measure(step: int) -> None:
         """Evaluate both sets of weights after `step`: metrics.jsonl, curves.png, predictions.png."""
+        assert validation is not None, "without validation images evaluate_every is never"
         net.eval()
         results = evaluate(state.models(), validation, cfg.evaluate, normalise, world, workers, stop=told_to_stop)
         net.train()
@@ -100,14 +107,14 @@ def train(cfg: Train, run: Run) -> int:
     if tracer := world.tracer(cfg.debug.profile, run.folder / "trace.json"):
         run.closing.enter_context(tracer)
     net.train()
-    if start > 0 and (start >= clock.end or clock.due(clock.evaluate_every, start)) and not run.evaluated(start):
+    if start > 0 and clock.due(clock.evaluate_every, min(start, clock.end)) and not run.evaluated(start):
         measure(start)  # a signal came between the step and its evaluation, or steps= is now below it
     if told_to_stop():
         return run.preempted()
 
     # ---- the loop ----
     for step in range(start, clock.end):
-        rate = optim.learning_rate(cfg.optim, step, clock.total, clock.warmup)
+        rate = optim.learning_rate(cfg.optim, step, clock)
         optim.set_learning_rate(optimizer, rate)
         step_loss = torch.zeros((), device=world.device)
 
@@ -152,7 +159,7 @@ def train(cfg: Train, run: Run) -> int:
         if stopping:
             return run.preempted()
 
-    return run.done()
+    return run.done(published.comparison(cfg, clock, run.step, training, validation, run.top1()))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ def test_models_prints_what_is_counted_beside_what_is_published(monkeypatch, cap
     assert code == 0
     header, t, t384, iso, step = said.out.splitlines()
     assert header.split()[:2] == ["model", "px"]
-    assert t.split() == ["convnext_t", "224", "28.59", "28.6", "4.46", "4.5", "82.1", "82.9", "Tables", "1,", "9", "demo,", "in1k"]
+    assert t.split() == ["convnext_t", "224", "28.59", "28.6", "4.46", "4.5", "82.1", "82.9", "Tables", "1,", "9", "demo,", "finetune,", "ft_in22k_in1k_224,", "ft_in22k_in1k_384,", "in1k,", "in1k_roadmap,", "in22k"]  # fmt: skip
     assert t384.split()[:8] == ["convnext_t", "384", "28.59", "28.6", "13.09", "13.1", "–", "84.1"]
-    assert "demo, in1k_iso" in iso
+    assert "demo, finetune, in1k_iso" in iso
     assert iso.endswith("the official repository says 78.7")
     assert step.split()[:7] == ["roadmap_04_width_96", "224", "33.76", "33.76", "5.27", "5.27", "80.5"]
 

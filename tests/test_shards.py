@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, weights
 
-from reconverge import chance
+from reconverge import chance, commands
 from reconverge.data import files, transforms
 from reconverge.data.loader import Feed, Images, Quarantine
 from reconverge.data.order import Order
@@ -157,12 +157,21 @@ def test_another_data_set_or_none_is_refused(copy, tmp_path):
         assert stopped.value.code == Exit.DAMAGED
 
 
-def test_only_train_or_only_classes_without_val_is_said(copy):
+def without_val(copy):
+    """As reconverge prepare leaves ImageNet-22K without --hold-out."""
     about = json.loads((copy / "dataset.json").read_text())
     del about["splits"]["val"]
-    (copy / "dataset.json").write_text(json.dumps(about))
-    with pytest.raises(Stop, match="no val"):
+    (copy / "dataset.json").write_text(json.dumps(about | {"dataset": "imagenet22k"}))
+
+
+def test_a_data_set_without_validation_images_is_refused_unless_none_are_asked_for(copy):
+    without_val(copy)
+    with pytest.raises(Stop, match="no val") as stopped:
         open_shards(copy, None)
+    assert "data.val=null" in stopped.value.args[2]
+    assert "--hold-out" in stopped.value.args[3]
+    train, val = open_shards(copy, None, validation=False)
+    assert (len(train), val) == (60, None)
 
 
 # ---- training on shards ---------------------------------------------------------------------------------------------
@@ -176,6 +185,22 @@ def test_training_resumes_bit_by_bit_on_shards_in_windows_with_local_copies(shar
     assert weights("whole") == weights("parts")
     assert not list(Path("here").iterdir())
     assert train(*base[:2], "data.window=1", "steps=8", "run=parts") == 78
+
+
+def test_shards_without_validation_images_are_trained_on(copy, train, capsys, monkeypatch):
+    without_val(copy)
+    data = ["data=imagenet22k", f"data.root={copy}"]
+    assert train("recipe=in22k", *data, "model.drop_path=0", "optim.warmup_epochs=0", "run=a", "steps=2") == 2
+    assert "no val" in capsys.readouterr().err
+    small = ["model.drop_path=0", "optim.warmup_epochs=0", "augment.size=32"]
+    assert train("recipe=in22k", *data, "data.val=null", *small, "run=a", "steps=1") == 0
+    assert train("recipe=in22k", *data, "data.val=null", *small, "run=a", "steps=2") == 0
+    assert "60 training and no validation images" in capsys.readouterr().out
+    assert json.loads(Path("runs/a/environment.json").read_text())["facts"]["data"]["val"] is None
+    monkeypatch.setattr(sys, "argv", ["reconverge", "batch", "runs/a", "--step", "1"])
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    assert ended.value.code == 0
 
 
 def test_a_damaged_image_stops_the_run_and_is_named(copy, train, capsys):

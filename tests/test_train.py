@@ -44,6 +44,46 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     assert (folder / "classes.txt").read_text().split() == [str(digit) for digit in range(10)]
 
 
+def test_layer_decay_is_shown_layer_by_layer(train, capsys):
+    assert train("steps=1", "run=a", "optim.layer_decay=0.5") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("layer ")]
+    assert [row.split()[1] for row in rows] == ["0", "1", "2", "3", "4", "5", "6"]
+    # stem: a 4 x 4 convolution to 40 channels with its bias, and a norm; head: a norm of 320 and 10 classes
+    assert rows[0].split(None, 2)[2] == "lr x 0.01562, 2,040 parameters: stem.0.bias ... stem.1.weight"
+    assert rows[6].split(None, 2)[2] == "lr x 1, 3,850 parameters: head.fc.bias ... head.norm.weight"
+
+
+def test_without_validation_images_nothing_is_evaluated_and_the_end_says_so(train, capsys, digits, tmp_path, evaluate):
+    shutil.copytree(digits / "train", tmp_path / "images" / "train")
+    arguments = [f"data.root={tmp_path / 'images'}", "data.val=null", "evaluate_every=never", "run=a"]
+    assert train(*arguments, "steps=3") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "not evaluated (evaluate_every=never); step 3; everything is in runs/a/"
+    assert any("120 training and no validation images" in line for line in said)
+    assert not any("raw_top1" in record for record in metrics("a"))
+    assert {path.name for path in Path("runs/a").glob("*.png")} == {"first_batch.png"}
+    assert train(*arguments, "steps=3") == 0
+    assert "a is finished: not evaluated" in capsys.readouterr().out
+    assert train(*arguments, "steps=5") == 0  # goes on, and is not evaluated at the start either
+    assert train(*arguments, "steps=4") == 0  # nothing left to do
+    assert evaluate("checkpoint=runs/a") == 2
+    assert "data.val=null" in capsys.readouterr().err
+
+
+def test_a_run_that_was_not_evaluated_can_be_at_its_end(train, capsys):
+    assert train("run=a", "steps=2", "evaluate_every=never") == 0
+    capsys.readouterr()
+    assert train("run=a", "steps=3") == 0
+    assert "top-1" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_end_compares_with_what_is_published(train, capsys):
+    assert train("steps=1", "run=a", "recipe=in1k", "augment.size=32", "evaluate.size=32") == 0
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert "; not comparable: no top-1 of convnext_atto with recipe=in1k is published; everything is in" in summary
+    assert json.loads(Path("runs/a/status.json").read_text())["summary"] == summary
+
+
 def test_again_says_finished(train, capsys):
     assert train("steps=2", "run=a") == 0
     before = weights("a")

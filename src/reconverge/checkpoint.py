@@ -40,7 +40,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}, new / f"{name}.safetensors")
         (new / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         files: dict[str, dict[str, Any]] = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(new.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(new.iterdir())
         }
         for name in files:
             _sync(new / name)
@@ -104,7 +104,10 @@ def choose(path: Path) -> tuple[Path, list[str]]:
         return newest, skipped
     if fault := verify(path):
         raise Stop(
-            Exit.DAMAGED, f"{path}: {fault}", "a checkpoint that verifies", f"checkpoint={path.parent.parent} takes the newest valid one"
+            Exit.DAMAGED,
+            f"{path}: {fault}",
+            "a checkpoint that verifies",
+            f"another checkpoint; {path.parent.parent} takes the newest valid one",
         )
     return path, []
 
@@ -121,7 +124,7 @@ def verify(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-            if _sha256(file) != entry["sha256"]:
+            if file_sha256(file) != entry["sha256"]:
                 return f"{name} has another sha256 than recorded"
     except FileNotFoundError:
         return "MANIFEST.json is missing"
@@ -156,7 +159,8 @@ def _clean(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """In hexadecimal."""
     digest = sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

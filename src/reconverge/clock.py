@@ -8,15 +8,16 @@ from reconverge.settings import Train
 
 @dataclass(frozen=True)
 class Clock:
-    """All in steps, `microbatches` apart."""
+    """All in steps, `microbatches` and `lr_factor` apart."""
 
     steps_per_epoch: int
     total: int  # length of the schedule
     warmup: int
     end: int  # where this run stops
     save_every: int  # 0: at the end only
-    evaluate_every: int
+    evaluate_every: int | None  # 0: at the end only; None: never
     microbatches: int  # of one step: V
+    lr_factor: float  # batch / optim.lr_batch, the linear rule, where a recipe asks for it; else 1
 
     @classmethod
     def of(cls, cfg: Train, images: int) -> "Clock":
@@ -41,10 +42,11 @@ class Clock:
             warmup=steps_per_epoch * cfg.optim.warmup_epochs,
             end=min(total, cfg.steps or total),
             save_every=every(cfg.save_every),
-            evaluate_every=every(cfg.evaluate_every),
+            evaluate_every=None if cfg.evaluate_every == "never" else every(cfg.evaluate_every),
             microbatches=cfg.batch // cfg.microbatch,
+            lr_factor=cfg.batch / cfg.optim.lr_batch if cfg.optim.lr_batch else 1.0,
         )
 
-    def due(self, every: int, step: int) -> bool:
-        """Whether something that happens `every` so many steps happens after `step` of them."""
-        return step == self.end or (every > 0 and step % every == 0)
+    def due(self, every: int | None, step: int) -> bool:
+        """Whether something that happens `every` so many steps, and at the end, happens after `step` of them; None: never."""
+        return every is not None and (step == self.end or (every > 0 and step % every == 0))

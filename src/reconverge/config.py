@@ -19,6 +19,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from reconverge.environment import ROOT
 from reconverge.errors import Exit, Stop
 from reconverge.settings import Data, Eval, Train
 
@@ -42,6 +43,12 @@ def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
         return _typed(composed[0], schema)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null or a number
         raise _explain(error, schema, conf) from None
+
+
+def of_training(overrides: list[str]) -> Train:
+    """What train.py composes with these arguments, which sys.argv takes over. Errors: Stop(USAGE)."""
+    sys.argv = ["train.py", *overrides]
+    return from_command_line(ROOT / "conf", "config", Train)
 
 
 def from_text(text: str, schema: type[Schema]) -> Schema:
@@ -162,11 +169,12 @@ def _missing_size(error: InterpolationKeyError) -> Stop:
         root = root._get_parent()
     table = "microbatch" if str(error.full_key) == "microbatch" else "drop_path"
     recipe, model = OmegaConf.to_container(root["recipe"]), OmegaConf.to_container(root["model"])  # type: ignore[index]
+    own = "model.drop_path=... microbatch=..." + (" ema.decay=..." if recipe["ema"] else "")  # type: ignore[index,call-overload]
     return Stop(
         Exit.USAGE,
         f"model={model['name']} (size {model['size']}) with recipe={recipe['name']}",  # type: ignore[index,call-overload]
         f"sizes that this recipe has an entry for: {', '.join(recipe[table])}",  # type: ignore[index,call-overload]
-        "a model of such a size, another recipe, or your own values: model.drop_path=... microbatch=...",
+        f"a model of such a size, another recipe, or your own values: {own}",
     )
 
 
@@ -223,6 +231,10 @@ def check(cfg: Train) -> None:
             raise Stop(Exit.USAGE, f"{key}={pair}", f"[smallest, largest], above {low}, at most {high}", f"{key}=[{max(low, 0.08)},1.0]")
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise Stop(Exit.USAGE, f"optim.betas={cfg.optim.betas}", "two numbers from 0 up to, but not, 1", "optim.betas=[0.9,0.999]")
+    if cfg.init is None:
+        for key, unread in (("init_head", cfg.init_head != "auto"), ("init_strict", not cfg.init_strict)):
+            if unread:
+                raise Stop(Exit.USAGE, f"{key}={getattr(cfg, key)} without init", _help(Train, "init"), f"init=..., or {key} as it was")
     known = {key for key, *_ in flat(cfg)} | {"code", "versions", "data", "hardware"}
     for name in cfg.resume_allow:
         if name not in known:
@@ -240,6 +252,13 @@ def check(cfg: Train) -> None:
             f"a smaller microbatch=, or augment.repeats={cfg.batch // cfg.microbatch}",
         )
     check_data(cfg.data)
+    if cfg.data.val is None and cfg.evaluate_every != "never":
+        raise Stop(
+            Exit.USAGE,
+            f"data.val=null with evaluate_every={cfg.evaluate_every}",
+            "never: there is nothing to evaluate on",
+            "evaluate_every=never, or data.val=FOLDER",
+        )
     if cfg.data.kind == "trained":
         raise Stop(Exit.USAGE, "data=trained", "the data of a run: for eval.py only", "data=digits or data=folder data.root=...")
     if cfg.precision == "tf32" and cfg.device == "cpu":
@@ -277,15 +296,59 @@ def evaluation_data(given: Data, trained: Data) -> Data:
     return replace(given, **{name: getattr(trained, name) for name in {"mean", "std"} - named})
 
 
-def batch_notice(cfg: Train) -> str | None:
-    """What to say where the batch is not the one that the recipe's learning rate was chosen for."""
-    if cfg.batch == cfg.recipe.batch or any(argument.startswith("optim.lr=") for argument in sys.argv):
-        return None
-    scaled = cfg.optim.lr * cfg.batch / cfg.recipe.batch
-    return (
-        f"batch={cfg.batch} is not the recipe's {cfg.recipe.batch}: the learning rate is not rescaled and stays {cfg.optim.lr:g}; "
-        f"the linear rule would give optim.lr={scaled:g}"
-    )
+def notices(cfg: Train) -> list[str]:
+    """What might not be meant: a batch that lr was not chosen for, fine-tuning's settings from scratch, what differs from the published recipe."""
+    found = []
+    if cfg.batch != cfg.recipe.batch and not cfg.optim.lr_batch and not any(argument.startswith("optim.lr=") for argument in sys.argv):
+        found.append(
+            f"batch={cfg.batch} is not the recipe's {cfg.recipe.batch}: the learning rate is not rescaled and stays {cfg.optim.lr:g}; "
+            f"the linear rule would give optim.lr={cfg.optim.lr * cfg.batch / cfg.recipe.batch:g}"
+        )
+    if cfg.init is None:
+        if cfg.recipe.starts_from:
+            found.append(f"the run starts from scratch, and recipe={cfg.recipe.name} from {cfg.recipe.starts_from}")
+        if cfg.optim.layer_decay != 1:
+            found.append(f"optim.layer_decay={cfg.optim.layer_decay:g} is for fine-tuning: from scratch it holds back the first layers")
+        if 0 < cfg.model.head_init_scale < 1:
+            found.append(f"model.head_init_scale={cfg.model.head_init_scale:g} is for fine-tuning: from scratch it stalls the first steps")
+    elif cfg.recipe.dataset and not cfg.recipe.starts_from:
+        found.append(f"the run starts from init={cfg.init}, and recipe={cfg.recipe.name} from scratch")
+    found += [f"{key}={now} is not recipe={cfg.recipe.name}: published {then} ({help})" for key, then, now, help in departures(cfg)]
+    return found
+
+
+def departures(cfg: Train) -> list[tuple[str, Any, Any, str]]:
+    """The settings that are not as published, of a recipe that reproduces a published run: key, published, now, what it is and its source.
+
+    Read from the files of the recipe and the model; what may change on resume (free) decides no result and is left out.
+    """
+    if cfg.recipe.dataset is None:
+        return []
+    size, recipe = cfg.model.size, _yaml("recipe", cfg.recipe.name)
+    text: dict[str, Any] = {"batch": "${recipe.batch}", "model": {"size": size}}
+    if size in recipe["recipe"]["drop_path"]:
+        text["microbatch"] = f"${{recipe.microbatch.{size}}}"
+        text["model"]["drop_path"] = f"${{recipe.drop_path.{size}}}"
+    elif "ema" in recipe["recipe"]:  # whoever gave such a model its own values was told that there are none
+        del recipe["ema"]["decay"]
+    merged = OmegaConf.merge({"model": _yaml("model", cfg.model.name)}, text, recipe)
+    published = OmegaConf.to_container(merged, resolve=True)
+    found = []
+    for key, now, checks in flat(cfg):
+        then: Any = published
+        for part in key.split("."):
+            then = then.get(part, cfg) if isinstance(then, dict) else cfg
+        if then is not cfg and then != now and not checks["free"]:
+            found.append((key, then, now, checks["help"]))
+    return found
+
+
+def _yaml(group: str, name: str) -> Any:
+    """What the file of conf/ says that gives its model or recipe this name; nothing if there is none."""
+    for path in sorted((ROOT / "conf" / group).rglob("*.yaml")):
+        if f"name: {name}\n" in path.read_text():
+            return OmegaConf.to_container(OmegaConf.load(path))
+    return {"recipe": {"batch": None, "drop_path": {}}} if group == "recipe" else {}
 
 
 def differences(old: Train, new: Train) -> list[tuple[str, Any, Any]]:

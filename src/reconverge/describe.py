@@ -1,44 +1,88 @@
 """The start panel: what this run will do, in words and numbers."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from reconverge.clock import Clock
-from reconverge.config import batch_notice
 from reconverge.data.sources import Source
 from reconverge.data.transforms import resized_side
+from reconverge.models import weights
 from reconverge.run import Run
 from reconverge.settings import Train
 from reconverge.world import World
 
 
-def rows(
-    cfg: Train, clock: Clock, net: nn.Module, world: World, workers: int, training: Source, validation: Source, run: Run
-) -> dict[str, str]:
+def job(cfg: Train, clock: Clock, net: nn.Module, groups: Sequence[Mapping[str, Any]], data: str) -> dict[str, str]:
+    """What will be trained, wherever it runs; `net` may be on the meta device. `groups`: those of optim.parameter_groups; `data`: the images, in words."""
     parameters = sum(parameter.numel() for parameter in net.parameters()) / 1e6
-    batch = f"{cfg.batch} images = {clock.microbatches} microbatches x {cfg.microbatch} on {world.size} rank"
     schedule = f"{cfg.epochs} epochs of {clock.steps_per_epoch} steps = {clock.total} steps, {clock.warmup} of them warm-up"
     if clock.end < clock.total:
         schedule += f"; stops after step {clock.end}"
-    panel = {
+    rate = f"{cfg.optim.lr * clock.lr_factor:g}, cosine to {cfg.optim.min_lr * clock.lr_factor:g} as in {cfg.optim.schedule}'s code"
+    if cfg.optim.lr_batch:
+        rate += f"; {cfg.optim.lr:g} x batch {cfg.batch} / {cfg.optim.lr_batch}"
+    decayed = sum(parameter.numel() for group in groups if group["weight_decay"] for parameter in group["params"]) / 1e6
+    return {
         "model": f"{cfg.model.name}, {parameters:.2f} M parameters, stochastic depth {cfg.model.drop_path:g}",
         "recipe": f"{cfg.recipe.name}, seed {cfg.seed}",
-        "data": f"{cfg.data.name}: {len(training)} training and {len(validation)} validation images of {len(training.classes)} classes"
-        + "".join(f"; {note}" for note in training.notes + validation.notes),
+        "data": data,
         "images": f"trained at {cfg.augment.size} px; "
         f"evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})",
-        "batch": batch,
+        "batch": f"{cfg.batch} images = {clock.microbatches} microbatches x {cfg.microbatch}",
         "schedule": schedule,
-        "learning rate": f"{cfg.optim.lr:g}, cosine to {cfg.optim.min_lr:g}; weight decay {cfg.optim.weight_decay:g}",
+        "learning rate": rate,
+        "weight decay": f"{cfg.optim.weight_decay:g} on {decayed:.2f} M parameters, none on {parameters - decayed:.2f} M",
+        **(layers(groups) if cfg.optim.layer_decay != 1 else {}),
         "EMA": _ema(cfg.ema.decay, clock),
-        "machine": f"{world.hardware()}, {cfg.precision}, {world.threads} threads, {workers} data workers",
+    }
+
+
+def images(cfg: Train, training: Source, validation: Source | None) -> str:
+    held_out, notes = (f"{len(validation)}", validation.notes) if validation else ("no", [])
+    text = f"{cfg.data.name}: {len(training)} training and {held_out} validation images of {len(training.classes)} classes"
+    return "; ".join([text, *training.notes, *notes])
+
+
+def machine(cfg: Train, world: World, workers: int, run: Run) -> dict[str, str]:
+    """Where it runs, and what that promises."""
+    return {
+        "machine": f"{world.size} rank: {world.hardware()}, {cfg.precision}, {world.threads} threads, {workers} data workers",
         "promises": _promises(run),
         "run": f"{run.folder}/" + (f", resumed after step {run.step}" if run.step else ""),
     }
-    if notice := batch_notice(cfg):
-        panel["notice"] = notice
-    return panel
+
+
+def origin(cfg: Train, run: Run) -> dict[str, str]:
+    """Where the run's first weights came from, and what became of each; nothing for a run that began from scratch."""
+    loaded = run.recorded("init")
+    if loaded is None:
+        return {}
+    rows = weights.table(loaded)
+    rows["head"] += f" (model.head_init_scale={cfg.model.head_init_scale:g})" if "fresh" in loaded["head"] else ""
+    rows["init"] += "; this run's own checkpoint has taken their place" if run.step else ""
+    return rows
+
+
+def numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
+    return {f"{name} {number}": text for number, text in enumerate(texts, 1)}
+
+
+def layers(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of each layer with a learning rate of its own: parameters, lr scale, the first and the last of them."""
+    rows = {}
+    for layer in sorted({group["layer"] for group in groups}):
+        own = [group for group in groups if group["layer"] == layer]
+        names = sorted((name for group in own for name in group["names"]), key=_numerically)
+        parameters = sum(parameter.numel() for group in own for parameter in group["params"])
+        rows[f"layer {layer}"] = f"lr x {own[0]['lr_scale']:.4g}, {parameters:,} parameters: {names[0]} ... {names[-1]}"
+    return rows
+
+
+def _numerically(name: str) -> list[str]:
+    return [part.zfill(4) for part in name.split(".")]
 
 
 def _ema(decay: float | None, clock: Clock) -> str:

@@ -5,38 +5,57 @@ import math
 import torch
 from torch import nn
 
+from reconverge.clock import Clock
+from reconverge.models.layers import layers
 from reconverge.settings import Optim
 
 
-def learning_rate(optim: Optim, step: int, total: int, warmup: int) -> float:
-    """Learning rate of step 0..total-1, of which the first `warmup` warm up (official code's cosine_scheduler).
+def learning_rate(optim: Optim, step: int, clock: Clock) -> float:
+    """Learning rate of step 0..total-1, times clock.lr_factor.
 
-    The warm-up is linspace(0, lr, warmup), both ends included; then min_lr + (lr - min_lr) (1 + cos(pi i / n)) / 2 for
-    i = 0..n-1 with n = total - warmup, so that lr itself comes twice.
+    convnext (official code's cosine_scheduler): the warm-up is linspace(warmup_lr, lr, warmup), both ends included; then
+    min_lr + (lr - min_lr) (1 + cos(pi i / n)) / 2 for i = 0..n-1 with n = total - warmup, so that lr itself comes twice.
+    swin, deit: timm's CosineLRScheduler, whose warm-up stops a step short of lr. Both codes set the rate after a step (swin)
+    or an epoch (deit), with its number: each rate comes one later than its number says, the first one twice. deit's cosine
+    runs from the start of training, the warm-up laid over it.
     """
-    if step < warmup:
-        return optim.lr if 0 < step == warmup - 1 else step * (optim.lr / max(1, warmup - 1))
-    return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    if optim.schedule == "convnext":
+        at, total, warmup, past, last = step, clock.total, clock.warmup, clock.warmup, clock.warmup - 1
+    else:
+        unit = clock.steps_per_epoch if optim.schedule == "deit" else 1
+        at, total, warmup = max(0, step // unit - 1), clock.total // unit, clock.warmup // unit
+        past, last = (0 if optim.schedule == "deit" else warmup), warmup
+    if at < warmup:
+        rate = optim.lr if 0 < at == last else optim.warmup_lr + at * ((optim.lr - optim.warmup_lr) / max(1, last))
+    else:
+        rate = optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * (at - past) / (total - past)))
+    return rate * clock.lr_factor
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: decayed; and not decayed: what has one dimension (norms, layer scale), biases, and the model's own exceptions.
+def parameter_groups(model: nn.Module, optim: Optim) -> list[dict]:
+    """Of each layer two groups: decayed; and not decayed: what has one dimension (norms, layer scale), biases, and the model's own exceptions.
 
-    Each holds `names` beside `params`, and an `lr_scale` that multiplies the learning rate (official code's optim_factory).
+    Without layer decay the whole model is one layer. Each group holds `names` beside `params`, its `layer`, and an `lr_scale`
+    that multiplies the learning rate: layer_decay to the power of how many layers lie above it (official code's optim_factory).
+    Errors: Stop(USAGE).
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
-    groups = {rate: {"params": [], "names": [], "weight_decay": rate, "lr_scale": 1.0} for rate in dict.fromkeys((weight_decay, 0.0))}
+    layer_of = layers(model, optim.layer_groups) if optim.layer_decay != 1 else {}
+    head = max(layer_of.values(), default=0)
+    groups: dict[tuple[int, float], dict] = {}
     for name, parameter in model.named_parameters():
         plain = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
-        group = groups[0.0 if plain else weight_decay]
-        group["params"].append(parameter)  # type: ignore[attr-defined]
-        group["names"].append(name)  # type: ignore[attr-defined]
-    return [group for group in groups.values() if group["params"]]
+        layer, decay = layer_of.get(name, 0), 0.0 if plain else optim.weight_decay
+        empty = {"params": [], "names": [], "weight_decay": decay, "layer": layer, "lr_scale": optim.layer_decay ** (head - layer)}
+        group = groups.setdefault((layer, -decay), empty)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups)]
 
 
 def adamw(model: nn.Module, optim: Optim, fused: bool) -> torch.optim.AdamW:
     first, second = optim.betas
-    groups = parameter_groups(model, optim.weight_decay)
+    groups = parameter_groups(model, optim)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(first, second), eps=optim.eps, fused=fused, foreach=not fused)
 
 

@@ -1,7 +1,7 @@
 """Pictures of what goes in and what comes out, drawn without being asked: first_batch.png, curves.png, predictions.png."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,4 +99,19 @@ def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) 
     best = max([record.get("ema_top1", 0) for record in records] + [record.get("raw_top1", 0) for record in records], default=0)
     if best > 90:  # the last percents are what one looks for
         accuracy.set_ylim(80, 100.5)
+    figure.savefig(path)
+
+
+def plan(path: Path, epochs: Sequence[float], rates: Sequence[float], layers: Mapping[int, float]) -> None:
+    """The learning rate over the epochs, and of each layer the share of it that the layer takes (layer -> lr scale)."""
+    figure = Figure(figsize=(10, 3.4), dpi=100, layout="constrained")
+    schedule, scales = figure.subplots(1, 2)
+    schedule.plot(epochs, rates, color="C2", linewidth=1.4)
+    scales.bar(list(layers), list(layers.values()), color="C2")
+    for axes, title, x in ((schedule, "learning rate of the head", "epoch"), (scales, "lr scale", "layer, from the stem to the head")):
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(x)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    scales.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path)

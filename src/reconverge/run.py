@@ -281,19 +281,25 @@ class Run:
         """The first step with the best top-1 of either set of weights; None before any evaluation."""
         return max(self._top1, key=lambda step: max(self._top1[step].values()), default=None)
 
-    def done(self) -> int:
-        """The last line: top-1 of the last evaluation by the better weights, the best checkpoint, where everything is."""
+    def top1(self) -> dict[str, float]:
+        """Of the last step, by kind of weights; empty if it was not evaluated."""
+        return self._top1.get(self.step, {})
+
+    def done(self, comparison: str | None) -> int:
+        """The last line: top-1 of the last evaluation by the better weights, how it compares, the best checkpoint, where everything is."""
+        parts = [f"not evaluated (evaluate_every={self._cfg.evaluate_every}); step {self.step}"]
+        if top1 := self.top1():
+            better = max(top1, key=lambda name: top1[name])
+            others = "".join(f", {name} {value:.2f} %" for name, value in top1.items() if name != better)
+            parts = [f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {self.step}"]
+        if comparison:
+            parts.append(comparison)
         best = self.best_step()
-        assert best is not None, "the end is always evaluated"
-        top1 = self._top1[self.step]
-        better = max(top1, key=lambda name: top1[name])
-        others = "".join(f", {name} {value:.2f} %" for name, value in top1.items() if name != better)
-        summary = f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {self.step}; "
-        if best != self.step:
-            summary += f"best {max(self._top1[best].values()):.2f} % in checkpoints/step-{best:08d}; "
+        if best is not None and best != self.step:
+            parts.append(f"best {max(self._top1[best].values()):.2f} % in checkpoints/step-{best:08d}")
         if (replaced := self.folder / "quarantine.jsonl").exists():
-            summary += f"{len(replaced.read_text().splitlines())} damaged images were replaced (quarantine.jsonl); "
-        summary += f"everything is in {self.folder}/"
+            parts.append(f"{len(replaced.read_text().splitlines())} damaged images were replaced (quarantine.jsonl)")
+        summary = "; ".join([*parts, f"everything is in {self.folder}/"])
         self._status("done", Exit.DONE, summary)
         self._say_last(summary)
         return Exit.DONE

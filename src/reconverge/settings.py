@@ -29,6 +29,7 @@ def setting(
 
 NAME = r"[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*"  # a plain folder name: no separators, not "." or ".."
 EVERY = r"[0-9]+(epoch)?"
+EVERY_OR_NEVER = EVERY + "|never"
 
 
 # fmt: off
@@ -47,9 +48,14 @@ class Model:
 @dataclass
 class Recipe:
     name: str = setting(MISSING, "a file of conf/recipe, as recipe=NAME")
+    dataset: str | None = setting(None, "the published run's training images; null: the recipe reproduces no published run", (None, "imagenet1k", "imagenet22k"), free=True)
+    starts_from: str | None = setting(None, "the trained weights that the recipe is meant for, in words; null: it starts from scratch", free=True)
     batch: int = setting(MISSING, "images of one step that lr was chosen for", low=1)
     drop_path: dict[str, float] = setting({}, "model size -> stochastic depth (Table 5)")
     microbatch: dict[str, int] = setting({}, "model size -> images of one forward pass, on which Mixup draws and BatchNorm averages (the published images per GPU)")
+    ema: dict[str, float | None] = setting({}, "model size -> ema.decay, where it depends on the size (Table 6)")
+    expected: dict[str, float] = setting({}, "model name -> published top-1, percent", free=True)
+    noise: float | None = setting(None, "percent points around the published top-1 that independent runs of the recipe fall into", low=0, free=True)
 
 
 @dataclass
@@ -76,8 +82,13 @@ class Mix:
 @dataclass
 class Optim:
     lr: float = setting(4e-3, "AdamW's learning rate after warm-up, of one step of recipe.batch images (Table 5)", low=0)
+    lr_batch: int | None = setting(None, "images of a step that lr, min_lr and warmup_lr are given for: all are multiplied by batch / lr_batch; null: as they are, whatever the batch", low=1)
     min_lr: float = setting(1e-6, "where the cosine ends (official code)", low=0)
-    warmup_epochs: int = setting(20, "epochs of linear warm-up from 0 (Table 5)", low=0)
+    warmup_lr: float = setting(0.0, "where the warm-up begins (official code: 0; DeiT's: 1e-6)", low=0)
+    warmup_epochs: int = setting(20, "epochs of linear warm-up (Table 5)", low=0)
+    schedule: str = setting("convnext", "warm-up and cosine in the exact form of which published code: convnext and swin by step, deit by epoch", ("convnext", "deit", "swin"))
+    layer_decay: float = setting(1.0, "lr of a layer / lr of the layer above it, 1 at the head; 1: one lr for all (Table 6: 0.7 and 0.8)", low=0.01, high=1)
+    layer_groups: str = setting("auto", "what a layer is; stages: ConvNeXt's published groups; blocks: each block; auto: stages for ConvNeXts, else blocks", ("auto", "stages", "blocks"))
     weight_decay: float = setting(0.05, "on weights of two or more dimensions (Table 5)", low=0)
     betas: list[float] = setting([0.9, 0.999], "decay of AdamW's two moments, per step (Table 5)")
     eps: float = setting(1e-8, "AdamW's epsilon (official code)", low=0)
@@ -104,7 +115,7 @@ class Data:
     kind: str = setting(MISSING, "how it is read", ("digits", "folder", "shards", "synthetic", "trained"))
     root: str | None = setting(None, "folder: holds the train and val folders; shards: holds dataset.json", free=True)
     train: str = setting("train", "folder below root with one folder a class")
-    val: str = setting("val", "folder below root with one folder a class")
+    val: str | None = setting("val", "folder below root with one folder a class; null: there are no validation images")
     cache: str = setting("~/.cache/reconverge", "folder for indexes and generated images", free=True)
     mean: list[float] = setting([0.485, 0.456, 0.406], "of R, G, B in 0..1 (ImageNet's)")
     std: list[float] = setting([0.229, 0.224, 0.225], "of R, G, B in 0..1 (ImageNet's)")
@@ -141,6 +152,9 @@ class Train:
     microbatch: int = setting(MISSING, "images of one forward pass, even; the recipe's table by size", low=2)
     epochs: int = setting(300, "length of the schedule (Table 5)", low=1)
     steps: int | None = setting(None, "stop after so many steps; the schedule stays that of epochs", low=1, free=True)
+    init: str | None = setting(None, "weights of the first start: runs/NAME or a checkpoint of it (raw; with :ema at the end the EMA weights), a .safetensors, .pth or .pt file, a folder with config.json, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME; null: from scratch")
+    init_strict: bool = setting(True, "init must give every weight but the head, and none besides; false loads what fits and lists the rest")
+    init_head: str = setting("auto", "the head under init. keep: as it is; mapped: row by row, by class name; fresh: its initial weights (times model.head_init_scale); auto: keep for the same classes, else fresh", ("auto", "keep", "mapped", "fresh"))
     workers: int | None = setting(None, "processes that load images; null: from the cores of this process", low=0, free=True)
     threads: int | None = setting(None, "torch threads of this process; null: from its cores at the first start, then as recorded", low=1)
     device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"), free=True)  # "hardware" is compared
@@ -152,7 +166,7 @@ class Train:
     fused: bool = setting(True, "AdamW as one kernel; false: a kernel an operation, and the host waits for each step's gradient norm")
     copy_ahead: bool = setting(True, "load and copy the next microbatch while the device works on this one", free=True)
     save_every: str = setting("1epoch", "steps, or epochs as in 2epoch; 0: at the end only", pattern=EVERY, free=True)
-    evaluate_every: str = setting("1epoch", "steps, or epochs as in 2epoch; 0: at the end only", pattern=EVERY, free=True)
+    evaluate_every: str = setting("1epoch", "steps, or epochs as in 2epoch; 0: at the end only; never: not at all", pattern=EVERY_OR_NEVER, free=True)
     log_every: int = setting(10, "steps between two lines of metrics.jsonl", low=1, free=True)
     keep: int = setting(2, "newest checkpoints to keep, beside the best", low=1, free=True)
     resume_allow: list[str] = setting([], "what may differ when a run is resumed: settings, or code, data, versions, hardware; a promise is lost and recorded", free=True)

@@ -11,6 +11,7 @@ COMMANDS = {
     "check": "read every byte of prepared shards, name each fault",
     "batch": "the images of one step of a run, with their keys",
     "bench": "measure the loader alone",
+    "plan": "what a training will be, without training",
     "models": "the table of models: counted and published size, accuracy, recipes",
 }
 
@@ -22,7 +23,7 @@ def main() -> None:
         command = import_module(f"reconverge.commands.{name}")  # light: what takes seconds to import, a command imports as it runs
         command.add_arguments(subparsers.add_parser(name, help=help, description=command.__doc__))
     arguments, rest = parser.parse_known_args()
-    if hasattr(arguments, "overrides"):  # key=value may stand on both sides of an option
+    if hasattr(arguments, "overrides"):  # key=value may stand on both sides of an option; argparse takes one block of them
         arguments.overrides += [argument for argument in rest if not argument.startswith("-")]
         rest = [argument for argument in rest if argument.startswith("-")]
     if rest:

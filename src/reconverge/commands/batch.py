@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from reconverge.data.order import Order
 
     training, validation = sources.open_sources(cfg.data)
-    _same_data(run, training.fingerprint, validation.fingerprint)
+    _same_data(run, training.fingerprint, validation.fingerprint if validation else None)
     clock = Clock.of(cfg, len(training))
     for name, value, end in (("step", arguments.step, clock.total), ("microbatch", arguments.microbatch or 0, clock.microbatches)):
         if not 0 <= value < end:
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-def _same_data(run: Opened, train: str, val: str) -> None:
+def _same_data(run: Opened, train: str, val: str | None) -> None:
     recorded = json.loads((run.folder / "environment.json").read_text())["facts"]["data"]
     if (recorded["train"], recorded["val"]) != (train, val):
         raise Stop(

@@ -9,10 +9,8 @@ from dataclasses import replace
 from itertools import count
 
 from reconverge import config
-from reconverge.environment import ROOT
 from reconverge.errors import Exit, Stop
 from reconverge.progress import say
-from reconverge.settings import Train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if not (arguments.seconds > 0 and arguments.gpu > 0):
         raise Stop(Exit.USAGE, f"--seconds {arguments.seconds:g} --gpu {arguments.gpu:g}", "numbers above 0", "--seconds 20 --gpu 1000")
-    sys.argv = ["train.py", *arguments.overrides]
-    cfg = config.from_command_line(ROOT / "conf", "config", Train)
+    cfg = config.of_training(arguments.overrides)
     config.check(cfg)
 
     import torch

@@ -203,11 +203,11 @@ def _problem(path: Path, size: int) -> tuple[Exit, str] | None:
     return None if os.access(path, os.R_OK) else (Exit.PERMISSION, f"{path} may not be read")
 
 
-def open_shards(root: Path, dataset: str | None) -> tuple[Shards, Shards]:
-    """The training and the validation split, once everything is in place.
+def open_shards(root: Path, dataset: str | None, validation: bool = True) -> tuple[Shards, Shards | None]:
+    """The training and, where `validation` is asked for, the validation split, once everything is in place.
 
     Errors: Stop(MISSING, PERMISSION, DAMAGED) with all problems in one list, Stop(USAGE) for another data set than `dataset`
-    or one without validation images.
+    or one without the images that are asked for.
     """
     about = load(root)
     if dataset is not None and about["dataset"] != dataset:
@@ -220,15 +220,15 @@ def open_shards(root: Path, dataset: str | None) -> tuple[Shards, Shards]:
             "every shard as it was prepared",
             "copy these shards again, or prepare the data set again; reconverge check DIR reads every byte",
         )
-    for split in ("train", "val"):
+    for split in ("train", "val") if validation else ("train",):
         if split not in about["splits"]:
             raise Stop(
                 Exit.USAGE,
                 f"{root} has the splits {', '.join(about['splits'])}, and no {split}",
-                "a data set with train and val",
+                "a data set with train and val, or with train alone where data.val=null evaluate_every=never",
                 "reconverge prepare with --hold-out PERCENT takes validation images from the others",
             )
-    return Shards(root, about, "train"), Shards(root, about, "val")
+    return Shards(root, about, "train"), Shards(root, about, "val") if validation else None
 
 
 def fingerprint(about: dict[str, Any], split: str) -> str:

@@ -30,8 +30,8 @@ class Source(Protocol):
     def where(self, sample: int) -> str: ...
 
 
-def open_sources(data: Data) -> tuple[Source, Source]:
-    """The training and the validation images. Errors: Stop(MISSING, PERMISSION, USAGE, DAMAGED)."""
+def open_sources(data: Data) -> tuple[Source, Source | None]:
+    """The training and the validation images; None for these where data.val is null. Errors: Stop(MISSING, PERMISSION, USAGE, DAMAGED)."""
     return KINDS[data.kind](data)
 
 
@@ -40,9 +40,12 @@ def open_validation(data: Data, classes: list[str]) -> Source:
 
     Errors: as open_sources, and Stop(NOT_COMPARABLE) for other classes.
     """
+    if data.val is None:
+        raise Stop(Exit.USAGE, "data.val=null", "a data set with validation images", "data.val=val, or another data=")
     if data.kind == "folder":
         return open_folder(_root(data) / data.val, Path(data.cache).expanduser(), classes)
     validation = open_sources(data)[1]
+    assert validation is not None, "data.val is not null"
     if validation.classes != classes:
         raise Stop(
             Exit.NOT_COMPARABLE,
@@ -57,17 +60,17 @@ def _root(data: Data) -> Path:
     return Path(str(data.root)).expanduser()
 
 
-def _folder(data: Data) -> tuple[Source, Source]:
+def _folder(data: Data) -> tuple[Source, Source | None]:
     root, cache = _root(data), Path(data.cache).expanduser()
     train = open_folder(root / data.train, cache)
-    return train, open_folder(root / data.val, cache, train.classes)
+    return train, None if data.val is None else open_folder(root / data.val, cache, train.classes)
 
 
-def _shards(data: Data) -> tuple[Source, Source]:
-    return open_shards(_root(data), data.dataset)
+def _shards(data: Data) -> tuple[Source, Source | None]:
+    return open_shards(_root(data), data.dataset, validation=data.val is not None)
 
 
-def _digits(data: Data) -> tuple[Source, Source]:
+def _digits(data: Data) -> tuple[Source, Source | None]:
     """The scanned digits that scikit-learn bundles, as PNG class folders, read like any other data.
 
     A fifth of each class is held out, the same on every machine: the images with the smallest keys.
@@ -116,11 +119,12 @@ class Synthetic:
         return f"synthetic image {sample}"
 
 
-def _synthetic(data: Data) -> tuple[Source, Source]:
-    return Synthetic(data.images, data.classes, "train"), Synthetic(max(1, data.images // 10), data.classes, "val")
+def _synthetic(data: Data) -> tuple[Source, Source | None]:
+    validation = None if data.val is None else Synthetic(max(1, data.images // 10), data.classes, "val")
+    return Synthetic(data.images, data.classes, "train"), validation
 
 
-KINDS: dict[str, Callable[[Data], tuple[Source, Source]]] = {
+KINDS: dict[str, Callable[[Data], tuple[Source, Source | None]]] = {
     "digits": _digits,
     "folder": _folder,
     "shards": _shards,

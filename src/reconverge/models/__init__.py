@@ -54,12 +54,7 @@ def build(model: settings.Model, classes: int, seed: int) -> nn.Module:
 
     Errors: Stop(USAGE).
     """
-    spec = find(model)
-    if spec.fixed_size and model.image_size is None:
-        size = f"model.image_size={spec.fixed_size}"
-        raise Stop(Exit.USAGE, f"model={model.name} without model.image_size", "the size of the images: it is built for one", size)
-    if model.image_size is not None and not spec.fixed_size:
-        raise Stop(Exit.USAGE, f"model.image_size={model.image_size} with {model.name}", "null: it takes any size", "model.image_size=null")
+    spec = _fitting(model)
     with chance.scope(seed, "init"):
         net = spec.build(model, classes)
     drop_path.replace(net)
@@ -73,6 +68,14 @@ def build(model: settings.Model, classes: int, seed: int) -> nn.Module:
     return net
 
 
+def on_meta(model: settings.Model, classes: int) -> nn.Module:
+    """The same without weights, on the meta device: nothing is allocated. Errors: Stop(USAGE)."""
+    with torch.device("meta"):
+        net = _fitting(model).build(model, classes)
+    drop_path.replace(net)
+    return net
+
+
 def find(model: settings.Model) -> Spec:
     """The entry of MODELS, or one made for a model of timm's that is none. Errors: Stop(USAGE)."""
     if model.timm is not None:
@@ -83,6 +86,17 @@ def find(model: settings.Model) -> Spec:
     if model.name not in MODELS:
         raise Stop(Exit.USAGE, f"model.name={model.name}", f"the table MODELS: {', '.join(MODELS)}", "model=NAME")
     return MODELS[model.name]
+
+
+def _fitting(model: settings.Model) -> Spec:
+    """The same, given the size of the images if it is built for one, and only then. Errors: Stop(USAGE)."""
+    spec = find(model)
+    if spec.fixed_size and model.image_size is None:
+        size = f"model.image_size={spec.fixed_size}"
+        raise Stop(Exit.USAGE, f"model={model.name} without model.image_size", "the size of the images: it is built for one", size)
+    if model.image_size is not None and not spec.fixed_size:
+        raise Stop(Exit.USAGE, f"model.image_size={model.image_size} with {model.name}", "null: it takes any size", "model.image_size=null")
+    return spec
 
 
 # ---- initial weights ------------------------------------------------------------------------------------------------

@@ -31,3 +31,7 @@ class Isotropic(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.recompute = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Stem and blocks are layers of their own; norm and head, which match neither, together the last."""
+        return {"stem": r"^stem", "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}

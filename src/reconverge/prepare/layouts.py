@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import os
-import re
 import tarfile
 import zipfile
 import zlib
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+from reconverge import synsets
 from reconverge.data import tar
 from reconverge.data.folder import suffixes
 from reconverge.errors import Exit, Stop
@@ -79,7 +79,7 @@ def _huggingface(source: Path) -> Layout | None:
     train, val = sorted(root.glob("train_images_*.tar.gz")), sorted(root.glob("val_images.tar.gz"))
     if not train:
         return None
-    layout = Layout("the files of Hugging Face", "imagenet1k", [*train, *val], imagenet1k, {})
+    layout = Layout("the files of Hugging Face", "imagenet1k", [*train, *val], synsets.imagenet1k, {})
 
     def read(files: list[Path]) -> Callable[[list[str]], Iterator[Taken]]:
         def samples(classes: list[str]) -> Iterator[Taken]:
@@ -376,21 +376,3 @@ def _devkit(path: Path) -> dict[str, str]:
         ids = [int(line) for line in truth.read().split()]
     synset_of = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets if int(entry["num_children"]) == 0}
     return {f"ILSVRC2012_val_{number:08d}": synset_of[challenge] for number, challenge in enumerate(ids, 1)}
-
-
-def imagenet1k() -> list[str]:
-    """The 1,000 synsets, sorted, from the list that timm carries."""
-    from timm.data import ImageNetInfo
-
-    return sorted(ImageNetInfo("imagenet-1k").label_names())
-
-
-def described(classes: list[str]) -> list[dict[str, str]]:
-    """Synset and name of each class; a class that is no synset is its own name."""
-    names: dict[str, str] = {}
-    if all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        from timm.data import ImageNetInfo
-
-        for info in (ImageNetInfo("imagenet-22k"), ImageNetInfo("imagenet-1k")):  # one synset of the second is not in the first
-            names |= {name: info.label_name_to_description(name) for name in set(classes) & set(info.label_names())}
-    return [{"synset": name, "name": names.get(name, name)} for name in classes]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from reconverge import synsets
 from reconverge.data import index, shards
 from reconverge.errors import Exit, Stop
 from reconverge.lock import Lock
@@ -115,7 +116,7 @@ def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
     held = {"train": 1 - options.hold_out / 100, "val": options.hold_out / 100} if options.hold_out and "val" not in layout.splits else {}
     sizes = {split: layout.bytes["train"] * share for split, share in held.items()} or layout.bytes
     plan = asked | {
-        "classes": layouts.described(classes),
+        "classes": synsets.described(classes),
         "shards": {split: max(1, round(size / (options.shard_mb * 1e6))) for split, size in sizes.items()},
         "expected": EXPECTED.get(layout.dataset) or EXPECTED.get(layout.kind) or {},
         "expected_classes": CLASSES.get(layout.dataset) or CLASSES.get(layout.kind),
@@ -242,13 +243,13 @@ def _in_place(
     parts = _indexed(to, work, found, threads, examine)
     report.write_text("".join(sorted(lines)))
     labels = max((part["labels"] for part in parts.values()), default=0)
-    names = layouts.imagenet1k() if dataset == "imagenet1k" else [f"{label:0{len(str(labels - 1))}d}" for label in range(labels)]
+    names = synsets.imagenet1k() if dataset == "imagenet1k" else [f"{label:0{len(str(labels - 1))}d}" for label in range(labels)]
     if labels > len(names):
         raise Stop(Exit.USAGE, f"{source} has labels up to {labels - 1}", f"{len(names)} classes of {dataset}", "--as folder")
     plan = {
         "dataset": dataset or "folder",
         "source": {"kind": "WebDataset shards", "files": [], "bytes": {}},
-        "classes": layouts.described(names),
+        "classes": synsets.described(names),
         "expected": EXPECTED.get(str(dataset), {}),
         "expected_classes": CLASSES.get(str(dataset)),
     }

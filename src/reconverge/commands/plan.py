@@ -1,0 +1,129 @@
+"""What a training will be, without training: batch, worlds, steps, learning rates, layers, memory, operations, hours, and what departs
+from the published recipe. The arguments are train.py's.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from reconverge import config
+from reconverge.clock import Clock
+from reconverge.errors import Exit, Stop
+from reconverge.progress import panel
+from reconverge.published import DATASETS
+from reconverge.settings import Train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py: model=NAME recipe=NAME data=NAME ...")
+    parser.add_argument("--world", type=int, default=1, metavar="N", help="ranks that share each step; one a GPU")
+    parser.add_argument("--images-per-second", type=float, metavar="X", help="of one rank, as a run prints it; else no hours are given")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="where to draw the schedule; plan-MODEL-RECIPE.png")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    cfg = config.of_training(arguments.overrides)
+    config.check(replace(cfg, data=replace(cfg.data, root=cfg.data.root or ".")))  # images need not be here yet
+
+    from reconverge import describe, estimate, models, optim, pictures
+    from reconverge.world import DTYPES
+
+    images, classes, data = _images(cfg)
+    clock = Clock.of(cfg, images)
+    world = _world(arguments.world, clock.microbatches)
+    net = models.on_meta(cfg.model, classes)
+    groups = optim.parameter_groups(net, cfg.optim)
+    rows = describe.job(cfg, clock, net, groups, data) | {"worlds": _worlds(clock.microbatches)}
+    rows["lr at steps"] = "; ".join(
+        f"{step + 1}: {optim.learning_rate(cfg.optim, step, clock):.4g} ({what})" for step, what in _key_steps(clock)
+    )
+    layers = {group["layer"]: group["lr_scale"] for group in groups}
+
+    operations = estimate.operations(net, cfg.augment.size) * cfg.batch * clock.end
+    rows["operations"] = (
+        f"{operations:.4g} floating-point operations: forward and backward of {cfg.batch * clock.end:,} images at {cfg.augment.size} px"
+    )
+    if cfg.checkpointing:
+        net.set_grad_checkpointing()  # type: ignore[operator]
+    dtype, ema = DTYPES[cfg.precision], cfg.ema.decay is not None
+    memory = estimate.memory(net, cfg.microbatch, clock.microbatches // world, cfg.augment.size, classes, dtype, ema)
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory._asdict().items() if size)
+    rows["memory"] = f"{memory.total / 1e9:.2f} GB a rank, and what kernels and the device take for themselves: {parts}"
+    rows["time"] = _time(arguments.images_per_second, world, cfg.batch * clock.end)
+
+    picture = arguments.picture or Path(f"plan-{cfg.model.name}-{cfg.recipe.name}.png")
+    steps = _spread(clock.total, 2000)
+    rates = [optim.learning_rate(cfg.optim, step, clock) for step in steps]
+    pictures.plan(picture, [step / clock.steps_per_epoch for step in steps], rates, layers)
+    rows["picture"] = str(picture)
+    panel(f"plan of {cfg.model.name} with {cfg.recipe.name}", rows | describe.numbered("notice", config.notices(cfg)))
+    return Exit.DONE
+
+
+def _images(cfg: Train) -> tuple[int, int, str]:
+    """Training images, classes, and both in words: those of the data if it was named and can be opened, else the published ones."""
+    from reconverge import describe
+    from reconverge.data import sources
+
+    published = DATASETS.get(str(cfg.recipe.dataset))
+    named = any(argument.startswith(("data=", "data.")) for argument in sys.argv[1:])
+    reason = "no data= was given"
+    if named or published is None:
+        try:
+            if cfg.data.kind in ("folder", "shards") and cfg.data.root is None:
+                raise Stop(Exit.MISSING, f"data={cfg.data.name} without data.root", "a folder", "data.root=/path")
+            training, validation = sources.open_sources(cfg.data)
+            return len(training), len(training.classes), describe.images(cfg, training, validation)
+        except Stop as stop:
+            if published is None or stop.code not in (Exit.MISSING, Exit.PERMISSION):
+                raise
+            reason = stop.args[1]
+    return (
+        published.training,
+        published.classes,
+        f"{cfg.recipe.dataset} as published: {published.training:,} training images of {published.classes:,} classes ({reason})",
+    )
+
+
+def _world(world: int, microbatches: int) -> int:
+    """Errors: Stop(USAGE) for a number of ranks that cannot carry a step."""
+    if world < 1 or microbatches % world:
+        fitting = [str(size) for size in _divisors(microbatches)]
+        raise Stop(
+            Exit.USAGE,
+            f"--world {world} with {microbatches} microbatches a step",
+            f"numbers that divide them: {', '.join(fitting)}",
+            f"--world {min(fitting, key=lambda size: abs(int(size) - world))}, or another microbatch=",
+        )
+    return world
+
+
+def _worlds(microbatches: int) -> str:
+    return "; ".join(f"{size} x {microbatches // size}" for size in _divisors(microbatches)) + "  (ranks x microbatches of a rank)"
+
+
+def _divisors(microbatches: int) -> list[int]:
+    """Every number of ranks that can carry a step."""
+    return [size for size in range(1, microbatches + 1) if microbatches % size == 0]
+
+
+def _key_steps(clock: Clock) -> list[tuple[int, str]]:
+    found = {0: "first", clock.total // 2: "half way", clock.total - 1: "last"}
+    if clock.warmup:
+        found |= {clock.warmup // 2: "in the warm-up", clock.warmup - 1: "last of the warm-up", clock.warmup: "first after the warm-up"}
+    return sorted(found.items())
+
+
+def _time(speed: float | None, world: int, images: int) -> str:
+    if speed is None:
+        return "not estimated: --images-per-second X, of one rank (python train.py ... debug=synthetic measures it)"
+    hours = images / (speed * world) / 3600
+    return f"{hours:.3g} hours on {world} ranks of {speed:g} images/s, {hours * world:.3g} GPU-hours, without evaluation"
+
+
+def _spread(total: int, most: int) -> Sequence[int]:
+    """Up to about `most` of the steps 0..total-1, the last among them."""
+    steps = list(range(0, total, max(1, total // most)))
+    return steps if steps[-1] == total - 1 else [*steps, total - 1]

@@ -1,0 +1,76 @@
+"""The names that other code gives to ConvNeXt's weights, and ours, which are timm's. Pure functions of names and tensors."""
+
+import re
+from typing import NamedTuple
+
+from torch import Tensor
+
+# name -> how it is known, and (their name, ours) as regular expressions; a name that none fits stays as it is, and is then unexpected.
+LAYOUTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "official ConvNeXt": (
+        r"downsample_layers\.0\.0\.weight",
+        [
+            (r"downsample_layers\.0\.([01])\.(\w+)", r"stem.\1.\2"),
+            (r"downsample_layers\.([1-3])\.([01])\.(\w+)", r"stages.\1.downsample.\2.\3"),
+            (r"stages\.(\d+)\.(\d+)\.dwconv\.(\w+)", r"stages.\1.blocks.\2.conv_dw.\3"),
+            (r"stages\.(\d+)\.(\d+)\.norm\.(\w+)", r"stages.\1.blocks.\2.norm.\3"),
+            (r"stages\.(\d+)\.(\d+)\.pwconv([12])\.(\w+)", r"stages.\1.blocks.\2.mlp.fc\3.\4"),
+            (r"stages\.(\d+)\.(\d+)\.gamma", r"stages.\1.blocks.\2.gamma"),
+            (r"norm\.(\w+)", r"head.norm.\1"),
+            (r"head\.(\w+)", r"head.fc.\1"),
+        ],
+    ),
+    "official isotropic ConvNeXt": (
+        r"blocks\.0\.dwconv\.weight",
+        [
+            (r"blocks\.(\d+)\.dwconv\.(\w+)", r"blocks.\1.conv_dw.\2"),
+            (r"blocks\.(\d+)\.pwconv([12])\.(\w+)", r"blocks.\1.mlp.fc\2.\3"),
+        ],
+    ),
+    "torchvision's ConvNeXt": (
+        r"features\.1\.0\.layer_scale",
+        [
+            (r"features\.0\.([01])\.(\w+)", r"stem.\1.\2"),
+            (r"features\.([246])\.([01])\.(\w+)", r"stages.{half}.downsample.\2.\3"),
+            (r"features\.([1357])\.(\d+)\.block\.0\.(\w+)", r"stages.{half}.blocks.\2.conv_dw.\3"),
+            (r"features\.([1357])\.(\d+)\.block\.2\.(\w+)", r"stages.{half}.blocks.\2.norm.\3"),
+            (r"features\.([1357])\.(\d+)\.block\.3\.(\w+)", r"stages.{half}.blocks.\2.mlp.fc1.\3"),
+            (r"features\.([1357])\.(\d+)\.block\.5\.(\w+)", r"stages.{half}.blocks.\2.mlp.fc2.\3"),
+            (r"features\.([1357])\.(\d+)\.layer_scale", r"stages.{half}.blocks.\2.gamma"),
+            (r"classifier\.0\.(\w+)", r"head.norm.\1"),
+            (r"classifier\.2\.(\w+)", r"head.fc.\1"),
+        ],
+    ),
+}
+
+
+def stripped(name: str) -> str:
+    """Without the prefixes that DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) put before and into names."""
+    return re.sub(r"^(module\.)+", "", re.sub(r"(^|\.)_orig_mod\.", r"\1", name))
+
+
+class Entry(NamedTuple):
+    name: str  # ours
+    given: str  # the file's
+    tensor: Tensor  # in our shape
+
+
+def converted(tensors: dict[str, Tensor]) -> tuple[str | None, list[Entry]]:
+    """The layout that the names betray (None: ours, or none that is known), and every tensor by our name and theirs."""
+    for layout, (sign, rules) in LAYOUTS.items():
+        if any(re.fullmatch(sign, name) for name in tensors):
+            return layout, [Entry(_renamed(name, rules), name, _gamma(name, tensor)) for name, tensor in tensors.items()]
+    return None, [Entry(name, name, tensor) for name, tensor in tensors.items()]
+
+
+def _renamed(name: str, rules: list[tuple[str, str]]) -> str:
+    for theirs, ours in rules:
+        if found := re.fullmatch(theirs, name):
+            # torchvision counts stages and what lies between them in one row: 1, 3, 5, 7 and 2, 4, 6.
+            return found.expand(ours.replace("{half}", str(int(found[1]) // 2)) if "{half}" in ours else ours)
+    return name
+
+
+def _gamma(name: str, tensor: Tensor) -> Tensor:
+    """torchvision keeps layer scale as (d, 1, 1)."""
+    return tensor.flatten() if name.endswith("layer_scale") else tensor

@@ -1,0 +1,29 @@
+"""ImageNet's classes, by the lists that timm carries."""
+
+import re
+
+
+def imagenet1k() -> list[str]:
+    """The 1,000 synsets, sorted, which is the order of every published head."""
+    from timm.data import ImageNetInfo  # here and below: seconds that not every command needs
+
+    return sorted(ImageNetInfo("imagenet-1k").label_names())
+
+
+def of_head(rows: int) -> list[str] | None:
+    """Synsets in the order of a published head of so many rows: 1000, 21841 (fall 2011) and others of ImageNet's; None for other numbers."""
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": rows})
+    return ImageNetInfo(subset).label_names() if subset else None
+
+
+def described(classes: list[str]) -> list[dict[str, str]]:
+    """Synset and name of each class; a class that is no synset is its own name."""
+    names: dict[str, str] = {}
+    if all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        from timm.data import ImageNetInfo
+
+        for info in (ImageNetInfo("imagenet-22k"), ImageNetInfo("imagenet-1k")):  # one synset of the second is not in the first
+            names |= {name: info.label_name_to_description(name) for name in set(classes) & set(info.label_names())}
+    return [{"synset": name, "name": names.get(name, name)} for name in classes]

@@ -1,0 +1,165 @@
+"""init= through the real command line: a chain of two runs on other classes and another resolution, and what resuming makes of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, _main, weights
+from safetensors.torch import load_file
+from test_pretrained import write_malicious
+
+
+@pytest.fixture(scope="session")
+def halves(digits, tmp_path_factory):
+    """The small digits in two label sets: 0 to 4, and 5 to 9."""
+    root = tmp_path_factory.mktemp("halves")
+    for half, labels in (("low", "01234"), ("high", "56789")):
+        for split in ("train", "val"):
+            for label in labels:
+                shutil.copytree(digits / split / label, root / half / split / label)
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(halves, tmp_path_factory, cache):
+    """runs/low: two steps on the digits 0 to 4, of another seed, with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HOME", str(cache))
+        torch.set_num_threads(1)
+        assert (
+            _main("train", [*SMALL, f"data.root={halves}/low", "run=low", "seed=1", "steps=2", "save_every=1", "evaluate_every=0"], patch)
+            == 0
+        )
+    return folder / "runs"
+
+
+@pytest.fixture
+def tune(trained, halves, monkeypatch):
+    """train.py on the digits 5 to 9 at 48 px, beside a copy of the run on 0 to 4."""
+    shutil.copytree(trained, "runs")
+    fixed = [*SMALL, f"data.root={halves}/high", "run=high", "augment.size=48", "evaluate.size=48", "evaluate_every=0"]
+    return lambda *arguments: _main("train", [*fixed, *arguments], monkeypatch)
+
+
+def newest(run, kind="model"):
+    return load_file(sorted(Path("runs", run, "checkpoints").iterdir())[-1] / f"{kind}.safetensors")
+
+
+def origin():
+    return json.loads(Path("runs/high/environment.json").read_text())["facts"]["init"]
+
+
+@pytest.mark.parametrize(("suffix", "kind", "step"), [("", "model", 2), (":ema", "ema", 2), ("/checkpoints/step-00000001", "model", 1)])
+def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, suffix, kind, step):
+    """A learning rate of 0 leaves the weights as they were loaded, and the average too."""
+    assert tune(f"init=runs/low{suffix}", "steps=1", "optim.lr=0", "optim.min_lr=0", "model.head_init_scale=0.001") == 0
+    parent = Path(f"runs/low/checkpoints/step-{step:08d}")
+    given, raw, ema = load_file(parent / f"{kind}.safetensors"), newest("high"), newest("high", "ema")
+    for name, tensor in given.items():
+        for ours in (raw, ema):
+            if name == "head.fc.weight":
+                assert not torch.equal(ours[name], tensor)  # five classes as well, but others
+                assert ours[name].abs().max() < 0.001 * 0.02 * 6
+            elif name != "head.fc.bias":
+                assert torch.equal(ours[name], tensor)
+    digest = json.loads((parent / "MANIFEST.json").read_text())["files"][f"{kind}.safetensors"]["sha256"]
+    kept = {key: origin()[key] for key in ("run", "step", "weights", "sha256")}
+    assert kept == {"run": "low", "step": step, "weights": "ema" if suffix == ":ema" else "raw", "sha256": digest}
+    said = capsys.readouterr().out
+    assert f"{'ema' if suffix == ':ema' else 'raw'} weights of run low after step {step}; sha256 {digest[:12]}" in said
+    assert f"{len(given) - 2} loaded, 0 converted, 0 missing, 0 unexpected, 0 of another shape, 2 of the head" in said
+    assert "fresh, 5 classes; the 5 classes of the weights are others (model.head_init_scale=0.001)" in said
+
+
+def test_the_same_classes_keep_their_head(tune, halves):
+    assert tune("init=runs/low", "steps=1", "optim.lr=0", "optim.min_lr=0", f"data.root={halves}/low") == 0
+    assert all(torch.equal(tensor, newest("high")[name]) for name, tensor in newest("low").items())
+    assert origin()["head"] == "kept, 5 classes"
+
+
+def test_some_of_the_classes_are_mapped_by_name(tune, digits, capsys):
+    assert tune("init=runs/low", "init_head=mapped", "steps=1", "optim.lr=0", "optim.min_lr=0", f"data.root={digits}") == 0
+    assert torch.equal(newest("high")["head.fc.weight"][:5], newest("low")["head.fc.weight"])
+    assert "mapped by name, 5 of 10 classes from 5; fresh rows for 5, 6, 7, 8, 9" in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_from_its_own_checkpoint(tune, capsys):
+    """The parent may even be gone: the bits are those of a run that never stopped."""
+    assert tune("init=runs/low", "steps=3", "save_every=2", "run=whole") == 0
+    assert tune("init=runs/low", "steps=2", "save_every=2") == 0
+    shutil.rmtree("runs/low")
+    capsys.readouterr()
+    assert tune("init=runs/low", "steps=3", "save_every=2") == 0
+    assert "sha256" in (said := capsys.readouterr().out)
+    assert "this run's own checkpoint has taken their place" in said
+    assert [weights("high", kind) for kind in ("model", "ema", "optimizer")] == [weights("whole", kind) for kind in ("model", "ema", "optimizer")]  # fmt: skip
+    assert tune("init=runs/low:ema", "steps=4") == 78
+    assert "init: this run began with runs/low, and now it is runs/low:ema" in capsys.readouterr().err
+    assert tune("steps=4") == 78
+    assert tune("init=runs/low", "init_head=keep", "steps=4") == 78
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["init=runs/none"], 66, "no such file"),
+        (["init=low"], 66, "init=runs/low"),
+        (["init=runs/low/checkpoints/step-00000002/ema.safetensors"], 2, "init=runs/low/checkpoints/step-00000002:ema"),
+        (["init=runs/low", "init_head=keep", "data=digits"], 2, "a head of 5 classes for data of 10"),
+        (["init=runs/low", "init_head=new"], 2, "auto, keep, mapped, fresh"),
+        (["init_head=mapped"], 2, "init_head=mapped without init"),
+        (["init_strict=false"], 2, "init_strict=False without init"),
+        (["init=runs/low", "model=convnext_t"], 2, "of another shape"),
+        (["init=evil.pth"], 65, "posix.mkdir"),
+        (["init=damaged.safetensors"], 65, "header"),
+    ],
+)
+def test_what_stops_it_leaves_no_run(tune, capsys, arguments, code, says):
+    write_malicious("evil.pth", "zip")
+    Path("damaged.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    assert tune("steps=1", *arguments) == code
+    assert says in capsys.readouterr().err
+    assert not Path("pwned").exists()
+    assert not Path("runs/high").exists()
+
+
+def test_a_damaged_checkpoint_of_the_parent_is_named(tune, capsys):
+    damaged = Path("runs/low/checkpoints/step-00000002/model.safetensors")
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    assert tune("init=runs/low/checkpoints/step-00000002", "steps=1") == 65
+    assert "another sha256" in capsys.readouterr().err
+    assert tune("init=runs/low", "steps=1") == 0
+    assert "after step 1; skipped a damaged checkpoint: step-00000002" in capsys.readouterr().out
+    assert tune("init=runs/low:ema", "steps=1", "run=b", "ema.decay=null") == 0
+
+
+def test_a_parent_without_ema(tune, capsys):
+    assert tune("steps=1", "run=plain", "ema.decay=null") == 0
+    assert tune("init=runs/plain:ema", "steps=1") == 2
+    assert "no EMA weights" in capsys.readouterr().err
+
+
+def test_a_recipe_for_pre_training_and_one_for_fine_tuning_make_a_chain(halves, monkeypatch, capsys):
+    """As published: no validation images for the first, other classes, a larger size, layer decay and a fresh head for the second."""
+
+    def run(*arguments):
+        return _main("train", [*SMALL, "model.drop_path=0", "steps=2", *arguments], monkeypatch)
+
+    small = ["augment.size=32", "data.val=null", "optim.warmup_epochs=0"]
+    assert run("recipe=in22k", f"data.root={halves}/low", "run=parent", *small) == 0
+    assert "no validation images" in capsys.readouterr().out
+    fine = ["recipe=ft_in22k_in1k_384", f"data.root={halves}/high", "augment.size=48", "evaluate.size=48", "ema.decay=null"]
+    assert run(*fine, "run=high", "init=runs/parent", "optim.warmup_epochs=0", "augment.erase=0") == 0
+    said = capsys.readouterr().out
+    assert "raw weights of run parent after step 2" in said
+    assert "fresh, 5 classes" in said
+    assert "(model.head_init_scale=0.001)" in said
+    assert "layer 0" in said
+    assert "from scratch" not in said
+    assert origin()["sha256"] == weights("parent")

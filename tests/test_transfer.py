@@ -1,0 +1,16 @@
+"""What init= is for: weights trained on other labels, at another resolution, must help. benchmarks/transfer.py with one parent."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.mark.slow
+def test_a_start_from_other_labels_beats_a_start_from_scratch_by_more_than_the_spread():
+    command = [sys.executable, str(ROOT / "benchmarks/transfer.py"), "--parents", "1", "threads=1", "workers=0"]
+    ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "above it" in ended.stdout
