@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from reconverge.environment import ROOT
 from reconverge.errors import Exit, Stop
@@ -52,9 +53,12 @@ def of_training(overrides: list[str]) -> Train:
 
 
 def from_text(text: str, schema: type[Schema]) -> Schema:
-    """The configuration that `to_text` wrote."""
+    """The configuration that `to_text` wrote. Errors: Stop(USAGE), Stop(DAMAGED) for text that was cut off or is no YAML."""
     try:
         return _typed(OmegaConf.create(text), schema)
+    except YAMLError as error:
+        where = " ".join(str(error).split())
+        raise Stop(Exit.DAMAGED, f"config.yaml: {where}", "the file as the run wrote it", "restore it, or run=NAME for a new run") from None
     except OmegaConfBaseException as error:
         raise _explain(error, schema) from None
 
