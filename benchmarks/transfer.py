@@ -1,6 +1,6 @@
 """Does a start from other weights help? Pre-train on which digit it is, fine-tune on odd or even, with few images at a larger resolution.
 
-    python benchmarks/transfer.py [--seeds 3] [--parents 3] [--images 4] [--epochs 16] [--pretrain-epochs 25] [override ...]
+    python benchmarks/transfer.py [--seeds 3] [--parents 3] [--images 4] [--epochs 40] [--pretrain-epochs 25] [override ...]
 
 For each seed three runs of train.py in a folder of their own: the pre-training at 32 px on ten classes, the fine-tuning on two at
 48 px with init=runs/NAME:ema, and the same command without it. No image is in both training sets, and the held-out ones in neither.
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parents", type=int, default=None, help="seeds that are pre-trained for; the others start from the last of these")
     parser.add_argument("--images", type=int, default=4, help="to fine-tune, of each digit")
-    parser.add_argument("--epochs", type=int, default=16, help="of fine-tuning, and of the same from scratch")
+    parser.add_argument("--epochs", type=int, default=40, help="of fine-tuning, and of the same from scratch")
     parser.add_argument("--pretrain-epochs", type=int, default=25)
     options, overrides = parser.parse_known_args()
     folder = Path(tempfile.mkdtemp())
