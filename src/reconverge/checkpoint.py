@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reconverge.data.files import sha256_of
 from reconverge.errors import Exit, Stop
 
 FORMAT = "checkpoint-1"
@@ -40,7 +40,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}, new / f"{name}.safetensors")
         (new / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         files: dict[str, dict[str, Any]] = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(new.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(new.iterdir())
         }
         for name in files:
             _sync(new / name)
@@ -124,7 +124,7 @@ def verify(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-            if file_sha256(file) != entry["sha256"]:
+            if sha256_of(file) != entry["sha256"]:
                 return f"{name} has another sha256 than recorded"
     except FileNotFoundError:
         return "MANIFEST.json is missing"
@@ -157,15 +157,6 @@ def _name(step: int) -> str:
 def _clean(folder: Path) -> None:
     for path in [*folder.glob(".new-*"), *folder.glob(".old-*")]:
         shutil.rmtree(path)
-
-
-def file_sha256(path: Path) -> str:
-    """In hexadecimal."""
-    digest = sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

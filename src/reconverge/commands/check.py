@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from reconverge.data import shards
+    from reconverge.data import files, shards
 
     root = arguments.folder.expanduser()
     about = shards.load(root)
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         jobs = []
         for split, part in about["splits"].items():
             table = root / part["index"]
-            if table.exists() and shards.digest_of(table) != part["index_sha256"]:
+            if table.exists() and files.sha256_of(table) != part["index_sha256"]:
                 faults.append((Exit.DAMAGED, f"{table} is damaged: it is not what dataset.json says"))
             elif table.exists():
                 jobs += [threads.submit(_faults, root, about, split, number, meter) for number in range(len(part["shards"]))]
@@ -52,13 +52,13 @@ def _faults(root: Path, about: dict[str, Any], split: str, number: int, meter: M
     """What is wrong with one shard. A digest that is right says that nothing is; else each image is looked at."""
     import xxhash
 
-    from reconverge.data import shards
+    from reconverge.data import files, shards
 
     source = shards.Shards(root, about, split)
     shard = source.shards[number]
     path = root / shard["name"]
     try:
-        if shards.digest_of(path) == shard["sha256"]:
+        if files.sha256_of(path) == shard["sha256"]:
             meter.add(shard["bytes"], shard["images"])
             return []
     except FileNotFoundError:

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +38,15 @@ def patiently(job: Callable[[], Result], where: str) -> Result:
             "a disk or network that answers",
             "see to it, then run the same command again: it goes on from the last checkpoint",
         ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class ByPosition:

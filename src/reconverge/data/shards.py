@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from reconverge.data import index, tar
-from reconverge.data.files import ByPosition, patiently
+from reconverge.data.files import ByPosition, patiently, sha256_of
 from reconverge.errors import Exit, Stop
 
 FORMAT = "reconverge-shards-1"
@@ -62,22 +62,13 @@ def samples(file: BinaryIO, where: str) -> Iterator[Sample]:
 
 def scan(path: Path, number: int, examine: Callable[[Sample], None] = lambda sample: None) -> tuple[np.ndarray, str]:
     """Index rows of shard `number` and its sha256, from one reading of the disk. Errors: Stop(DAMAGED)."""
-    rows, digest = [], digest_of(path)
+    rows, digest = [], sha256_of(path)
     with open(path, "rb") as file:
         for sample in samples(file, str(path)):
             examine(sample)
             checksum = xxhash.xxh3_64_intdigest(sample.data)
             rows.append((number, sample.start, len(sample.data), sample.label, checksum, os.fsencode(sample.key)))
     return np.array(rows, index.row(max([len(row[-1]) for row in rows], default=1))), digest
-
-
-def digest_of(path: Path) -> str:
-    """sha256 of a file."""
-    digest = sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Shards:

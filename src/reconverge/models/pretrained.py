@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from reconverge import chance, checkpoint
+from reconverge.data.files import sha256_of
 from reconverge.errors import Exit, Stop, explain
 
 FORMS = "runs/NAME, one of its checkpoints, a .safetensors, .pth or .pt file, a folder with config.json, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME"  # fmt: skip
@@ -151,7 +152,7 @@ def _file(path: Path, wanted: str) -> Pretrained:
             "tensors by name; or model, model_ema, state_dict or state_dict_ema with such inside",
             "the file",
         )
-    digest = checkpoint.file_sha256(path)
+    digest = sha256_of(path)
     return Pretrained(tensors, None, {"text": f"{path}: {chosen}", "weights": chosen, "path": str(path.absolute()), "sha256": digest})
 
 

@@ -17,6 +17,7 @@ import xxhash
 
 from reconverge import synsets
 from reconverge.data import index, shards
+from reconverge.data.files import sha256_of
 from reconverge.errors import Exit, Stop
 from reconverge.lock import Lock
 from reconverge.prepare import layouts
@@ -314,7 +315,7 @@ def _about(to: Path, plan: dict[str, Any], parts: dict[str, dict[str, Any]], los
             "expected": expected,
             "index": table.name,
             "index_bytes": table.stat().st_size,
-            "index_sha256": shards.digest_of(table),
+            "index_sha256": sha256_of(table),
             "shards": [
                 {"name": name, "bytes": (to / name).stat().st_size, "images": images, "sha256": digest}
                 for name, images, digest in zip(part["names"], part["images"], part["sha256"], strict=True)
