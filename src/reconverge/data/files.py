@@ -17,15 +17,15 @@ WAITS = (0.1, 1.0, 5.0)  # seconds before each further try
 Result = TypeVar("Result")
 
 
-def patiently(job: Callable[[], Result], where: str) -> Result:
-    """What `job` returns; faults of disk or network are tried again. Errors: Stop(DISK) where they last."""
+def patiently(job: Callable[[], Result], where: Callable[[], str]) -> Result:
+    """What `job` returns; faults of disk or network are tried again, and told with `where`. Errors: Stop(DISK) where they last."""
     for wait in WAITS:
         try:
             return job()
         except OSError as error:
             if error.errno not in PASSING:
                 raise
-            print(f"{where}: {error.strerror}; trying again in {wait} s", file=sys.stderr, flush=True)
+            print(f"{where()}: {error.strerror}; trying again in {wait} s", file=sys.stderr, flush=True)
         time.sleep(wait)
     try:
         return job()
@@ -34,7 +34,7 @@ def patiently(job: Callable[[], Result], where: str) -> Result:
             raise
         raise Stop(
             Exit.DISK,
-            f"{where}: {error.strerror}, {len(WAITS) + 1} times in {sum(WAITS):.0f} s",
+            f"{where()}: {error.strerror}, {len(WAITS) + 1} times in {sum(WAITS):.0f} s",
             "a disk or network that answers",
             "see to it, then run the same command again: it goes on from the last checkpoint",
         ) from error

@@ -53,7 +53,7 @@ class Folder:
         """Errors: Stop(MISSING, PERMISSION, DISK), and NOT_COMPARABLE for a file that has changed since it was listed."""
         path, listed = self.path(sample), int(self.index.row(sample)["size"])
         try:
-            data = patiently(path.read_bytes, str(path))
+            data = patiently(path.read_bytes, path.__str__)
         except FileNotFoundError:
             raise Stop(
                 Exit.MISSING,

@@ -109,7 +109,7 @@ class Shards:
                 self._files.pop(shard, None)  # a stale handle of a network file system does not recover
                 raise
 
-        data = patiently(read, self.where(sample))
+        data = patiently(read, lambda: self.where(sample))
         if len(data) != size or xxhash.xxh3_64_intdigest(data) != row["checksum"]:
             raise _damaged(f"{self.where(sample)}: the bytes are not those that were indexed")
         return data

@@ -108,7 +108,7 @@ class Stage:
             if self._closed or self._at != at:
                 return False
             if not (self.folder / name).exists():
-                patiently(lambda shard=shard: self._copy(shard), str(self.folder / name))  # type: ignore[misc]
+                patiently(lambda shard=shard: self._copy(shard), (self.folder / name).__str__)  # type: ignore[misc]
         return True
 
     def _copy(self, shard: int) -> None:
