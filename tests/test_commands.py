@@ -123,6 +123,8 @@ def test_bench_data_measures_each_part(monkeypatch, capsys, shards):
     parts = [float(line.split(" ms")[0].split()[-1]) for line in said.out.splitlines() if line.endswith("ms an image")]
     together = next(float(line.split(" ms:")[0].split()[-1]) for line in said.out.splitlines() if "together" in line)
     assert len(parts) == 4
+    speed = next(float(line.split(" images/s")[0].split()[-1]) for line in said.out.splitlines() if "together" in line)
+    assert speed == pytest.approx(1000 / together, rel=0.01, abs=1)
     assert sum(parts) == pytest.approx(together, abs=0.01)
     assert run(monkeypatch, capsys, "bench", "data", "epohcs=3")[0] == 2
     assert run(monkeypatch, capsys, "bench", "data", "--seconds", "0")[0] == 2

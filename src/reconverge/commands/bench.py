@@ -51,15 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
     read = _milliseconds(training.read, ids, arguments.seconds / 10)
     cropped = _milliseconds(lambda sample: cropping.sample(0, sample, 0), ids, arguments.seconds / 10)
     whole = _milliseconds(lambda sample: images.sample(0, sample, 0), ids, arguments.seconds / 10)
-    collate = _milliseconds(lambda _: images[order.microbatch(0, 0)], [0], 0) / cfg.microbatch - whole
+    collate = max(0.0, _milliseconds(lambda _: images[order.microbatch(0, 0)], [0], 0) / cfg.microbatch - whole)
     for name, value in (
         ("read and verify", read),
         ("decode, crop, resize", cropped - read),
         ("flip and RandAugment", whole - cropped),
-        ("collate", max(0.0, collate)),
+        ("collate", collate),
     ):
         say(f"  {name:<22} {value:7.3f} ms an image")
-    say(f"  {'together':<22} {whole + max(0.0, collate):7.3f} ms: {1000 / whole:.0f} images/s of one process")
+    say(f"  {'together':<22} {whole + collate:7.3f} ms: {1000 / (whole + collate):.0f} images/s of one process")
 
     # ---- the loader, with its workers, as train.py has it ----
     microbatches = order.steps(0, sys.maxsize // order.microbatches)
