@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 
-from reconverge import config, published
+from reconverge import config, published, synsets
 from reconverge.clock import Clock
 from reconverge.errors import Stop
 from reconverge.settings import Train
@@ -180,7 +180,7 @@ def test_layer_scale_is_the_models():
 )  # fmt: skip
 def test_steps_of_the_published_runs(compose, recipe, size, steps_per_epoch, total, warmup, microbatches):
     cfg = compose("model=convnext_t", f"model.size={size}", f"recipe={recipe}")
-    clock = Clock.of(cfg, published.DATASETS[cfg.recipe.dataset].training)
+    clock = Clock.of(cfg, synsets.DATASETS[cfg.recipe.dataset].training)
     assert (clock.steps_per_epoch, clock.total, clock.warmup, clock.microbatches) == (steps_per_epoch, total, warmup, microbatches)
 
 

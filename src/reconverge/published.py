@@ -1,20 +1,11 @@
-"""The published data sets, and how the end of a run compares with what its recipe reproduces. Pure functions; imports no torch."""
+"""How the end of a run compares with what its recipe reproduces. Pure functions; imports no torch."""
 
 from collections.abc import Mapping, Sized
-from typing import NamedTuple
 
 from reconverge import config
 from reconverge.clock import Clock
 from reconverge.settings import Train
-
-
-class DataSet(NamedTuple):
-    training: int  # images
-    validation: int  # images; 0: none were published
-    classes: int
-
-
-DATASETS = {"imagenet1k": DataSet(1_281_167, 50_000, 1_000), "imagenet22k": DataSet(14_197_122, 0, 21_841)}
+from reconverge.synsets import DATASETS
 
 
 def comparison(cfg: Train, clock: Clock, step: int, training: Sized, validation: Sized | None, top1: Mapping[str, float]) -> str | None:

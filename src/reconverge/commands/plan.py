@@ -12,8 +12,8 @@ from reconverge import config
 from reconverge.clock import Clock
 from reconverge.errors import Exit, Stop
 from reconverge.progress import panel
-from reconverge.published import DATASETS
 from reconverge.settings import Train
+from reconverge.synsets import DATASETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,9 +26,9 @@ from reconverge.prepare.odd import UNREADABLE, Bomb, oddities, shrunk, strict_ex
 from reconverge.prepare.scatter import Scatter, content, write_whole
 from reconverge.progress import Meter, say
 
-# Images of each published set: Russakovsky et al. (2015); image-net.org's summary of fall 2011.
-EXPECTED = {"imagenet1k": {"train": 1_281_167, "val": 50_000}, "fall11_whole.tar": {"train": 14_197_122}}
-CLASSES = {"imagenet1k": 1000, "fall11_whole.tar": 21_841, "winter21_whole.tar.gz": 19_167}
+IN1K, IN22K = synsets.DATASETS["imagenet1k"], synsets.DATASETS["imagenet22k"]  # the latter as of fall 2011
+EXPECTED = {"imagenet1k": {"train": IN1K.training, "val": IN1K.validation}, "fall11_whole.tar": {"train": IN22K.training}}
+CLASSES = {"imagenet1k": IN1K.classes, "fall11_whole.tar": IN22K.classes, "winter21_whole.tar.gz": 19_167}
 
 
 @dataclass(frozen=True)
