@@ -5,19 +5,24 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from reconverge import config
+from reconverge import config, ranks, signals
 from reconverge.errors import Exit, exit_code
 from reconverge.progress import say
-from reconverge.run import catch_signals, opened, told_to_stop
-from reconverge.settings import Eval
+from reconverge.run import Opened, opened
+from reconverge.settings import Data, Eval
+from reconverge.signals import told_to_stop
 
 
 def main() -> int:
-    catch_signals()
+    signals.catch()
     cfg = config.from_command_line(Path(__file__).parent / "conf", "eval", Eval)
     run = opened(Path(cfg.checkpoint))
     data = config.evaluation_data(cfg.data, run.cfg.data)
+    with ranks.joined(cfg.world_timeout), ranks.losses_named():
+        return evaluated(cfg, run, data)
 
+
+def evaluated(cfg: Eval, run: Opened, data: Data) -> int:
     from reconverge import checkpoint, models
     from reconverge.data import sources
     from reconverge.data.mix import Normalise
@@ -28,10 +33,10 @@ def main() -> int:
     workers = default_workers(world.device) if cfg.workers is None else cfg.workers
     world.set_threads(cfg.threads or default_threads(world.device, workers))
 
-    path, skipped = checkpoint.choose(Path(cfg.checkpoint))
+    path, skipped = ranks.from_rank_0(lambda: checkpoint.choose(Path(cfg.checkpoint)))
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
-    validation = sources.open_validation(data, run.classes)
+    validation = world.rank_0_first(lambda: sources.open_validation(data, run.classes))
     tensors, numbers = checkpoint.load(path)
     nets = {}
     for name, weights in (("raw", "model"), ("ema", "ema")):
@@ -56,10 +61,11 @@ def main() -> int:
         "precision": cfg.precision,
     }
     for name, result in results.items():
-        say(f"{name:<4} top-1 {result.top1:.3f} %  top-5 {result.top5:.3f} %  loss {result.loss:.4f}")
-        report[name] = {"top1": result.top1, "top5": result.top5, "loss": result.loss, "images": result.images}
+        say(f"{name:<4} top-1 {result.top1:.3f} %  top-5 {result.top5:.3f} %  loss {result.loss:.4f}  calibration error {result.ece:.2f} %")
+        report[name] = {key: getattr(result, key) for key in ("top1", "top5", "loss", "ece", "images")}
     output = run.folder / f"eval-{data.name}-{validation.fingerprint[:8]}-{cfg.precision}-step-{numbers['step']:08d}.json"
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    if world.rank == 0:
+        output.write_text(json.dumps(report, indent=1) + "\n")
     say(f"written to {output}")
     return Exit.DONE
 

@@ -83,8 +83,8 @@ def main() -> None:
     timed(Ema, "update", "EMA")
     step_done = Run.step_done
 
-    def after_step(run: Run, step: int, **values: Any) -> None:
-        step_done(run, step, **values)
+    def after_step(run: Run, *values: Any) -> None:
+        step_done(run, *values)
         now, workers = time.process_time(), worker_seconds()
         rows.append({"step": now - last["cpu"], "workers": workers - last["workers"], **spent})
         last.update(cpu=now, workers=workers)

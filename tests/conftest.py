@@ -39,9 +39,9 @@ def _home(tmp_path, monkeypatch, cache):
 def _main(script, arguments, monkeypatch):
     import importlib
 
-    from reconverge import run
+    from reconverge import signals
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in signals.CAUGHT}
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     from reconverge.errors import exit_code
 
@@ -51,7 +51,7 @@ def _main(script, arguments, monkeypatch):
         return int(ended.code or 0)
     finally:
         GlobalHydra.instance().clear()
-        run._signals.clear()
+        signals._came.clear()
         torch.use_deterministic_algorithms(False)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -226,14 +226,14 @@ def test_the_index_holds_no_object_per_image(photographs, cache):
 
 
 def test_workers_and_threads_together_never_take_more_than_the_cores(monkeypatch):
-    from reconverge import environment, world
+    from reconverge import ranks, world
 
     for cores in (1, 2, 3, 8, 64):
-        for ranks in (1, 2, 8):
+        for local in (1, 2, 8):
             monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-            mine = max(1, cores // ranks)
-            assert environment.cores() == mine
+            monkeypatch.setattr(ranks, "HERE", ranks.Place(size=local, local_size=local, launcher="torchrun"))
+            mine = max(1, cores // local)
+            assert ranks.cores() == mine
             for device in (torch.device("cpu"), torch.device("cuda")):
                 workers = world.default_workers(device)
                 assert workers >= 0

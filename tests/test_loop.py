@@ -34,7 +34,7 @@ def reference(digits, cache):
     for step in range(STEPS):
         total = 0.0
         for microbatch in range(BATCH // MICROBATCH):
-            (images, labels), _ = images_of[order.microbatch(step, microbatch)]
+            (images, labels, _), _ = images_of[order.microbatch(step, microbatch)]
             key = (3, step, microbatch)
             images, targets = mix(normalise(images), labels, key)
             logits = masked(images, drop_path.draw(drop_path.rates(net), MICROBATCH, key, torch.device("cpu")))

@@ -243,11 +243,11 @@ def test_a_signal_before_an_evaluation_does_not_lose_it(whole, train):
 
 
 def test_a_signal_in_the_middle_of_an_evaluation_saves_the_step_and_evaluates_later(whole, train):
-    from reconverge import run
+    from reconverge import signals
 
     def hook(module, inputs):
-        if type(module).__name__ == "ConvNeXt" and not module.training and not run._signals:
-            run._signals[signal.SIGTERM] = 0.0
+        if type(module).__name__ == "ConvNeXt" and not module.training and not signals._came:
+            signals._came[signal.SIGTERM] = 0.0
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
     try:
@@ -300,28 +300,28 @@ def test_a_lost_or_cut_record_stops(whole, train, capsys, name, harm):
 
 
 def test_a_signal_before_the_first_step_stops_there(train, capsys):
-    from reconverge import run
+    from reconverge import signals
 
-    run._signals[signal.SIGINT] = 0.0
+    signals._came[signal.SIGINT] = 0.0
     assert train(*EVERY, "run=a") == 75
     assert "SIGINT: stopped before the first step" in capsys.readouterr().out
 
 
 def test_ctrl_c_again_after_seconds_stops_at_once_and_repeats_within_a_moment_do_not(capfd):
-    from reconverge import run
+    from reconverge import signals
 
     before = signal.getsignal(signal.SIGINT)
     try:
-        run.catch_signals()
+        signals.catch()
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        assert run.told_to_stop()
+        assert signals.told_to_stop()
         assert capfd.readouterr().err.count("SIGINT: stopping after this step") == 1
-        run._signals[signal.SIGINT] -= 3
+        signals._came[signal.SIGINT] -= 3
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
-        run._signals.clear()
+        signals._came.clear()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, before)
@@ -329,7 +329,7 @@ def test_ctrl_c_again_after_seconds_stops_at_once_and_repeats_within_a_moment_do
 
 def test_a_save_below_a_damaged_newer_checkpoint_is_the_one_that_stays(whole, train):
     """keep=1, the newest is damaged, and a signal asks for a save before its step is reached again."""
-    from reconverge import checkpoint, run
+    from reconverge import checkpoint, signals
 
     folder = copy(whole, "a", 6)
     (folder / "checkpoints" / "step-00000006" / "state.json").write_text("{}")
@@ -337,7 +337,7 @@ def test_a_save_below_a_damaged_newer_checkpoint_is_the_one_that_stays(whole, tr
 
     def hook(module, inputs):
         if type(module).__name__ == "ConvNeXt":
-            run._signals[signal.SIGTERM] = 0.0  # in the first step after the fall back to step 4
+            signals._came[signal.SIGTERM] = 0.0  # in the first step after the fall back to step 4
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
     try:

@@ -25,7 +25,7 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     assert train("steps=12", "run=a", "evaluate_every=6", "save_every=6", "log_every=2") == 0
     folder = Path("runs/a")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "status.json", "classes.txt", "checkpoints", "curves.png", "first_batch.png", "predictions.png"}  # fmt: skip
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "record.jsonl", "status.json", "classes.txt", "checkpoints", "curves.png", "first_batch.png", "predictions.png"}  # fmt: skip
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000006", "step-00000012"]
     records = metrics("a")
     assert [record["step"] for record in records] == [2, 4, 6, 6, 8, 10, 12, 12]
@@ -184,12 +184,6 @@ def test_torchs_cpu_allocator_raises_what_is_expected():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**50)
     assert explain(raised.value).code == Exit.OUT_OF_MEMORY
-
-
-def test_what_torchrun_would_start_is_refused(train, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train("run=a") == 2
-    assert "WORLD_SIZE=2" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")

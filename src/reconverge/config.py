@@ -212,6 +212,14 @@ def check(cfg: Train) -> None:
             f"even numbers that divide the batch: {', '.join(map(str, fitting))}",
             f"microbatch={nearest}",
         )
+    if cfg.forward_images and cfg.forward_images % cfg.microbatch and cfg.microbatch % cfg.forward_images:
+        fitting = [size for size in range(1, cfg.microbatch + 1) if cfg.microbatch % size == 0]
+        raise Stop(
+            Exit.USAGE,
+            f"forward_images={cfg.forward_images} with microbatch={cfg.microbatch}",
+            f"what divides a microbatch ({', '.join(map(str, fitting))}), or multiples of it",
+            f"forward_images={min(fitting, key=lambda size: abs(size - int(cfg.forward_images or 0)))}",
+        )
     if cfg.optim.warmup_epochs >= cfg.epochs:
         raise Stop(
             Exit.USAGE,

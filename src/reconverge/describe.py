@@ -32,7 +32,8 @@ def job(cfg: Train, clock: Clock, net: nn.Module, groups: Sequence[Mapping[str, 
         "data": data,
         "images": f"trained at {cfg.augment.size} px{repeated}; "
         f"evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})",
-        "batch": f"{cfg.batch} images = {clock.microbatches} microbatches x {cfg.microbatch}",
+        "batch": f"{cfg.batch} images = {clock.microbatches} microbatches x {cfg.microbatch}"
+        + (f", in forward passes of {cfg.forward_images}" if cfg.forward_images else ""),
         "schedule": schedule,
         "learning rate": rate,
         "weight decay": f"{cfg.optim.weight_decay:g} on {decayed:.2f} M parameters, none on {parameters - decayed:.2f} M",
@@ -50,7 +51,7 @@ def images(cfg: Train, training: Source, validation: Source | None) -> str:
 def machine(cfg: Train, world: World, workers: int, run: Run) -> dict[str, str]:
     """Where it runs, and what that promises."""
     return {
-        "machine": f"{world.size} rank: {world.hardware()}, {cfg.precision}, {world.threads} threads, {workers} data workers",
+        "machine": f"{_ranks(cfg, world)}: {world.hardware()}, {cfg.precision}, {world.threads} threads, {workers} data workers",
         "promises": _promises(run),
         "run": f"{run.folder}/" + (f", resumed after step {run.step}" if run.step else ""),
     }
@@ -95,9 +96,20 @@ def _ema(decay: float | None, clock: Clock) -> str:
     return f"decay {decay:g}: half-life {half_life:.0f} steps, {half_life / clock.steps_per_epoch:.2g} epochs"
 
 
+def _ranks(cfg: Train, world: World) -> str:
+    if world.size == 1:
+        return "1 rank"
+    return f"{world.size} ranks by {world.launcher}, gradients by {cfg.reduce}, on each"
+
+
 def _promises(run: Run) -> str:
-    means = {"R1": "same command, same bits", "R2": "resumed, same bits", "R3": "any workers, same images"}
+    means = {
+        "R1": "same command, same bits",
+        "R2": "resumed, same bits",
+        "R3": "any ranks and workers, same images",
+        "R4": "any ranks, same bits",
+    }
     kept = run.promises()
     text = " · ".join(f"{level} {meaning}" for level, meaning in means.items() if kept[level])
-    given_up = [level for level in means if not kept[level]]
+    given_up = [level for level in ("R1", "R2", "R3") if not kept[level]]
     return text + (f"; not {' and '.join(given_up)}: {', '.join(run.lost()) or 'deterministic=false'}" if given_up else "")

@@ -4,7 +4,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,8 +60,14 @@ def host() -> dict[str, Any]:
         "system": platform.platform(),
         "processor": processor(),
         "cores": os.cpu_count(),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": job(),
     }
+
+
+def job() -> str | None:
+    """What a scheduler calls this job, before and after it was requeued."""
+    torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" where nobody named it
+    return os.environ.get("SLURM_JOB_ID") or (None if torchrun == "none" else f"torchrun {torchrun}")
 
 
 def processor() -> str:
@@ -73,9 +78,3 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor()
-
-
-def cores() -> int:
-    """Cores that this process may use, of those that the local ranks share."""
-    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,6 +1,7 @@
 """The one exception that a person is meant to read, and the exit codes of every command."""
 
 import errno
+import os
 import re
 import sys
 import traceback
@@ -14,6 +15,7 @@ class Exit(IntEnum):
     USAGE = 2
     DAMAGED = 65  # data or checkpoint
     MISSING = 66
+    LOST = 69  # a rank or a node; run again
     NOT_FINITE = 70
     OUT_OF_MEMORY = 71
     IN_USE = 73
@@ -29,6 +31,7 @@ class Stop(Exception):
     def __init__(self, code: Exit, given: str, allowed: str, change: str):
         super().__init__(code, given, allowed, change)  # all of them, so that it can cross from a data worker
         self.code = code
+        self.told = False  # where a person reads it: by another rank, or in a file
 
     def __str__(self) -> str:
         _, given, allowed, change = self.args
@@ -89,11 +92,15 @@ def reason(error: Exception) -> str:
 def exit_code(job: Callable[[], int]) -> int:
     """Run a command; print what stopped it and return the exit code."""
     try:
-        return job()
+        code = job()
     except (Exception, KeyboardInterrupt) as error:
         stop = explain(error)
-        if stop is None:
+        if stop is None or stop.code == Exit.LOST:  # where it stood says what it waited for
             traceback.print_exc()
+        if stop is None:
             return Exit.BUG
-        print(f"reconverge stopped (exit {stop.code}):\n{stop}", file=sys.stderr)
-        return stop.code
+        code = stop.code
+        if not stop.told:
+            print(f"reconverge stopped (exit {stop.code}):\n{stop}", file=sys.stderr)
+    # torchrun starts workers again that end with anything but 0. status.json has the 75, and launch/ scripts return it.
+    return Exit.DONE if code == Exit.PREEMPTED and "TORCHELASTIC_RUN_ID" in os.environ else code

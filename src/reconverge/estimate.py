@@ -21,8 +21,8 @@ class Memory(NamedTuple):
     gradients: int
     moments: int  # AdamW's two
     average: int  # EMA
-    images: int  # a microbatch as float32, and two as uint8: this one and the next
-    activations: int  # most that forward and backward of one microbatch hold at once
+    images: int  # of a forward pass as float32, and twice as uint8: these and the next
+    activations: int  # most that forward and backward of one pass hold at once
 
     @property
     def total(self) -> int:
@@ -40,8 +40,9 @@ def operations(net: nn.Module, side: int) -> float:
     return 3 * counter.get_total_flops()
 
 
-def memory(net: nn.Module, microbatch: int, microbatches: int, side: int, classes: int, dtype: torch.dtype, ema: bool) -> Memory:
-    """Of training `net`, which is on the meta device and becomes unusable, with AdamW and autocast to `dtype`.
+def memory(net: nn.Module, images: int, side: int, classes: int, dtype: torch.dtype, ema: bool, gradients: int) -> Memory:
+    """Of training `net`, which is on the meta device and becomes unusable, with AdamW and autocast to `dtype`; `images` of a forward
+    pass, `gradients` that lie side by side.
 
     Forward and backward run on fake tensors, which know their sizes alone, and what lives at the same time is added up.
     """
@@ -49,15 +50,14 @@ def memory(net: nn.Module, microbatch: int, microbatches: int, side: int, classe
         net = net.to_empty(device="cpu").train()
         weights = sum(parameter.nbytes for parameter in net.parameters())
         buffers = sum(buffer.nbytes for buffer in net.buffers())
-        images = torch.empty(microbatch, 3, side, side)
-        if microbatches > 1:  # else gradients appear as activations go, and are counted with these
-            for parameter in net.parameters():
-                parameter.grad = torch.empty_like(parameter)
+        pixels = torch.empty(images, 3, side, side)
+        for parameter in net.parameters():  # into which backward adds
+            parameter.grad = torch.empty_like(parameter)
         with Living() as living, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            masks, targets = torch.empty(len(drop_path.rates(net)), microbatch), torch.empty(microbatch, classes)
-            cross_entropy(drop_path.Masked(net)(images, masks).float(), targets).backward()
-    gradients = weights if microbatches > 1 else 0
-    return Memory(weights + buffers, gradients, 2 * weights, (weights + buffers) * ema, images.nbytes * 6 // 4, living.peak)
+            masks, targets = torch.empty(len(drop_path.rates(net)), images), torch.empty(images, classes)
+            cross_entropy(drop_path.Masked(net)(pixels, masks).float(), targets).backward()
+    average = (weights + buffers) * ema
+    return Memory(weights + buffers, gradients * weights, 2 * weights, average, pixels.nbytes * 6 // 4, living.peak)
 
 
 class Living(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Exact top-1, top-5 and loss, each image counted once."""
+"""Exact top-1, top-5, loss and calibration, each image counted once, on any number of ranks."""
 
 import math
 from collections.abc import Callable
@@ -22,8 +22,38 @@ class Result(NamedTuple):
     top1: float  # percent
     top5: float  # percent; of all classes where there are fewer than five
     loss: float  # cross-entropy without smoothing, mean over the images
+    ece: float  # percent: expected calibration error of the most probable class, in 15 bins of probability
     images: int
     predicted: np.ndarray  # int64 (images,), class of each sample in order
+
+
+class Outcomes:
+    """What a model says of each image: one row a sample, whose ranks fill in their own, so that sums do not hang on who counted."""
+
+    COLUMNS = ("evaluated", "predicted", "top1", "top5", "loss", "confidence")
+
+    def __init__(self, images: int):
+        self._rows = torch.zeros(images, len(self.COLUMNS), dtype=torch.float64)
+
+    def note(self, ids: np.ndarray, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """`logits` float (N, classes) and `labels` (N,) of samples `ids`."""
+        best = logits.topk(min(5, logits.shape[1])).indices
+        hits = best == labels[:, None]
+        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+        columns = (torch.ones_like(labels), best[:, 0], hits[:, 0], hits.any(1), loss, logits.softmax(1).amax(1))
+        self._rows[torch.from_numpy(ids)] = torch.stack([column.double() for column in columns], dim=1).cpu()
+
+    def result(self, world: World) -> Result:
+        from torchmetrics.functional.classification import binary_calibration_error  # seconds to import: not at start
+
+        rows = world.gather(self._rows).sum(0)  # of each row all ranks but one have zeros
+        evaluated, predicted, top1, top5, loss, confidence = rows.T.contiguous()
+        assert (evaluated == 1).all(), f"{int(evaluated.sum())} of {len(rows)} images were evaluated"
+        # Whether the most probable class is right is a question of two classes, asked with its probability.
+        ece = binary_calibration_error(confidence, top1.int(), n_bins=15, validate_args=False)
+        right, among_five = (100 * int(hits.sum()) / len(rows) for hits in (top1, top5))
+        mean = float(np.sum(loss.numpy())) / len(rows)
+        return Result(right, among_five, mean, 100 * float(ece), len(rows), predicted.numpy().astype(np.int64))
 
 
 @torch.no_grad()
@@ -38,51 +68,31 @@ def evaluate(
 ) -> dict[str, Result] | None:
     """The result of each model (in evaluation mode), by name, on every image of `source`, read once.
 
-    None if `stop` says so before the end. Errors: Stop(NOT_FINITE).
+    None if `stop` says so on any rank before the end. Errors: Stop(NOT_FINITE).
     """
-    from torchmetrics import MetricCollection  # a second or two to import: not at start
-    from torchmetrics.classification import MulticlassAccuracy
-
-    images, classes = len(source), len(source.classes)
-    batches = Feed(
-        Images(source, transforms.evaluation(settings), 0), in_sequence(images, settings.batch), workers, world.device, ahead=True
-    )
-
-    def metrics() -> MetricCollection:
-        return MetricCollection(
-            {
-                "top1": MulticlassAccuracy(classes, average="micro", validate_args=False),
-                "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", validate_args=False),
-            }
-        ).to(world.device)
-
-    accuracy = {name: metrics() for name in models}
-    losses = {name: torch.zeros((), dtype=torch.float64, device=world.device) for name in models}
-    predicted: dict[str, list[torch.Tensor]] = {name: [] for name in models}
-    for batch in batches:
-        if stop():
+    batches = in_sequence(len(source), settings.batch)
+    mine = batches[world.rank :: world.size]
+    feed = iter(Feed(Images(source, transforms.evaluation(settings), 0), mine, workers, world.device, ahead=True))
+    outcomes = {name: Outcomes(len(source)) for name in models}
+    world.broadcast(*models.values())  # BatchNorm's running statistics are those of rank 0
+    for number in range(-(-len(batches) // world.size)):  # of the last round, some ranks may have none
+        if world.any(stop()):
             return None
+        if number >= len(mine):
+            continue
+        batch = next(feed)
         pixels = normalise(batch.images)
         for name, model in models.items():
             with world.autocast():
                 logits = model(pixels)
-            logits = logits.float()
-            accuracy[name].update(logits, batch.labels)
-            losses[name] += nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-            predicted[name].append(logits.argmax(1))
-    results = {}
-    for name in models:
-        classes_of = torch.cat(predicted[name]).cpu().numpy()
-        assert len(classes_of) == images, f"{len(classes_of)} of {images} images were evaluated"
-        # From the counts: a float32 share of 50,000 would print its own rounding.
-        top1, top5 = (100 * round(float(accuracy[name].compute()[key]) * images) / images for key in ("top1", "top5"))
-        loss = float(losses[name]) / images
-        if not math.isfinite(loss):
+            outcomes[name].note(mine[number].ids, logits.float(), batch.labels)
+    results = {name: outcome.result(world) for name, outcome in outcomes.items()}
+    for name, result in results.items():
+        if not math.isfinite(result.loss):
             raise Stop(
                 Exit.NOT_FINITE,
-                f"evaluating the {name} weights gives a loss of {loss}",
+                f"evaluating the {name} weights gives a loss of {result.loss}",
                 "finite numbers: an accuracy from others would mean nothing",
                 "precision=fp32 or bf16, or look at the weights",
             )
-        results[name] = Result(top1, top5, loss, images, classes_of)
     return results

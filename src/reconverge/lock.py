@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from reconverge import environment
 from reconverge.errors import Exit, Stop
 
 INTERVAL = 10.0  # seconds between two heartbeats; after five without one the holder counts as dead
@@ -27,7 +28,7 @@ class Lock:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": _started(os.getpid()),
-            "job": os.environ.get("SLURM_JOB_ID"),
+            "job": environment.job(),
             "id": uuid.uuid4().hex,
         }
         with self._alone() as file:

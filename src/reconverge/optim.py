@@ -95,4 +95,3 @@ def update(optimizer: torch.optim.AdamW, skip: torch.Tensor) -> None:
         optimizer.step()
     elif not skip.item():
         optimizer.step()
-    optimizer.zero_grad()

@@ -12,6 +12,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from reconverge.ranks import HERE
+
 
 class Terminal(Console):
     """A terminal, file or pipe. If nobody reads it any more (`train.py | head`), the training goes on without words."""
@@ -21,7 +23,7 @@ class Terminal(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-console = Terminal(soft_wrap=True)
+console = Terminal(soft_wrap=True, quiet=HERE.rank > 0)  # one rank speaks for all
 
 
 def say(text: str) -> None:

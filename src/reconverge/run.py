@@ -1,30 +1,36 @@
 """A run's folder, and everything that is written while it trains. Imports no torch.
 
-runs/<name>/ holds config.yaml, environment.json, classes.txt, metrics.jsonl, status.json, pictures, checkpoints/ and, while a
-process trains, its lock.
+runs/<name>/ holds config.yaml, environment.json, classes.txt, metrics.jsonl, record.jsonl, status.json, pictures, checkpoints/ and,
+while a process trains, its lock. Rank 0 writes them; other ranks write nothing but, when they fail, errors/rank-N.txt.
 """
 
 import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import reconverge
-from reconverge import config, environment
+from reconverge import config, environment, ranks
 from reconverge.clock import Clock
 from reconverge.errors import Exit, Stop, explain
 from reconverge.lock import Lock
 from reconverge.progress import Progress, say
 from reconverge.settings import Train
+from reconverge.signals import told_by
 from reconverge.tracker import Tracker
+
+if TYPE_CHECKING:  # they import torch
+    from reconverge.data.loader import Feed
+    from reconverge.record import Pending, Step
+    from reconverge.world import World
 
 RUNS = Path("runs")
 ADVICE = (
@@ -32,28 +38,6 @@ ADVICE = (
     "or data.window= with data.stage= where the disk is slow. `reconverge bench data` measures where the time goes."
 )
 OVERFLOWS = 30  # steps in a row that fp16 may skip while its loss scale settles
-
-_signals: dict[int, float] = {}  # number -> when it first came, by time.monotonic
-
-
-def catch_signals() -> None:
-    """From now on these signals only raise a flag, which the loop looks at between steps. For use before torch is imported."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, _note_signal)
-
-
-def _note_signal(number: int, frame: Any) -> None:
-    """A scheduler may send one signal several times at once; a person who presses Ctrl-C again after seconds means it."""
-    if number == signal.SIGINT and time.monotonic() - _signals.get(number, math.inf) > 2:
-        raise KeyboardInterrupt
-    if not _signals:
-        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
-    _signals.setdefault(number, time.monotonic())
-
-
-def told_to_stop() -> bool:
-    return bool(_signals)
 
 
 class Opened(NamedTuple):
@@ -80,34 +64,38 @@ class Run:
         """Errors: Stop(IN_USE, NOT_COMPARABLE)."""
         self.folder = RUNS / cfg.run
         self.checkpoints = self.folder / "checkpoints"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = Lock(self.folder / "lock")
+        self.writes = ranks.HERE.rank == 0
         self.step = 0
         self.samples_of: Callable[[int], Any] = lambda step: None  # sample ids of a step, for a message
         self._cfg = cfg
-        self._pending: list[tuple[int, Any, Any, float]] = []
+        self._lock: Lock | None = None
+        self._pending: list[Pending] = []
         self.closing = ExitStack()  # what is to be ended with the run, however it ends
         self._top1: dict[int, dict[str, float]] = {}  # of each evaluation, by step: raw and EMA, percent
         self._intervals = 0
         self._in_a_row = 0  # steps whose gradient was not finite
         self._clock: Clock | None = None
         self._metrics: TextIO | None = None
+        self._record: TextIO | None = None
         self._progress: Progress | None = None
         self._tracker: Tracker | None = None
         try:
-            self.resuming = any(self.checkpoints.glob("step-*"))
-            self._environment = self._open()
+            self.resuming, self._environment = ranks.from_rank_0(self._open)
         except BaseException:
-            self.lock.release()
+            if self._lock:
+                self._lock.release()
             raise
 
-    def _open(self) -> dict[str, Any]:
-        if self.lock.takeover:
-            say(self.lock.takeover)
+    def _open(self) -> tuple[bool, dict[str, Any]]:
+        """Whether the run goes on, and what its environment.json says."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.folder / "lock")
+        if self._lock.takeover:
+            say(self._lock.takeover)
         new: dict[str, Any] = {"facts": {}, "lost": [], "starts": []}
         path = self.folder / "environment.json"
-        if not self.resuming:  # nothing to compare with; starts that came to no checkpoint stay on record
-            return new | {"starts": json.loads(path.read_text())["starts"]} if path.exists() else new
+        if not any(self.checkpoints.glob("step-*")):  # nothing to compare with; starts that came to no checkpoint stay on record
+            return False, new | {"starts": json.loads(path.read_text())["starts"]} if path.exists() else new
         try:
             recorded = json.loads(path.read_text())
             before = config.from_text((self.folder / "config.yaml").read_text(), Train)
@@ -119,31 +107,39 @@ class Run:
                 "restore the file, or run=NAME for a new run",
             ) from error
         self._settle(config.differences(before, self._cfg), recorded)
-        return recorded
+        return True, recorded
 
     def finished(self) -> str | None:
         """The last line of a run that has nothing left to do."""
+        return ranks.from_rank_0(self._finished)
+
+    def _finished(self) -> str | None:
         if not self.resuming or not (self.folder / "status.json").exists():
             return None
         status = json.loads((self.folder / "status.json").read_text())
         over = status["reason"] == "done" and status["step"] >= min(status["total"], self._cfg.steps or status["total"])
         return status["summary"] if over else None
 
-    def fact(self, name: str, value: Any) -> None:
-        """Something that the bits hang on. Errors: Stop(NOT_COMPARABLE) if the run began with another value and may not go on with this."""
+    def fact(self, name: str, value: Any, free: bool = False) -> None:
+        """Something that the bits hang on, the same on every rank. `free`: it may change, which only ends R2.
+
+        Errors: Stop(NOT_COMPARABLE) if the run began with another value and may not go on with this.
+        """
         before = self._environment["facts"].get(name)
         if self.resuming and before is not None and before != value:
-            self._settle([(name, before, value)], self._environment)
+            allowed = [name] if free else self._cfg.resume_allow
+            ranks.from_rank_0(lambda: self._settle([(name, before, value)], self._environment, allowed))
         self._environment["facts"][name] = value
 
     def recorded(self, name: str) -> Any:
         """A fact of the first start; None for a new run."""
         return self._environment["facts"].get(name)
 
-    def _settle(self, differences: list[tuple[str, Any, Any]], recorded: dict[str, Any]) -> None:
+    def _settle(self, differences: list[tuple[str, Any, Any]], recorded: dict[str, Any], allowed: Sequence[str] | None = None) -> None:
         """Refuse what differs from the first start (name, value then, value now), or note which promise is lost if all of it is allowed."""
         differences = [(name, *_differing(old, new)) for name, old, new in differences]
-        refused = [difference for difference in differences if difference[0] not in self._cfg.resume_allow]
+        allowed = self._cfg.resume_allow if allowed is None else allowed
+        refused = [difference for difference in differences if difference[0] not in allowed]
         if refused:
             names = ", ".join(name for name, *_ in refused)
             raise Stop(
@@ -160,9 +156,9 @@ class Run:
         return [entry["because"] for entry in self._environment["lost"]]
 
     def promises(self) -> dict[str, bool]:
-        """R1 re-run, R2 resume, R3 data-elastic, R4 weight-elastic: which of them this run keeps. R4 is for several ranks."""
+        """R1 re-run, R2 resume, R3 data-elastic, R4 weight-elastic: which of them this run keeps."""
         same_bits = self._cfg.deterministic and not self.lost()
-        return {"R1": same_bits, "R2": same_bits, "R3": True, "R4": False}
+        return {"R1": same_bits, "R2": same_bits, "R3": True, "R4": same_bits and self._cfg.reduce == "tree"}
 
     # ---- while it trains ----
 
@@ -184,54 +180,78 @@ class Run:
         self._write("environment.json", json.dumps(self._environment, indent=1))
         self._write("config.yaml", config.to_text(self._cfg))
         self._write("classes.txt", "".join(f"{name}\n" for name in classes))
-        # What was logged after this step, by a process that was killed, comes again.
-        records = [record for record in self.records() if record["step"] <= step]
-        self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        self._metrics = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115, for the whole of the run
-        for record in records:
+        for record in ranks.from_rank_0(lambda: self._cut_back(step)):
             self._note_top1(record["step"], record)
         self._status("running", Exit.DONE)
-        self._progress = Progress(step, clock.end)
-        self._tracker = Tracker(self._cfg.tracker, self.folder)
+        if self.writes:
+            self._metrics = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115, for the whole of the run
+            self._record = open(self.folder / "record.jsonl", "a")  # noqa: SIM115
+            self._progress = Progress(step, clock.end)
+            self._tracker = Tracker(self._cfg.tracker, self.folder)
         self._interval = (time.perf_counter(), step, 0.0)
 
+    def _cut_back(self, step: int) -> list[dict[str, Any]]:
+        """What was logged after `step`, by a process that was killed, comes again; the lines of metrics.jsonl that stay."""
+        from reconverge.record import lines
+
+        for name in ("record.jsonl", "metrics.jsonl"):
+            records = [record for record in lines(self.folder / name) if record["step"] <= step]
+            self._write(name, "".join(json.dumps(record) + "\n" for record in records))
+        return records
+
     def records(self) -> list[dict[str, Any]]:
-        """Every line of metrics.jsonl; a last one that a kill cut short is left out."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().split("\n") if path.exists() else []
-        return [json.loads(line) for line in lines[:-1]]
+        """Every line of metrics.jsonl."""
+        from reconverge.record import lines
 
-    def step_done(self, step: int, loss: Any, grad_norm: Any, lr: float, waited: float) -> None:
-        """After each step. `loss` and `grad_norm` may be on the device and stay there until log_every. Errors: Stop(NOT_FINITE)."""
+        return lines(self.folder / "metrics.jsonl")
+
+    def watch(self, world: "World", feed: "Feed") -> None:
+        """What each log interval asks: the ranks for their losses, the feed for how long it was waited for."""
+        self._world, self._feed = world, feed
+
+    def step_done(self, step: int, losses: list[Any], grad_norm: Any, lr: float, images: list[int]) -> None:
+        """After each step, with what record.Pending holds; tensors stay on the device until log_every. Errors: Stop(NOT_FINITE)."""
+        from reconverge.record import Pending
+
         self.step = step
-        self._pending.append((step, loss, grad_norm, lr))
+        self._pending.append(Pending(step, losses, grad_norm, lr, images))
         if step % self._cfg.log_every == 0 or step == self._end:
-            self.flush(waited)
+            self.flush()
 
-    def flush(self, waited: float) -> None:
-        """Wait for the device and write what is pending. `waited`: seconds, so far, in which the host had no images."""
+    def flush(self) -> None:
+        """Wait for the device and for the other ranks, and write what is pending. Errors: Stop(NOT_FINITE, DAMAGED)."""
+        from reconverge.record import gathered
+
         if not self._pending:
             return
-        values = [(step, float(loss), float(norm), lr) for step, loss, norm, lr in self._pending]
+        steps = gathered(self._world, self._pending)
         self._pending.clear()
-        self._stop_if_not_finite(values)
-        step, _, norm, lr = values[-1]
+        if self._record:
+            self._record.writelines(step.line() for step in steps)
+            self._record.flush()
+        self._stop_if_not_finite(steps)
+        waited = max(self._world.gather_objects(self._feed.waited))
+        self._feed.settle(self._world)
+        last = steps[-1]
         began, first, waited_before = self._interval
-        self._interval = (time.perf_counter(), step, waited)
+        self._interval = (time.perf_counter(), last.step, waited)
         seconds = self._interval[0] - began
-        loss = sum(value[1] for value in values) / len(values)
-        speed = {"images_per_second": (step - first) * self._cfg.batch / seconds, "data_wait": (waited - waited_before) / seconds}
-        self.lock.check()
-        self.log(step, loss=loss, lr=lr, grad_norm=norm, **speed)
+        loss = sum(step.loss for step in steps) / len(steps)
+        speed = {
+            "images_per_second": (last.step - first) * self._cfg.batch / seconds,
+            "data_wait": (waited - waited_before) / seconds,
+        }
+        self.still_mine()
+        self.log(last.step, loss=loss, lr=last.lr, grad_norm=last.grad_norm, **speed)
         self._status("running", Exit.DONE)
         if self._progress:
-            self._progress.update(step, loss, lr, **speed)
+            self._progress.update(last.step, loss, last.lr, **speed)
         self._intervals += 1
         if self._intervals == 2 and speed["data_wait"] > 0.05:  # the first one has the start of the workers in it
             say(f"data-wait {speed['data_wait']:.0%}: the device waits for images. {ADVICE}")
 
-    def _stop_if_not_finite(self, values: list[tuple[int, float, float, float]]) -> None:
-        for step, loss, norm, _ in values:
+    def _stop_if_not_finite(self, steps: "list[Step]") -> None:
+        for step, loss, norm, *_ in steps:
             self._in_a_row = 0 if math.isfinite(norm) else self._in_a_row + 1
             if self._in_a_row > (OVERFLOWS if self._cfg.precision == "fp16" else 0):
                 raise Stop(
@@ -243,11 +263,11 @@ class Run:
 
     def log(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl; a number that is not finite, as fp16 has them, becomes null."""
-        assert self._metrics is not None, "start() comes first"
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
         self._note_top1(step, values)
-        self._metrics.flush()
+        if self._metrics:
+            finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+            self._metrics.flush()
 
     def _note_top1(self, step: int, values: dict[str, float]) -> None:
         if "raw_top1" in values:
@@ -305,7 +325,7 @@ class Run:
         return Exit.DONE
 
     def preempted(self) -> int:
-        name = signal.Signals(next(reversed(_signals))).name
+        name = told_by()
         self._status("preempted", Exit.PREEMPTED, name)
         saved = f"step {self.step} is saved in {self.folder}" if self.step else "stopped before the first step"
         self._say_last(f"{name}: {saved}; the same command again goes on from here")
@@ -320,27 +340,45 @@ class Run:
             self._progress.close()
         if self._tracker and (trouble := self._tracker.close()):
             say(trouble)
-        if self._metrics:
-            self._metrics.close()
+        for file in (self._metrics, self._record):
+            if file:
+                file.close()
+
+    def still_mine(self) -> None:
+        """Before anything is written that matters. Errors: Stop(IN_USE)."""
+        if self._lock:
+            self._lock.check()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and self._clock is not None:  # else the folder is as it was
-            stop = explain(error)
             try:
-                self._status("failed", stop.code if stop else Exit.BUG, str(stop or repr(error)))
+                self._failed(error, explain(error))
             except OSError:
                 pass  # a full disk is what ended the run; the exit code says so
         self.closing.close()
         self._close()
-        self.lock.release()
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if self._lock:
+            self._lock.release()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def _failed(self, error: BaseException, stop: Stop | None) -> None:
+        if self.writes:
+            self._status("failed", stop.code if stop else Exit.BUG, str(stop or repr(error)))
+            return
+        path = self.folder / "errors" / f"rank-{ranks.HERE.rank}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join([_now(), "\n", *traceback.format_exception(error), f"{stop or ''}\n"]))
+        if stop:
+            stop.told = True
 
     def _write(self, name: str, text: str) -> None:
         """Replace a file of the folder whole."""
+        if not self.writes:
+            return
         new = self.folder / f".{name}.new"
         with open(new, "w") as file:
             file.write(text)

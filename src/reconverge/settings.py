@@ -149,7 +149,9 @@ class Train:
     run: str = setting(MISSING, "name of the folder under runs/", pattern=NAME, free=True)
     seed: int = setting(0, "key of every random draw", low=0)
     batch: int = setting(MISSING, "images of one step over all ranks; recipe.batch", low=2)
-    microbatch: int = setting(MISSING, "images of one forward pass, even; the recipe's table by size", low=2)
+    microbatch: int = setting(MISSING, "images that Mixup draws for and BatchNorm averages over, even; the recipe's table by size", low=2)
+    forward_images: int | None = setting(None, "images of one forward pass: a microbatch in several for a small memory, or several at once for a large GPU; draws and targets stay those of microbatches; null: one microbatch", low=1, free=True)  # its end of R2 is recorded
+    reduce: str = setting("ddp", "how gradients are added: ddp, overlapping the backward pass; tree, in one order on any number of ranks that is a power of two (R4)", ("ddp", "tree"))
     epochs: int = setting(300, "length of the schedule (Table 5)", low=1)
     steps: int | None = setting(None, "stop after so many steps; the schedule stays that of epochs", low=1, free=True)
     init: str | None = setting(None, "weights of the first start: runs/NAME or a checkpoint of it (raw; with :ema at the end the EMA weights), a .safetensors, .pth or .pt file, a folder with config.json, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME; null: from scratch")
@@ -158,6 +160,7 @@ class Train:
     workers: int | None = setting(None, "processes that load images; null: from the cores of this process", low=0, free=True)
     threads: int | None = setting(None, "torch threads of this process; null: from its cores at the first start, then as recorded", low=1)
     device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"), free=True)  # "hardware" is compared
+    world_timeout: float = setting(10.0, "minutes in which every rank must answer, or the run stops and names those that did not", low=0.01, free=True)
     precision: str = setting("fp32", "of forward and backward: fp32 (as published), bf16, fp16 (with loss scaling), tf32 (on an NVIDIA GPU since A100)", ("fp32", "tf32", "bf16", "fp16"))
     compile: bool = setting(False, "torch.compile the model")
     channels_last: bool = setting(False, "memory format of images and weights")
@@ -193,4 +196,5 @@ class Eval:
     device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
     precision: str = setting("fp32", "of the forward pass", ("fp32", "tf32", "bf16", "fp16"))
     channels_last: bool = setting(False, "memory format of images and weights")
+    world_timeout: float = setting(10.0, "minutes in which every rank must answer", low=0.01)
     data: Data = field(default_factory=Data)

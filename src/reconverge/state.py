@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from reconverge import checkpoint, optim
+from reconverge import checkpoint, optim, ranks
 from reconverge.ema import Ema
 from reconverge.errors import Exit, Stop
 
@@ -31,9 +31,16 @@ class State:
 
     def restore(self, folder: Path) -> tuple[int, list[str]]:
         """Load the newest valid checkpoint: its step (0: there is none), and why newer ones were skipped. Errors: Stop(DAMAGED)."""
-        path, skipped = checkpoint.newest_valid(folder)
+        path, skipped = ranks.from_rank_0(lambda: checkpoint.newest_valid(folder))
         if path is None:
             return 0, skipped
+        if not path.exists():
+            raise Stop(
+                Exit.MISSING,
+                f"{path} is there for rank 0, and not for rank {ranks.HERE.rank}",
+                "a run's folder that all hosts share",
+                "start in a folder on a shared file system",
+            )
         tensors, numbers = checkpoint.load(path)
         try:
             self.net.load_state_dict(tensors["model"])

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from reconverge.environment import cores
 from reconverge.errors import Exit, Stop
 from reconverge.progress import Meter, say
+from reconverge.ranks import cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,14 +28,20 @@ def run(arguments: argparse.Namespace) -> int:
     config.check(replace(cfg, data=replace(cfg.data, root=cfg.data.root or ".")))  # images need not be here yet
 
     from reconverge import describe, estimate, models, optim, pictures
+    from reconverge.gradients import copies
+    from reconverge.passes import Passes, block, worlds
     from reconverge.world import DTYPES
 
     images, classes, data = _images(cfg)
     clock = Clock.of(cfg, images)
-    world = _world(arguments.world, clock.microbatches)
+    world, tree = arguments.world, cfg.reduce == "tree"
+    passes = Passes(len(block(clock.microbatches, 0, world, tree)), cfg.microbatch, cfg.forward_images, tree)
     net = models.on_meta(cfg.model, classes)
     groups = optim.parameter_groups(net, cfg.optim)
-    rows = describe.job(cfg, clock, net, groups, data) | {"worlds": _worlds(clock.microbatches)}
+    rows = describe.job(cfg, clock, net, groups, data) | {
+        "worlds": "; ".join(f"{size} x {clock.microbatches // size}" for size in worlds(clock.microbatches, tree))
+        + "  (ranks x microbatches of a rank)"
+    }
     rows["lr at steps"] = "; ".join(
         f"{step + 1}: {optim.learning_rate(cfg.optim, step, clock):.4g} ({what})" for step, what in _key_steps(clock)
     )
@@ -48,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     if cfg.checkpointing:
         net.set_grad_checkpointing()  # type: ignore[operator]
     dtype, ema = DTYPES[cfg.precision], cfg.ema.decay is not None
-    memory = estimate.memory(net, cfg.microbatch, clock.microbatches // world, cfg.augment.size, classes, dtype, ema)
+    # A sum over ranks needs room for a partner's, which a sum over leaves has left.
+    gradients = max(copies(passes.leaves), min(world, 2)) if tree else 1
+    memory = estimate.memory(net, passes.images, cfg.augment.size, classes, dtype, ema, gradients)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory._asdict().items() if size)
     rows["memory"] = f"{memory.total / 1e9:.2f} GB a rank, and what kernels and the device take for themselves: {parts}"
     rows["time"] = _time(arguments.images_per_second, world, cfg.batch * clock.end)
@@ -85,28 +93,6 @@ def _images(cfg: Train) -> tuple[int, int, str]:
         published.classes,
         f"{cfg.recipe.dataset} as published: {published.training:,} training images of {published.classes:,} classes ({reason})",
     )
-
-
-def _world(world: int, microbatches: int) -> int:
-    """Errors: Stop(USAGE) for a number of ranks that cannot carry a step."""
-    if world < 1 or microbatches % world:
-        fitting = [str(size) for size in _divisors(microbatches)]
-        raise Stop(
-            Exit.USAGE,
-            f"--world {world} with {microbatches} microbatches a step",
-            f"numbers that divide them: {', '.join(fitting)}",
-            f"--world {min(fitting, key=lambda size: abs(int(size) - world))}, or another microbatch=",
-        )
-    return world
-
-
-def _worlds(microbatches: int) -> str:
-    return "; ".join(f"{size} x {microbatches // size}" for size in _divisors(microbatches)) + "  (ranks x microbatches of a rank)"
-
-
-def _divisors(microbatches: int) -> list[int]:
-    """Every number of ranks that can carry a step."""
-    return [size for size in range(1, microbatches + 1) if microbatches % size == 0]
 
 
 def _key_steps(clock: Clock) -> list[tuple[int, str]]:

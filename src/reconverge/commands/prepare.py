@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from reconverge.environment import cores
 from reconverge.errors import Exit, Stop
 from reconverge.progress import say
+from reconverge.ranks import cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from xxhash import xxh3_64_digest
 
 from reconverge import chance
 from reconverge.data.decode import Undecodable
@@ -24,6 +25,8 @@ from reconverge.data.order import Microbatch
 from reconverge.data.sources import Source
 from reconverge.data.transforms import Transform
 from reconverge.errors import Exit, Stop
+from reconverge.signals import CAUGHT
+from reconverge.world import World
 
 
 class Bad(NamedTuple):
@@ -37,6 +40,7 @@ class Bad(NamedTuple):
 class Batch(NamedTuple):
     images: Tensor  # uint8 (N, 3, H, W), in memory as (N, H, W, 3)
     labels: Tensor  # int64 (N,)
+    digest: int  # of images, labels and sample ids
 
 
 class Images(Dataset):
@@ -59,9 +63,11 @@ class Images(Dataset):
             ]
         except Stop as stop:
             return stop
-        images = _stacked([pixels for pixels, _ in taken]).permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
-        labels = self.source.labels(np.array([sample for _, sample in taken]))
-        return Batch(images, torch.from_numpy(labels)), bad
+        images, ids = _stacked([pixels for pixels, _ in taken]), np.array([sample for _, sample in taken])
+        labels = self.source.labels(ids)
+        digest = xxh3_64_digest(xxh3_64_digest(images.numpy().data) + labels.tobytes() + ids.tobytes())
+        # (N, H, W, 3) -> (N, 3, H, W)
+        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(labels), int.from_bytes(digest, "little", signed=True)), bad
 
     def key(self, epoch: int, sample: int, repeat: int) -> tuple[int | str, ...]:
         """Of the augmentation of an image."""
@@ -103,14 +109,15 @@ class Quarantine:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         self.samples = {json.loads(line)["sample"] for line in lines}
 
-    def note(self, bad: list[Bad]) -> None:
-        """Errors: Stop(DAMAGED)."""
+    def note(self, bad: list[Bad], writes: bool = True) -> None:
+        """`bad`: of all ranks, each of which counts them and one `writes`. Errors: Stop(DAMAGED)."""
         for entry in bad:
             if entry.sample in self.samples:
                 continue
             self.samples.add(entry.sample)
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry._asdict()) + "\n")
+            if writes:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(entry._asdict()) + "\n")
             if len(self.samples) > self._limit:
                 raise Stop(
                     Exit.DAMAGED,
@@ -137,6 +144,7 @@ class Feed:
     ):
         self.waited = 0.0
         self._quarantine = quarantine
+        self._bad: list[Bad] = []
         self._device = device
         self._ahead = ahead
         self._side = torch.cuda.Stream(device) if device.type == "cuda" and ahead else None
@@ -187,13 +195,19 @@ class Feed:
         if arrived is None:
             return None
         batch, bad = arrived
-        if self._quarantine:
-            self._quarantine.note(bad)
+        self._bad += bad
         if self._device.type == "cpu":
             return batch
         with torch.cuda.stream(self._side):  # None: the current one
             images = batch.images.to(self._device, non_blocking=True)
-            return Batch(images, batch.labels.to(self._device, non_blocking=True))
+            return Batch(images, batch.labels.to(self._device, non_blocking=True), batch.digest)
+
+    def settle(self, world: World) -> None:
+        """Note the samples that were replaced on all ranks since the last time. Errors: Stop(DAMAGED)."""
+        bad = [entry for entries in world.gather_objects(self._bad) for entry in entries]
+        self._bad = []
+        if self._quarantine:
+            self._quarantine.note(bad, writes=world.rank == 0)
 
     def _arrived(self, batch: Batch) -> Batch:
         if self._side is not None:
@@ -236,5 +250,5 @@ def _kill_children() -> None:
 
 def _ignore_signals(worker: int) -> None:
     """SLURM and terminals signal every process of a job; the main process alone decides, and it ends its workers itself."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in CAUGHT:
         signal.signal(number, signal.SIG_IGN)

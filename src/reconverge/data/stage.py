@@ -21,8 +21,8 @@ class Stage:
     A shard that is deleted stays readable for whoever has it open.
     """
 
-    def __init__(self, source: Source, windows: Windows | None, folder: Path, gigabytes: float):
-        """Errors: Stop(USAGE) if two windows do not fit."""
+    def __init__(self, source: Source, windows: Windows | None, folder: Path, gigabytes: float, copies: bool = True):
+        """`copies`: one rank of a host does, and the others read what is there. Errors: Stop(USAGE) if two windows do not fit."""
         assert isinstance(source, Shards), "config.check_data refuses data.stage for other data"
         assert windows is not None, "and for data.window=all"
         self.folder, self._source, self._windows, self._limit = folder, source, windows, gigabytes * 1e9
@@ -39,11 +39,13 @@ class Stage:
         self._changed = threading.Condition()
         self._trouble: Stop | None = None
         self._closed = False
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        folder.mkdir(parents=True)
         source.staged = folder
-        self._thread = threading.Thread(target=self._work, daemon=True, name="stage")
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if copies:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            folder.mkdir(parents=True)
+            self._thread = threading.Thread(target=self._work, daemon=True, name="stage")
+            self._thread.start()
 
     def follow(self, microbatches: Iterable[Microbatch]) -> Iterator[Any]:
         """The same microbatches; the copying is kept ahead of them. Ends with the Stop(DAMAGED, DISK, ...) that it met, if any."""
@@ -65,9 +67,10 @@ class Stage:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
         self._source.staged = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._thread:
+            self._thread.join()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _bytes(self, shards: object) -> int:
         return sum(self._source.shards[shard]["bytes"] for shard in shards)  # type: ignore[attr-defined]
