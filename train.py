@@ -88,7 +88,7 @@ def train(cfg: Train, run: Run) -> int:
         say(f"skipped a damaged checkpoint: {reason}")
     if start == 0 and (init := cfg.init) is not None:
         run.fact("init", ranks.from_rank_0(lambda: weights.load(net, init, cfg.init_strict, cfg.init_head, training.classes)))
-    world.broadcast(*state.models().values())
+    world.broadcast(tensor for model in state.models().values() for tensor in model.state_dict().values())
     if start == 0 and ema is not None:
         ema.model.load_state_dict(net.state_dict())
     statistics = RunningStatistics(net)  # as restored or loaded

@@ -17,6 +17,9 @@ sys.path.insert(0, str(ROOT))
 
 # Two microbatches of 8 images of 32 x 32 pixels a step, 7 steps an epoch: a step takes a tenth of a second.
 SMALL = ["data=folder", "batch=16", "microbatch=8", "epochs=4", "optim.warmup_epochs=1", "threads=1", "workers=0"]
+# The same for many ranks: everything that is drawn is on, and eight microbatches a step, which two and four ranks add in other orders than one.
+DRAWN = ["augment.auto=rand-m9-mstd0.5-inc1", "augment.scale=[0.08,1.0]", "augment.flip=0.5", "augment.erase=0.5", "model.drop_path=0.3"]
+JOB = [*SMALL, "batch=64", "microbatch=8", *DRAWN, "optim.clip=1.0", "optim.warmup_epochs=0", "log_every=1", "recipe.name=mine"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +118,62 @@ def start(small):
             process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.fixture
+def launch(digits):
+    """launch(ranks, *arguments): torchrun in a session of its own, which ends with the test; `options` are torchrun's."""
+    launched = []
+
+    def launch(ranks, *arguments, script="train.py", settings=JOB, options=()):
+        root = [f"data.root={digits}"] if script == "train.py" else []
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options, str(ROOT / script)]
+        process = subprocess.Popen(
+            [sys.executable, *command, *settings, *root, *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        launched.append(process)
+        return process
+
+    yield launch
+    for process in launched:
+        for pid in [*workers_of(process).values(), process.pid]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def torchrun(launch):
+    """The same to its end: (exit code, output)."""
+
+    def torchrun(*arguments, **options):
+        process = launch(*arguments, **options)
+        said, _ = process.communicate(timeout=300)
+        return process.returncode, said
+
+    return torchrun
+
+
+def workers_of(torchrun):
+    """Rank -> process number, of the workers that a torchrun has now."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            names = dict(entry.partition("=")[::2] for entry in (folder / "environ").read_text().split("\0"))
+        except (OSError, IndexError):
+            continue  # it ended meanwhile
+        if parent == torchrun.pid and "LOCAL_RANK" in names:
+            found[int(names["RANK"])] = int(folder.name)
+    return found
 
 
 @pytest.fixture(scope="session")

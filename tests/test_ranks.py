@@ -1,7 +1,6 @@
 """Many ranks train as one does: torchrun's real processes through the command line, and the arithmetic of sums by itself."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import JOB, ROOT, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,30 +21,7 @@ from reconverge.ranks import Place, place
 from reconverge.world import World
 
 KINDS = ("model", "ema", "optimizer")
-# Everything that is drawn is on; eight microbatches a step, so that two and four ranks add in other orders than one.
-DRAWN = ["augment.auto=rand-m9-mstd0.5-inc1", "augment.scale=[0.08,1.0]", "augment.flip=0.5", "augment.erase=0.5", "model.drop_path=0.3"]
-JOB = [*SMALL, "batch=64", "microbatch=8", *DRAWN, "optim.clip=1.0", "optim.warmup_epochs=0", "log_every=1", "recipe.name=mine"]
 RESNET = ["model=timm", "model.timm=test_resnet"]
-
-
-@pytest.fixture
-def torchrun(digits):
-    """torchrun with so many ranks, in a process group that ends with the test: (exit code, output)."""
-
-    def torchrun(ranks, *arguments, script="train.py", settings=JOB, timeout=240):
-        root = [f"data.root={digits}"] if script == "train.py" else []
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(ROOT / script)]
-        done = subprocess.run(
-            [*command, *settings, *root, *arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
-        return done.returncode, done.stdout
-
-    return torchrun
 
 
 def alone(train, *arguments):

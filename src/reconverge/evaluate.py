@@ -74,7 +74,7 @@ def evaluate(
     mine = batches[world.rank :: world.size]
     feed = iter(Feed(Images(source, transforms.evaluation(settings), 0), mine, workers, world.device, ahead=True))
     outcomes = {name: Outcomes(len(source)) for name in models}
-    world.broadcast(*models.values())  # BatchNorm's running statistics are those of rank 0
+    world.broadcast(buffer for model in models.values() for buffer in model.buffers())  # BatchNorm's statistics are those of rank 0
     for number in range(-(-len(batches) // world.size)):  # of the last round, some ranks may have none
         if world.any(stop()):
             return None

@@ -65,7 +65,7 @@ def joined(minutes: float) -> Iterator[None]:
         )
     from reconverge import world
 
-    with world.group(minutes):
+    with world.group(minutes), world.losses_named():
         yield
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reconverge import environment, ranks
-from reconverge.errors import Exit, Stop
+from reconverge.errors import Exit, Stop, explain
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ANSWER = 5.0  # seconds in which a rank that lives says so, when others are missed
@@ -72,8 +72,10 @@ def from_rank_0(function: Callable[[], Value]) -> Value:
     if dist.get_rank() == 0:
         try:
             answer = [function()]
-        except Stop as stop:
-            answer = [stop]
+        except Exception as error:
+            answer = [explain(error)]
+            if answer[0] is None:
+                raise
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], Stop):
         answer[0].told = dist.get_rank() > 0  # rank 0 tells it
@@ -225,15 +227,14 @@ class World:
         ranks.from_rank_0(lambda: found.append(function()))
         return found[0] if found else function()
 
-    def broadcast(self, *modules: nn.Module) -> None:
-        """Parameters and buffers of rank 0, to every rank."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """What they hold on rank 0, to every rank."""
         if self.size == 1:
             return
-        for module in modules:
-            for tensor in [*module.parameters(), *module.buffers()]:
-                values = tensor.detach().contiguous()  # of channels_last a copy
-                dist.broadcast(values, src=0, group=self._of_gradients)
-                tensor.detach().copy_(values)
+        for tensor in tensors:
+            values = tensor.detach().contiguous()  # of channels_last a copy
+            dist.broadcast(values, src=0, group=self._of_gradients)
+            tensor.detach().copy_(values)
 
     # ---- gradients, through the devices ----
 

@@ -1,0 +1,155 @@
+"""Ranks that die, stop or are told to: each with its exit code and words, and a run that goes on with the same bits."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import weights, workers_of
+
+pytestmark = pytest.mark.slow
+
+KINDS = ("model", "ema", "optimizer")
+STEPS = 12
+LONG = [f"steps={STEPS}", "save_every=2", "keep=9", "evaluate_every=0", "batch=32", "microbatch=8"]
+
+
+def bits(run):
+    return [weights(run, kind) for kind in KINDS], (Path("runs") / run / "record.jsonl").read_text()
+
+
+def status(run):
+    return json.loads((Path("runs") / run / "status.json").read_text())
+
+
+def reached(run, step, process, seconds=120):
+    """Wait until the run has recorded `step`."""
+    path, deadline = Path("runs") / run / "record.jsonl", time.monotonic() + seconds
+    while not (path.exists() and path.read_text().count("\n") >= step):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, digits):
+    """The bits of the same job on two ranks, uninterrupted."""
+    import subprocess
+    import sys
+
+    from conftest import JOB, ROOT
+
+    folder = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"), *JOB, *LONG]
+    subprocess.run(
+        [*command, f"data.root={digits}", f"data.cache={folder}", "run=whole"], check=True, cwd=folder, stdout=subprocess.DEVNULL
+    )
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        return bits("whole")
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_restarted_by_torchrun_and_ends_with_the_same_bits(launch, whole, rank):
+    process = launch(2, *LONG, "run=a", options=["--max-restarts=2"])
+    reached("a", 3 + random.randrange(4), process)
+    os.kill(workers_of(process)[rank], signal.SIGKILL)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert bits("a") == whole
+    assert len(json.loads(Path("runs/a/environment.json").read_text())["starts"]) == 2
+
+
+def test_a_killed_rank_ends_the_others_with_its_name(launch, torchrun, whole):
+    process = launch(2, *LONG, "run=a")
+    reached("a", 3, process)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert status("a")["exit_code"] == 69
+    assert "rank 1 of 2 was lost" in status("a")["summary"]
+    assert "run the same command again" in said
+    assert torchrun(2, *LONG, "run=a")[0] == 0
+    assert bits("a") == whole
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_is_named_after_the_timeout(launch, torchrun, whole, rank):
+    """SIGSTOP, as of a host that hangs: the other one says who, where it stood, and ends."""
+    process = launch(2, *LONG, "run=a", "world_timeout=0.1")
+    reached("a", 3, process)
+    stopped = workers_of(process)[rank]
+    os.kill(stopped, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while workers_of(process).keys() == {0, 1} and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(stopped, signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    words = said if rank else Path("runs/a/errors/rank-1.txt").read_text()
+    assert f"rank {rank} of 2 was lost" in words
+    assert "Traceback" in words
+    assert "exit 69" in said or rank == 0
+    if rank == 1:
+        assert status("a")["exit_code"] == 69
+    assert torchrun(2, *LONG, "run=a")[0] == 0
+    assert bits("a") == whole
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch, torchrun, whole, name):
+    """75 in status.json; 0 to torchrun, which would else start the ranks again."""
+    process = launch(2, *LONG, "run=a", options=["--max-restarts=2"])
+    reached("a", 2 + random.randrange(5), process)
+    os.kill(workers_of(process)[1], getattr(signal, name))
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert (status("a")["reason"], status("a")["exit_code"]) == ("preempted", 75)
+    assert "a signal to another rank: step" in said
+    assert torchrun(2, *LONG, "run=a")[0] == 0
+    assert bits("a") == whole
+
+
+def test_what_one_rank_cannot_read_is_what_the_run_says(torchrun, digits, tmp_path):
+    """Rank 1 meets a broken image; rank 0, which does not, ends with its reason and code."""
+    import shutil
+
+    from reconverge.data.order import Order
+
+    copy = tmp_path / "copy"
+    shutil.copytree(digits, copy)
+    files = sorted(path for path in (copy / "train").rglob("*.png"))
+    second = {int(sample) for part in Order(len(files), 64, 8, 0).steps(0, 1, 1, 2) for sample in part.ids}
+    broken = files[min(second)]
+    broken.write_bytes(broken.read_bytes()[:60])
+    code, said = torchrun(2, "run=a", "steps=2", f"data.root={copy}")
+    assert code == 1, said
+    assert status("a")["exit_code"] == 65
+    assert status("a")["summary"].startswith("  given    rank 1: ")
+    assert broken.name in status("a")["summary"]
+    assert broken.name in Path("runs/a/errors/rank-1.txt").read_text()
+    assert sorted(path.name for path in Path("runs/a/errors").iterdir()) == ["rank-1.txt"]
+
+
+def test_a_gradient_that_is_not_finite_stops_all_ranks_with_its_step(torchrun):
+    code, said = torchrun(2, "run=a", "steps=4", "optim.lr=1e30", "optim.clip=null", "precision=bf16")
+    assert code == 1
+    assert status("a")["exit_code"] == 70
+    assert said.count("its sample ids") == 1
+
+
+def test_ranks_that_never_come_are_waited_for_no_longer_than_asked(start, monkeypatch):
+    """A rank alone, whose other never starts."""
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29741"}
+    began = time.monotonic()
+    process = start("run=a", "world_timeout=0.05", **rank)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 69, said
+    assert "did not find the others at 127.0.0.1:29741 within 0.05 minutes" in said
+    assert time.monotonic() - began < 90
