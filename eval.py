@@ -24,7 +24,7 @@ def main() -> int:
 
 def evaluated(cfg: Eval, run: Opened, data: Data) -> int:
     from reconverge import checkpoint, models
-    from reconverge.data import sources
+    from reconverge.data import native, sources
     from reconverge.data.mix import Normalise
     from reconverge.evaluate import evaluate
     from reconverge.world import World, default_threads, default_workers
@@ -32,6 +32,7 @@ def evaluated(cfg: Eval, run: Opened, data: Data) -> int:
     world = World(cfg.device, cfg.precision, deterministic=True)
     workers = default_workers(world.device) if cfg.workers is None else cfg.workers
     world.set_threads(cfg.threads or default_threads(world.device, workers))
+    decoder = native.choose(data.native)
 
     path, skipped = ranks.from_rank_0(lambda: checkpoint.choose(Path(cfg.checkpoint)))
     for reason in skipped:
@@ -59,6 +60,7 @@ def evaluated(cfg: Eval, run: Opened, data: Data) -> int:
         "data": data.name,
         "fingerprint": validation.fingerprint,
         "precision": cfg.precision,
+        "decoder": decoder,
     }
     for name, result in results.items():
         say(f"{name:<4} top-1 {result.top1:.3f} %  top-5 {result.top5:.3f} %  loss {result.loss:.4f}  calibration error {result.ece:.2f} %")

@@ -33,7 +33,7 @@ def train(cfg: Train, run: Run) -> int:
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
     from reconverge import describe, environment, models, optim, pictures, published
-    from reconverge.data import order, sources, transforms
+    from reconverge.data import native, order, sources, transforms
     from reconverge.data.loader import Feed, Images, Quarantine
     from reconverge.data.mix import Mix, Normalise
     from reconverge.data.stage import Stage
@@ -60,6 +60,7 @@ def train(cfg: Train, run: Run) -> int:
     run.fact("hardware", " and ".join(sorted(set(world.gather_objects(world.hardware())))))
     run.fact("ranks", "a power of two" if tree else world.size, free=True)
     run.fact("forward_images", cfg.forward_images or cfg.microbatch, free=True)
+    decoder = " and ".join(sorted(set(world.gather_objects(native.choose(cfg.data.native)))))
 
     training, validation = world.rank_0_first(lambda: sources.open_sources(cfg.data))
     fingerprints = {"train": training.fingerprint, "val": validation.fingerprint if validation else None, "order": order.VERSION}
@@ -92,9 +93,9 @@ def train(cfg: Train, run: Run) -> int:
     if start == 0 and ema is not None:
         ema.model.load_state_dict(net.state_dict())
     statistics = RunningStatistics(net)  # as restored or loaded
-    run.start(start, clock, training.classes, training.notes + (validation.notes if validation else []))
+    run.start(start, clock, training.classes, training.notes + (validation.notes if validation else []), decoder)
     job = describe.job(cfg, clock, net, optimizer.param_groups, describe.images(cfg, training, validation))
-    machine = describe.machine(cfg, world, workers, run)
+    machine = describe.machine(cfg, world, workers, decoder, run)
     panel(cfg.run, job | describe.origin(cfg, run) | machine | describe.numbered("notice", config.notices(cfg)))
 
     augmented = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed, cfg.data.on_bad_image)

@@ -5,7 +5,8 @@
 Two forms: "float" is what each loader hands to a training loop by default, normalised and erased float32 (ours ships bytes and
 normalises and erases in the main process, which is counted); "uint8" is raw bytes delivered to the main process. All take turns,
 in each round in another order; the table gives medians, and ratios to timm's loader in the same form. Before anything is
-measured, our exact pixels are compared with timm's, sample by sample.
+measured, our exact pixels are compared with timm's, sample by sample. A second table says what decoding, cropping and resizing alone
+cost one core, with Pillow and natively, in one thread and in two: the native one is what a whole loader could reach at most.
 """
 
 import argparse
@@ -19,12 +20,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pictures
 import PIL
+import simplejpeg
 import timm.data
 import torch
 import torchvision.transforms as tv
@@ -35,7 +39,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from reconverge import chance
-from reconverge.data import sources, transforms
+from reconverge.data import decode, native, sources, transforms
 from reconverge.data.loader import Feed, Images
 from reconverge.data.mix import Normalise, erase
 from reconverge.data.order import Order
@@ -96,11 +100,12 @@ def webdatasets(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tenso
     return (images for images, _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
 
 
-def ours(workers: int, folder: Path, uint8: bool, decode: str = "exact") -> Iterable[torch.Tensor]:
+def ours(workers: int, folder: Path, uint8: bool, way: str = "exact", library: str = "off") -> Iterable[torch.Tensor]:
     keep_freed_memory()  # as train.py does on a CPU
+    native.choose(library)
     source, _ = sources.open_sources(Data("shards", "shards", root=str(folder / "shards")))
     order, normalise = Order(len(source), BATCH, BATCH, seed=0), Normalise(list(MEAN), list(STD), CPU, channels_last=False)
-    images = Images(source, transforms.training(AUGMENT, list(MEAN), decode), seed=0)
+    images = Images(source, transforms.training(AUGMENT, list(MEAN), way), seed=0)
     for number, batch in enumerate(Feed(images, order.steps(0, len(source) // BATCH), workers, CPU, ahead=True)):
         if uint8:
             yield batch.images
@@ -111,18 +116,60 @@ def ours(workers: int, folder: Path, uint8: bool, decode: str = "exact") -> Iter
             yield pixels
 
 
-def oursfast(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tensor]:
-    return ours(workers, folder, uint8, "fast")
-
-
 LOADERS = {
     "timm": timms,
     "timm, prefetcher": timms_prefetcher,
     "torchvision reference": torchvisions,
     "webdataset": webdatasets,
     "ours, exact": ours,
-    "ours, fast": oursfast,
+    "ours, fast": partial(ours, way="fast"),
+    "ours, exact, native": partial(ours, library="on"),
+    "ours, fast, native": partial(ours, way="fast", library="on"),
 }
+
+
+def cropped(data: bytes, box: decode.Box) -> None:
+    """Natively, without a resize."""
+    native.choose("on")
+    library = native.chosen()
+    assert library
+    library.crop_and_resize(data, box, (box[2] - box[0], box[3] - box[1]), "bicubic")
+
+
+def resized(data: bytes, box: decode.Box, library: str) -> None:
+    native.choose(library)
+    decode.crop_and_resize(data, box, (SIZE, SIZE), "bicubic", fast=False)
+
+
+PARTS = {
+    "decode whole": lambda data, box: simplejpeg.decode_jpeg(data, "RGBX"),
+    "decode, crop, resize: Pillow": lambda data, box: Image.open(io.BytesIO(data)).convert("RGB").crop(box).resize((SIZE, SIZE), 3),
+    "decode, crop, resize: simplejpeg and Pillow": partial(resized, library="off"),
+    "decode, crop: native": cropped,
+    "decode, crop, resize: native": partial(resized, library="on"),
+}
+
+
+def measure_parts(folder: Path, count: int) -> dict[str, tuple[float, float, float]]:
+    """Of each part: CPU milliseconds an image; images/s by the clock of one thread and of two."""
+    source, _ = sources.open_sources(Data("shards", "shards", root=str(folder / "shards")))
+    files, results = [source.read(sample) for sample in range(count)], {}
+    torch.manual_seed(0)
+    boxes = []
+    for data in files:
+        width, height = decode.dimensions(data)
+        top, left, rows, columns = tv.RandomResizedCrop.get_params(torch.empty(height, width), list(AUGMENT.scale), list(AUGMENT.ratio))
+        boxes.append((left, top, left + columns, top + rows))
+    for name, part in PARTS.items():
+        cpu, began = time.process_time(), time.perf_counter()
+        list(map(part, files, boxes))
+        alone = time.perf_counter() - began
+        cpu = time.process_time() - cpu
+        with ThreadPoolExecutor(2) as pool:
+            began = time.perf_counter()
+            list(pool.map(part, files, boxes))
+            results[name] = cpu / count * 1000, count / alone, count / (time.perf_counter() - began)
+    return results
 
 
 def measure(make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: Path, uint8: bool) -> tuple[float, float]:
@@ -149,8 +196,9 @@ def _measure(sender: Connection, make: Callable[..., Iterable[torch.Tensor]], wo
     sender.send(((count - BATCH) / seconds, sum(used.ru_utime + used.ru_stime for used in usage) / count * 1000))
 
 
-def assert_equal(folder: Path, count: int) -> None:
+def assert_equal(folder: Path, count: int, library: str) -> None:
     """Our exact pixels are timm's, with the same keys."""
+    native.choose(library)
     source, _ = sources.open_sources(Data("shards", "shards", root=str(folder / "shards")))
     mine, theirs = transforms.training(AUGMENT, list(MEAN)), timm.data.create_transform(
         SIZE, is_training=True, color_jitter=0.4, auto_augment=AUGMENT.auto, interpolation="bicubic", mean=MEAN, std=STD, use_prefetcher=True
@@ -183,19 +231,26 @@ def main() -> None:
             folder / "images", folder / "shards", None, 2, Options(shard_mb=10, hold_out=0, resize=None, quality=90, drop_unreadable=False)
         )
         (folder / "train").symlink_to(folder / "images" / "train")
-        assert_equal(folder, arguments.images)
-        print(f"exact: bit-equal to timm's transform on {arguments.images} of {arguments.images} samples")
+        for library in ("off", "on"):
+            assert_equal(folder, arguments.images, library)
+            print(f"exact, data.native={library}: bit-equal to timm's transform on {arguments.images} of {arguments.images} samples")
         contest = [(name, uint8) for uint8 in (False, True) for name in LOADERS if name == "timm" or arguments.only in name]
         contest = [entry for entry in contest if entry != ("timm, prefetcher", True)]  # which is timm's other form
         results: dict[tuple[str, bool], list[tuple[float, float]]] = {entry: [] for entry in contest}
+        parts: list[dict[str, tuple[float, float, float]]] = []
         for round in range(arguments.rounds):
+            parts.append(measure_parts(folder, arguments.images))
             random.Random(round).shuffle(contest)
             for name, uint8 in contest:
                 results[name, uint8].append(measure(LOADERS[name], arguments.workers, folder, uint8))
     print(
         f"\n{os.cpu_count()} cores, {arguments.workers} workers, Pillow {PIL.__version__}, timm {timm.__version__}, torch {torch.__version__}; medians of {arguments.rounds} rounds"
     )
-    print("| loader | form | images/s | ratio to timm | CPU ms an image | ratio |\n|---|---|---|---|---|---|")
+    print("| part | CPU ms an image | images/s, 1 thread | 2 threads |\n|---|---|---|---|")
+    for name in PARTS:
+        cpu, one, two = (statistics.median(values) for values in zip(*(part[name] for part in parts), strict=True))
+        print(f"| {name} | {cpu:.2f} | {one:.0f} | {two:.0f} |")
+    print("\n| loader | form | images/s | ratio to timm | CPU ms an image | ratio |\n|---|---|---|---|---|---|")
     for uint8 in (False, True):
         for name in LOADERS:
             if (name, uint8) in results:

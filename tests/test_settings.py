@@ -110,6 +110,7 @@ ELSEWHERE = {
     "compile": "test_train.py (slow): the compiled model trains to the same loss",
     "resume_allow": "test_resume.py: a change is refused, and allowed by name",
     "data.on_bad_image": "test_shards.py: damaged images stop the run, or are replaced when asked",
+    "data.native": "test_native.py: the same weights and another line in the panel; on refuses to start without it",
     "data.max_substitutes": "test_shards.py: one too many stops the run",
     "tracker.project": "test_tracker.py: the offline file names it",
 }

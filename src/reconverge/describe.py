@@ -48,10 +48,11 @@ def images(cfg: Train, training: Source, validation: Source | None) -> str:
     return "; ".join([text, *training.notes, *notes])
 
 
-def machine(cfg: Train, world: World, workers: int, run: Run) -> dict[str, str]:
+def machine(cfg: Train, world: World, workers: int, decoder: str, run: Run) -> dict[str, str]:
     """Where it runs, and what that promises."""
     return {
         "machine": f"{_ranks(cfg, world)}: {world.hardware()}, {cfg.precision}, {world.threads} threads, {workers} data workers",
+        "decoder": decoder,
         "promises": _promises(run),
         "run": f"{run.folder}/" + (f", resumed after step {run.step}" if run.step else ""),
     }

@@ -29,9 +29,9 @@ def decisive_versions() -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """sha256 over train.py and every module of the package: the code that decides the bits."""
+    """sha256 over train.py, every module of the package, and native/: the code that decides the bits."""
     digest = sha256()
-    for path in [ROOT / "train.py", *sorted((ROOT / "src" / "reconverge").rglob("*.py"))]:
+    for path in [ROOT / "train.py", *sorted((ROOT / "src" / "reconverge").rglob("*.py")), *sorted((ROOT / "native").glob("*.[ch]"))]:
         if path.exists():
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

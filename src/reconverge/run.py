@@ -162,13 +162,13 @@ class Run:
 
     # ---- while it trains ----
 
-    def start(self, step: int, clock: Clock, classes: list[str], notes: list[str]) -> None:
+    def start(self, step: int, clock: Clock, classes: list[str], notes: list[str], decoder: str) -> None:
         """Training goes on after `step`. Only now is the folder changed: whatever might refuse the run has agreed.
 
-        `notes`: what is to be known of the data, such as that it is a lossy copy.
+        `notes`: what is to be known of the data, such as that it is a lossy copy. `decoder`: what decodes its images from now on.
         """
         self.step, self._clock, self._end = step, clock, clock.end
-        start = {"time": _now(), "after_step": step, "command": shlex.join([sys.executable, *sys.argv]), "ranks": ranks.HERE.size}
+        start = {"time": _now(), "after_step": step, "command": shlex.join([sys.executable, *sys.argv]), "ranks": ranks.HERE.size, "decoder": decoder}
         self._environment |= {
             "reconverge": reconverge.__version__,
             "git": environment.git(),

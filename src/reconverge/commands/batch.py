@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from reconverge import chance
     from reconverge.clock import Clock
-    from reconverge.data import sources, transforms
+    from reconverge.data import native, sources, transforms
     from reconverge.data.loader import Images
     from reconverge.data.order import Order
 
@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value, end in (("step", arguments.step, clock.total), ("microbatch", arguments.microbatch or 0, clock.microbatches)):
         if not 0 <= value < end:
             raise Stop(Exit.USAGE, f"--{name} {value}", f"0 to {end - 1}", f"--{name} {min(max(value, 0), end - 1)}")
+    native.choose(cfg.data.native)
     numbers = range(clock.microbatches) if arguments.microbatch is None else [arguments.microbatch]
     images = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed, cfg.data.on_bad_image)
     order = Order.of(cfg, training)

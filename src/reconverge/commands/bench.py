@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from reconverge.data import sources, transforms
+    from reconverge.data import native, sources, transforms
     from reconverge.data.loader import Feed, Images
     from reconverge.data.order import Order
     from reconverge.world import World, default_workers
@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     images = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed)
     order = Order.of(cfg, training)
     say(f"{cfg.data.name}: {len(training)} images; {cfg.augment.size} px, decode {cfg.data.decode}, microbatches of {cfg.microbatch}")
+    say(f"decoder: {native.choose(cfg.data.native)}")
 
     # ---- one image after the other, in this process: where the time goes ----
     ids = order.microbatch(0, 0).ids[:64].tolist()

@@ -11,6 +11,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from reconverge.data import native
 from reconverge.errors import reason
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -39,7 +40,9 @@ def crop_and_resize(data: bytes, box: Box, size: tuple[int, int], interpolation:
     """
     left, top, right, bottom = box
     if not fast:
-        return _cropped(data, box).resize(size, RESAMPLING[interpolation])
+        library = native.chosen()
+        pixels = library.crop_and_resize(data, box, size, interpolation) if library else None
+        return _cropped(data, box).resize(size, RESAMPLING[interpolation]) if pixels is None else native.to_image(pixels)
     pixels = _decoded(data, "RGB")
     if pixels is None:
         pixels = np.array(_converted(data))

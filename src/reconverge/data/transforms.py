@@ -3,12 +3,14 @@
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_train
 
+from reconverge.data import native
 from reconverge.data.decode import crop_and_resize, dimensions
 from reconverge.settings import Augment, Evaluate
 
@@ -34,6 +36,10 @@ def training(augment: Augment, mean: list[float], decode: str = "exact") -> Tran
         use_prefetcher=True,
         separate=True,
     )
+    for randaugment in auto.transforms:
+        for operation in randaugment.ops:
+            if operation.name in AFFINE:
+                operation.aug_fn = _natively(operation.aug_fn)
     crop = first.transforms[0]
     filters = crop.interpolation if augment.interpolation == "random" else None
 
@@ -51,6 +57,32 @@ def training(augment: Augment, mean: list[float], decode: str = "exact") -> Tran
         return np.asarray(image)
 
     return transform
+
+
+# The operations of RandAugment that move pixels, by their names in timm.
+AFFINE = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
+
+
+class Movable:
+    """An image as timm's affine operations see it: they turn their draw into a matrix and ask for transform(), which is native here."""
+
+    rotate = Image.Image.rotate  # Pillow's own way from degrees to a matrix; it ends in transform()
+
+    def __init__(self, image: Image.Image):
+        self._image, self.size = image, image.size
+
+    def __getattr__(self, name: str) -> Any:  # copy() and transpose() of a rotation by nothing or by a right angle
+        return getattr(self._image, name)
+
+    def transform(self, size: Any, method: Any, matrix: Any, resample: int, fillcolor: tuple[int, int, int]) -> Image.Image:
+        library = native.chosen()
+        if library is None:
+            return self._image.transform(size, method, matrix, resample, fillcolor=fillcolor)
+        return library.affine(self._image, matrix, resample, fillcolor)
+
+
+def _natively(operation: Callable[..., Image.Image]) -> Callable[..., Image.Image]:
+    return lambda image, *magnitudes, **options: operation(Movable(image), *magnitudes, **options)
 
 
 def evaluation(evaluate: Evaluate) -> Transform:
