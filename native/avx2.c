@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #include <string.h>
 
+enum { HALF = 1 << (BITS - 1) }; /* so that cutting the bits off rounds */
+
 #define AVX2 __attribute__((target("avx2"))) /* and not FMA, which rounds otherwise */
 
 AVX2 static inline __m128i load4(const uint8_t *in) {
@@ -28,26 +30,38 @@ AVX2 static inline void store8(uint8_t *out, __m256i values) {
   _mm_storel_epi64((__m128i *)out, _mm_packus_epi16(words, words));
 }
 
-AVX2 static void resize_rows(const uint8_t *in, int from, int rows, const struct taps *taps, uint8_t *out) {
-  const __m256i half = _mm256_setr_epi32(1 << (BITS - 1), 1 << (BITS - 1), 1 << (BITS - 1), 1 << (BITS - 1), 0, 0, 0, 0);
+/* `n` rows at once, for which coefficients are spread only once. */
+AVX2 static inline __attribute__((always_inline)) void resize_n_rows(int n, const uint8_t *in, int from, const struct taps *taps, uint8_t *out) {
   const __m256i first_two = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), last_two = _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3);
-  for (int y = 0; y < rows; y++, in += 4 * (size_t)from)
-    for (int x = 0; x < taps->length; x++, out += 4) {
-      const int32_t *k = taps->k + (size_t)x * taps->size;
-      const uint8_t *pixel = in + 4 * (size_t)taps->first[x];
-      __m256i even = half, odd = _mm256_setzero_si256();
-      for (int i = 0; i < taps->count[x]; i += 4, pixel += 16) { /* k ends with zeros, `in` with padding */
-        __m256i four = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(k + i)));
-        even = _mm256_add_epi32(even, _mm256_mullo_epi32(load8(pixel), _mm256_permutevar8x32_epi32(four, first_two)));
-        odd = _mm256_add_epi32(odd, _mm256_mullo_epi32(load8(pixel + 8), _mm256_permutevar8x32_epi32(four, last_two)));
+  for (int x = 0; x < taps->length; x++, out += 4) {
+    const int32_t *k = taps->k + (size_t)x * taps->size;
+    const uint8_t *pixel = in + 4 * (size_t)taps->first[x];
+    __m256i sums[4];
+    for (int row = 0; row < n; row++) sums[row] = _mm256_setr_epi32(HALF, HALF, HALF, HALF, 0, 0, 0, 0);
+    for (int i = 0; i < taps->count[x]; i += 4, pixel += 16) { /* k ends with zeros, `in` with padding */
+      __m256i four = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(k + i)));
+      __m256i k_first = _mm256_permutevar8x32_epi32(four, first_two), k_last = _mm256_permutevar8x32_epi32(four, last_two);
+      for (int row = 0; row < n; row++) {
+        const uint8_t *pixels = pixel + 4 * (size_t)from * row;
+        sums[row] = _mm256_add_epi32(sums[row], _mm256_mullo_epi32(load8(pixels), k_first));
+        sums[row] = _mm256_add_epi32(sums[row], _mm256_mullo_epi32(load8(pixels + 8), k_last));
       }
-      even = _mm256_add_epi32(even, odd);
-      store4(out, _mm_srai_epi32(_mm_add_epi32(_mm256_castsi256_si128(even), _mm256_extracti128_si256(even, 1)), BITS));
     }
+    for (int row = 0; row < n; row++) {
+      __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums[row]), _mm256_extracti128_si256(sums[row], 1));
+      store4(out + 4 * (size_t)taps->length * row, _mm_srai_epi32(sum, BITS));
+    }
+  }
+}
+
+AVX2 static void resize_rows(const uint8_t *in, int from, int rows, const struct taps *taps, uint8_t *out) {
+  int y = 0;
+  for (; y + 4 <= rows; y += 4) resize_n_rows(4, in + 4 * (size_t)from * y, from, taps, out + 4 * (size_t)taps->length * y);
+  for (; y < rows; y++) resize_n_rows(1, in + 4 * (size_t)from * y, from, taps, out + 4 * (size_t)taps->length * y);
 }
 
 AVX2 static void resize_columns(const uint8_t *in, int width, const struct taps *taps, uint8_t *out) {
-  const __m256i half = _mm256_set1_epi32(1 << (BITS - 1));
+  const __m256i half = _mm256_set1_epi32(HALF);
   size_t stride = 4 * (size_t)width;
   for (int y = 0; y < taps->length; y++, out += stride) {
     const int32_t *k = taps->k + (size_t)y * taps->size;

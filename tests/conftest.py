@@ -27,6 +27,22 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", params=["native, AVX2", "native, scalar", "not native"])
+def decoder(request):
+    """Everything once by each of the ways from bytes to pixels, as far as this machine has them."""
+    from reconverge.data import native
+
+    library = native.chosen()
+    if (request.param != "not native" and library is None) or (request.param == "native, AVX2" and not library.simd):
+        pytest.skip(native.choose("auto"))
+    native.choose("off" if request.param == "not native" else "auto")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "native, scalar":
+            patch.setattr(native, "_checked", lambda: native.Native(simd=False))
+        yield
+    native.choose("auto")
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -23,6 +23,8 @@ def encoded(image, form="JPEG", **options):
     image.save(buffer, form, **options)
     return buffer.getvalue()
 
+
+pytestmark = pytest.mark.usefixtures("decoder")
 
 KINDS = {
     "4:4:4": lambda w, h, s: encoded(picture(w, h, s), quality=91, subsampling=0),
@@ -43,6 +45,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)  # a busy machine is no fault
 @given(data=st.data())
 def test_exact_is_pillows_decode_crop_and_resize(kind, data):
     width, height = data.draw(st.integers(1, 200), "width"), data.draw(st.integers(1, 200), "height")

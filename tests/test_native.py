@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 
 import numpy as np
 import pytest
@@ -72,27 +73,28 @@ def test_decoding_is_pillows_in_thousands_of_cases(library):
 
 
 def compare_moving(library, count, monkeypatch):
-    """The five operations as the shipped policies call them, at the magnitudes that they draw; every fourth bilinear."""
+    """The five operations as the shipped policies call them, bicubic and bilinear, at the magnitudes that they draw, with any colour."""
     monkeypatch.setattr(native, "chosen", lambda: library)
     random = np.random.Generator(np.random.PCG64(2))
+    policies = [
+        rand_augment_transform(policy, {"translate_const": 100, "img_mean": (124, 116, 104), "interpolation": filter})
+        for policy in ("rand-m9-mstd0.5-inc1", "rand-m3-mstd0.5-inc1")
+        for filter in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
+    ]
+    operations = [operation for policy in policies for operation in policy.ops if operation.name in transforms.AFFINE]
+    assert len(operations) == 20
     pictures = [picture(*size, number) for number, size in enumerate([(224, 224), (384, 384), (97, 161), (32, 32), (224, 224)])]
     moved = 0
     for number in range(count):
-        policy = ("rand-m9-mstd0.5-inc1", "rand-m3-mstd0.5-inc1")[number % 2]
-        filter = Image.Resampling.BILINEAR if number % 4 == 0 else Image.Resampling.BICUBIC
-        colour = tuple(random.integers(0, 256, 3).tolist())
-        randaugment = rand_augment_transform(policy, {"translate_const": 100, "img_mean": colour, "interpolation": filter})
-        operations = [operation for operation in randaugment.ops if operation.name in transforms.AFFINE]
-        assert len(operations) == 5
-        operation, image = operations[number % 5], pictures[number % 7 % 5]
-        operation.prob = 1.0
+        operation, image = copy(operations[number % 20]), pictures[number % 7 % 5]
+        operation.prob, operation.kwargs = 1.0, operation.kwargs | {"fillcolor": tuple(random.integers(0, 256, 3).tolist())}
         with chance.scope(number):
             expected = operation(image)
         operation.aug_fn = transforms._natively(operation.aug_fn)
         with chance.scope(number):
             got = operation(image)
         assert got.mode == "RGB"
-        assert np.array_equal(np.asarray(got), np.asarray(expected)), (operation, colour)
+        assert np.array_equal(np.asarray(got), np.asarray(expected)), (operation, operation.kwargs)
         moved += expected != image
     assert moved > count * 0.9
 

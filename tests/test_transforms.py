@@ -46,6 +46,7 @@ def shipped(pixels):
     return torch.from_numpy(pixels[None].copy()).permute(0, 3, 1, 2)
 
 
+@pytest.mark.usefixtures("decoder")
 def test_evaluation_at_224_is_the_official_transform():
     """Resize the shorter side to 256, bicubic; crop the centre; ToTensor; Normalize."""
     official = tv.Compose([tv.Resize(256, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(224), tv.ToTensor(), tv.Normalize(MEAN, STD)])  # fmt: skip
@@ -55,6 +56,7 @@ def test_evaluation_at_224_is_the_official_transform():
         assert torch.equal(normalise(shipped(ours(jpeg(number))))[0], official(opened(jpeg(number))))
 
 
+@pytest.mark.usefixtures("decoder")
 def test_evaluation_at_384_is_a_squash():
     official = tv.Compose([tv.Resize((384, 384), interpolation=tv.InterpolationMode.BICUBIC), tv.ToTensor(), tv.Normalize(MEAN, STD)])
     ours = transforms.evaluation(Evaluate(size=384, crop_ratio=1.0, mode="squash"))
@@ -69,6 +71,7 @@ def timms(augment):
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("size", [64, 224])
 def test_training_is_bit_equal_to_timms_with_erasing_when_the_stream_goes_on(size):
     augment = Augment(size=size)
