@@ -1,10 +1,11 @@
 # make demo   install what is missing, train on the bundled digits
 # make test   the same with the test tools, run the tests
+# make wheel  dist/*.whl, with native/ compiled in it if there are a C compiler and libjpeg-turbo's headers
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint wheel clean
 
 demo: .venv/installed
 	$(BIN)/python train.py
@@ -20,10 +21,13 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+wheel: .venv/bin/python
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+.venv/installed: .venv/bin/python pyproject.toml setup.py constraints.txt $(wildcard native/*.[ch])
 	@echo "installing into .venv (torch and its libraries: about 6 GB, some minutes)"
 	$(INSTALL) -e .
 	touch $@
@@ -33,4 +37,4 @@ lint: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info src/*.egg-info
+	rm -rf .venv build dist *.egg-info src/*.egg-info src/reconverge/data/_native.*

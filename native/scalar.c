@@ -1,6 +1,5 @@
 /* The loops over pixels as any machine runs them: Resample.c and Geometry.c of Pillow, for RGB. */
 
-#include <math.h>
 #include <string.h>
 
 #include "pixels.h"
@@ -39,13 +38,18 @@ static void resize_columns(const uint8_t *in, int width, const struct taps *taps
 
 static int within(int i, int length) { return i < 0 ? 0 : i < length ? i : length - 1; }
 
-static double cubic(double v1, double v2, double v3, double v4, double d) {
-  double p2 = v3 - v1, p3 = 2 * (v1 - v2) + v3 - v4, p4 = v2 - v1 - v3 + v4;
-  return v2 + d * (p2 + d * (p3 + d * p4));
+/* The value at `d` behind at[1] of a row. Where d is 0, as it is throughout for some shears and translations, the others vanish. */
+static inline double along(const uint8_t *row, const int at[4], double d, int filter) {
+  int v2 = row[at[1]];
+  if (d == 0.0) return v2;
+  int v3 = row[at[2]];
+  if (filter == BILINEAR) return v2 + (v3 - v2) * d;
+  int v1 = row[at[0]], v4 = row[at[3]];
+  return v2 + d * ((v3 - v1) + d * ((2 * (v1 - v2) + v3 - v4) + d * (v2 - v1 - v3 + v4)));
 }
 
-/* Where the distance to a row or column is 0, which it is throughout for shears and translations, all others vanish from the sum. */
 static void transform(const uint8_t *in, int width, int height, const double a[6], uint32_t fill, int filter, uint8_t *out) {
+  size_t stride = 4 * (size_t)width;
   for (int y = 0; y < height; y++)
     for (int x = 0; x < width; x++, out += 4) {
       double left = a[0] * (x + 0.5) + a[1] * (y + 0.5) + a[2], top = a[3] * (x + 0.5) + a[4] * (y + 0.5) + a[5];
@@ -53,27 +57,26 @@ static void transform(const uint8_t *in, int width, int height, const double a[6
         memcpy(out, &fill, 4);
         continue;
       }
-      int column = (int)floor(left -= 0.5), row = (int)floor(top -= 0.5);
+      left -= 0.5;
+      top -= 0.5;
+      int column = left < 0.0 ? -1 : (int)left, row = top < 0.0 ? -1 : (int)top; /* the floor: both are at least -0.5 */
       double dx = left - column, dy = top - row;
-      size_t at[4];
-      const uint8_t *line[4];
-      for (int i = 0; i < 4; i++) {
-        at[i] = 4 * (size_t)within(column - 1 + i, width);
-        line[i] = in + 4 * (size_t)width * within(row - 1 + i, height);
-      }
+      int at[4];
+      for (int i = 0; i < 4; i++) at[i] = 4 * within(column - 1 + i, width);
+      const uint8_t *line1 = in + stride * within(row - 1, height), *line2 = in + stride * within(row, height);
+      const uint8_t *line3 = in + stride * within(row + 1, height), *line4 = in + stride * within(row + 2, height);
       for (int band = 0; band < 3; band++) {
-        double v[4];
-        for (int i = dy == 0.0 ? 1 : 0; i < (dy == 0.0 ? 2 : 4); i++) {
-          const uint8_t *from = line[i] + band;
-          if (dx == 0.0)
-            v[i] = from[at[1]];
-          else if (filter == BILINEAR)
-            v[i] = from[at[1]] + (from[at[2]] - from[at[1]]) * dx;
-          else
-            v[i] = cubic(from[at[0]], from[at[1]], from[at[2]], from[at[3]], dx);
+        double v2 = along(line2 + band, at, dx, filter);
+        if (dy != 0.0) {
+          double v3 = along(line3 + band, at, dx, filter);
+          if (filter == BILINEAR)
+            v2 = v2 + (v3 - v2) * dy;
+          else {
+            double v1 = along(line1 + band, at, dx, filter), v4 = along(line4 + band, at, dx, filter);
+            v2 = v2 + dy * ((v3 - v1) + dy * ((2 * (v1 - v2) + v3 - v4) + dy * (v2 - v1 - v3 + v4)));
+          }
         }
-        double value = dy == 0.0 ? v[1] : filter == BILINEAR ? v[1] + (v[2] - v[1]) * dy : cubic(v[0], v[1], v[2], v[3], dy);
-        out[band] = value <= 0.0 ? 0 : value >= 255.0 ? 255 : (uint8_t)value;
+        out[band] = v2 <= 0.0 ? 0 : v2 >= 255.0 ? 255 : (uint8_t)v2;
       }
       out[3] = 255;
     }

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # they import torch
 
 RUNS = Path("runs")
 ADVICE = (
-    "More workers= helps while cores are free; then data.decode=fast, a smaller copy (reconverge prepare --resize), "
+    "More workers= helps while cores are free; then the native decoder (environment.json says what decodes), data.decode=fast, a smaller copy (reconverge prepare --resize), "
     "or data.window= with data.stage= where the disk is slow. `reconverge bench data` measures where the time goes."
 )
 OVERFLOWS = 30  # steps in a row that fp16 may skip while its loss scale settles

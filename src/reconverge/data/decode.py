@@ -1,5 +1,6 @@
 """From the bytes of an image file to pixels: one seam, bytes + crop box + size -> uint8 image, behind which faster ways have their place.
 
+The first of them is native.py, with the same pixels; where it is not to be had, or declines a file, simplejpeg and Pillow serve.
 An image of Pillow's and not an array: that is what RandAugment takes, and going there and back costs 3 % of a sample's time.
 """
 
