@@ -53,6 +53,7 @@ def evaluated(cfg: Eval, run: Opened, data: Data) -> int:
         say("stopped before the end: nothing is written")
         return Exit.PREEMPTED
 
+    say(f"decoder: {decoder}")
     say(f"{path}: step {numbers['step']}, {len(validation)} images of {data.name}")
     report = {
         "checkpoint": str(path),

@@ -26,15 +26,6 @@ MORE = KINDS | {
 }
 
 
-@pytest.fixture(params=["AVX2", "scalar"])
-def library(request):
-    if isinstance(native.chosen(), native.Native):
-        library = native.Native(simd=request.param == "AVX2")
-        if library.simd == (request.param == "AVX2"):
-            return library
-    return pytest.skip(f"no native library here, or no AVX2: {native.choose('auto')}")
-
-
 def pillows(data, box, size, interpolation):
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").crop(box).resize(size, RESAMPLING[interpolation]))
 
@@ -118,11 +109,9 @@ def test_any_affine_matrix(library, filter):
         assert np.array_equal(np.asarray(library.affine(image, matrix, filter, (1, 2, 3))), np.asarray(expected)), matrix
 
 
-def test_pillow_13s_order_of_passes():
+def test_pillow_13s_order_of_passes(library):
     """Vertically first where rows go, and more than twice as many as columns: two resizes of the Pillow that is installed, one way each."""
-    if native.chosen() is None:
-        pytest.skip("no native library here")
-    library = native.Native(pillow="13.0.0")
+    library = native.Native(library.simd, pillow="13.0.0")
     orders = set()
     for _, data, box, (width, height), interpolation in cases(120, seed=4):
         columns, rows = box[2] - box[0], box[3] - box[1]
@@ -244,9 +233,8 @@ def test_without_the_library_on_refuses_and_auto_says_what_would_enable_it(unbui
     assert "apt-get install gcc libjpeg62-turbo-dev" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_run_goes_on_with_or_without_it_to_the_same_weights(photographs, train, capsys):
-    if native.chosen() is None:
-        pytest.skip("no native library here")
+@pytest.mark.usefixtures("library")
+def test_a_run_goes_on_with_or_without_it_to_the_same_weights(photographs, train):
     settings = [f"data.root={photographs}", "augment.size=32", "steps=4"]
     assert train(*settings, "run=with", "data.native=on") == 0
     assert train(*settings[:-1], "steps=2", "run=changing", "data.native=off") == 0

@@ -13,12 +13,10 @@ import torch
 from PIL import Image
 
 from reconverge.data import native
+from reconverge.data.native import RESAMPLING, Box
 from reconverge.errors import reason
 
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # pixels, beyond which Pillow speaks of a decompression bomb
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the image
 
 
 class Undecodable(Exception):

@@ -21,10 +21,10 @@ from reconverge.errors import Exit, Stop
 
 SOURCES = Path(__file__).parents[3] / "native"
 NEEDS = "a C compiler and libjpeg-turbo's headers (on Debian: apt-get install gcc libjpeg62-turbo-dev), then pip install again"
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 OK, NOT_OURS, NO_MEMORY = 0, 1, 2  # of pixels.h
 
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the image
 
 
 class _Box(ctypes.Structure):
@@ -65,7 +65,7 @@ class Native:
     def crop_and_resize(self, data: bytes, box: Box, size: tuple[int, int], interpolation: str) -> np.ndarray | None:
         """As decode.crop_and_resize, as uint8 (height, width, 4), the fourth of no meaning. None where it is for Pillow to decode."""
         width, height = size
-        how = _How(FILTERS[interpolation], self._vertical_first(box, width, height), self.simd)
+        how = _How(RESAMPLING[interpolation], self._vertical_first(box, width, height), self.simd)
         pixels = np.empty((height, width, 4), np.uint8)
         status = self._library.crop_and_resize(data, len(data), _Box(*box), width, height, how, pixels.ctypes.data)
         if status == NO_MEMORY:
@@ -98,12 +98,12 @@ class Native:
             decoded = Image.open(io.BytesIO(data)).convert("RGB")
             for box in ((0, 0, width, height), (19, 23, width - 18, height - 9), (width // 2, 0, width // 2 + 2, height)):
                 for size in ((32, 32), (width + 9, 20), (box[2] - box[0], 31)):
-                    for name, resampling in FILTERS.items():
+                    for name, resampling in RESAMPLING.items():
                         pixels = self.crop_and_resize(data, box, size, name)
                         if pixels is None or to_image(pixels).tobytes() != decoded.crop(box).resize(size, resampling).tobytes():
                             raise Unusable(f"its {name} resize of a JPEG differs from that of Pillow {PIL.__version__}")
             for matrix in ((1, 0.21, 0, 0, 1, 0), (1, 0, 0, -0.17, 1, 0), (1, 0, 13.7, 0, 1, 0), (0.93, 0.35, -9.1, -0.35, 0.93, 17.3)):
-                for name, resampling in FILTERS.items():
+                for name, resampling in RESAMPLING.items():
                     expected = picture.transform(picture.size, Image.Transform.AFFINE, matrix, resampling, fillcolor=(124, 116, 104))
                     if self.affine(picture, matrix, resampling, (124, 116, 104)).tobytes() != expected.tobytes():
                         raise Unusable(f"its {name} affine transform differs from that of Pillow {PIL.__version__}")
@@ -126,9 +126,8 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 
 def source() -> str:
-    """sha256 over what setup.py compiles."""
-    names = ["pixels.h", "decode.c", "resample.c", "scalar.c", "avx2.c", "pixels.c"]
-    return sha256(b"".join((SOURCES / name).read_bytes() for name in names)).hexdigest()
+    """sha256 of what setup.py compiles, which has put the same into the library."""
+    return sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]")))).hexdigest()
 
 
 @cache
@@ -140,6 +139,8 @@ def _checked() -> Native | str:
         return native
     except Unusable as reason:
         return str(reason)
+    except (OSError, AttributeError) as error:  # of ctypes, from a library that is cut, of another machine, or older than this file
+        return f"native/ cannot be loaded ({error}): pip install again"
 
 
 _off = False
