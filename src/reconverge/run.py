@@ -168,14 +168,14 @@ class Run:
         `notes`: what is to be known of the data, such as that it is a lossy copy. `decoder`: what decodes its images from now on.
         """
         self.step, self._clock, self._end = step, clock, clock.end
-        start = {"time": _now(), "after_step": step, "command": shlex.join([sys.executable, *sys.argv]), "ranks": ranks.HERE.size, "decoder": decoder}
+        start = {"time": _now(), "after_step": step, "command": shlex.join([sys.executable, *sys.argv]), "ranks": ranks.HERE.size}
         self._environment |= {
             "reconverge": reconverge.__version__,
             "git": environment.git(),
             "packages": environment.versions(),
             "promises": self.promises(),
             "data_notes": notes,
-            "starts": [*self._environment["starts"], start | environment.host()],
+            "starts": [*self._environment["starts"], start | {"decoder": decoder} | environment.host()],
         }
         self._write("environment.json", json.dumps(self._environment, indent=1))
         self._write("config.yaml", config.to_text(self._cfg))
