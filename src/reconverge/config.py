@@ -68,6 +68,15 @@ def to_text(config: Train | Eval) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def write_conf(folder: Path, config: Train) -> None:
+    """Into `folder` a config.yaml of which a train.py beside it composes exactly `config`, whatever became of the files of conf/."""
+    quiet = [{f"override hydra/{name}_logging": "none"} for name in ("job", "hydra")]
+    hydra = {"output_subdir": None, "run": {"dir": "."}}
+    text = {"defaults": ["schema", "_self_", *quiet], "hydra": hydra, **OmegaConf.to_container(OmegaConf.structured(config))}  # type: ignore[dict-item]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(text)))
+
+
 def _typed(config: Any, schema: type[Loaded]) -> Loaded:
     # Through a plain container: merged as it is, the composed configuration would bring keys that the schema lacks.
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from reconverge.ranks import HERE
+
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "torchmetrics", "hydra-core", "omegaconf")
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +63,7 @@ def host() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "job": job(),
+        "ranks": HERE.size,
     }
 
 

@@ -137,7 +137,7 @@ class Run:
 
     def _settle(self, differences: list[tuple[str, Any, Any]], recorded: dict[str, Any], allowed: Sequence[str] | None = None) -> None:
         """Refuse what differs from the first start (name, value then, value now), or note which promise is lost if all of it is allowed."""
-        differences = [(name, *_differing(old, new)) for name, old, new in differences]
+        differences = [(name, *differing(old, new)) for name, old, new in differences]
         allowed = self._cfg.resume_allow if allowed is None else allowed
         refused = [difference for difference in differences if difference[0] not in allowed]
         if refused:
@@ -387,7 +387,7 @@ class Run:
         new.rename(self.folder / name)
 
 
-def _differing(old: Any, new: Any) -> tuple[Any, Any]:
+def differing(old: Any, new: Any) -> tuple[Any, Any]:
     """Of two tables the entries that differ; two values as they are."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return old, new

@@ -9,6 +9,7 @@ from reconverge.errors import exit_code
 COMMANDS = {
     "prepare": "from what people download to verified shards",
     "check": "read every byte of prepared shards, name each fault",
+    "verify": "train some steps of a run again, and compare them bit by bit",
     "batch": "the images of one step of a run, with their keys",
     "bench": "measure the loader alone",
     "plan": "what a training will be, without training",
