@@ -6,7 +6,7 @@ The job from top to bottom: compose, build, loop. The loop is here and nowhere e
 import sys
 from pathlib import Path
 
-from reconverge import config, ranks, signals
+from reconverge import config, ranks, signals, sweep
 from reconverge.clock import Clock
 from reconverge.errors import exit_code
 from reconverge.progress import panel, say
@@ -17,8 +17,13 @@ from reconverge.signals import told_to_stop
 
 def main() -> int:
     signals.catch()
+    if sweep.took("-m", "--multirun"):
+        return sweep.run(sys.argv[1:])
+    only_check = sweep.took("--check")
     cfg = config.from_command_line(Path(__file__).parent / "conf", "config", Train)
     config.check(cfg)
+    if only_check:
+        return 0
     with ranks.joined(cfg.world_timeout), Run(cfg) as run, ranks.losses_named():
         if summary := run.finished():
             say(f"{cfg.run} is finished: {summary}")

@@ -23,7 +23,10 @@ REFUSED = [
     (["~model"], "~model", "none can be added or removed", "model"),
     (["hydra.run.dir=x"], "hydra.run.dir=x", "run=NAME", "drop it"),
     (["--typo"], "--typo", "--cfg", "--help"),
-    (["-m", "seed=1,2"], "-m", "key=value", "--help"),
+    (["-m", "seed=1,2", "--cfg"], "-m with --cfg", "key=value,value", "-m without --cfg"),
+    (["-m", "model=glob(*)"], "-m with model=glob(*)", "key=value,value", "-m without"),
+    (["-m", "seed=1,2", "optim.lr=1e-3,fast"], "optim.lr", "float", "optim.lr="),
+    (["-m", "seed=1,1"], "for seed=1 and for seed=1", "a run folder for each", "each value once"),
     (["seed=1,2"], "seed=1,2", "", ""),
     (["model=convnext_q"], "model=convnext_q", "convnext_atto, convnext_b", "model=convnext_"),
     (["model=roadmap/07_kernel_57"], "model=roadmap/07_kernel_57", "roadmap/00_resnet50, roadmap/01_stage_ratio", "model=roadmap/07_kernel_5"),
@@ -133,7 +136,7 @@ def test_help_shows_groups_choices_and_examples():
     assert done.returncode == 0, done.stderr
     for part in ("model: convnext_atto, convnext_b", "model/roadmap: 00_resnet50, 01_stage_ratio", "deit_b, deit_s", "recipe: deit, demo, finetune", "data: digits, folder", "tracker: none, tensorboard, wandb", "debug: overfit, profile, short, synthetic"):  # fmt: skip
         assert part in done.stdout
-    assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 6
+    assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 7
     assert "runs/NAME" in process("--help", script="eval.py").stdout
 
 

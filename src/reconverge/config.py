@@ -5,6 +5,7 @@ refusal becomes three lines: what was given, what is allowed, what to change.
 """
 
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -28,6 +31,7 @@ Schema = TypeVar("Schema", Train, Eval)
 Loaded = TypeVar("Loaded")
 
 FLAGS = ("-h", "--help", "--cfg", "-c", "--resolve", "--package", "-p", "--shell-completion", "-sc", "--info", "-i")
+LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
 def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
@@ -44,6 +48,22 @@ def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
         return _typed(composed[0], schema)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null or a number
         raise _explain(error, schema, conf) from None
+
+
+def combinations(arguments: list[str]) -> list[list[str]]:
+    """Of key=a,b and key=range(0,3) each combination of one value a key, in Hydra's grammar. Errors: Stop(USAGE)."""
+    choices = []
+    for argument in arguments:
+        _refuse_override(argument)
+        try:
+            override = None if argument.startswith("-") else OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            raise _explain(error, Train) from None
+        if override is None or (override.is_sweep_override() and override.value_type not in LISTED):
+            raise Stop(Exit.USAGE, f"-m with {argument}", "key=value, key=value,value,... and key=range(0,3)", f"-m without {argument}")
+        swept = override.sweep_string_iterator() if override.is_sweep_override() else []
+        choices.append([f"{override.key_or_group}={value}" for value in swept] or [argument])
+    return [list(combination) for combination in itertools.product(*choices)]
 
 
 def of_training(overrides: list[str]) -> Train:

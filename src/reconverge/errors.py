@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from enum import IntEnum
+from pathlib import Path
 
 
 class Exit(IntEnum):
@@ -90,17 +91,17 @@ def reason(error: Exception) -> str:
 
 
 def exit_code(job: Callable[[], int]) -> int:
-    """Run a command; print what stopped it and return the exit code."""
+    """Run a command; print what stopped it and return the exit code, which is also left in the file RECONVERGE_EXIT_FILE, if it names one."""
     try:
         code = job()
     except (Exception, KeyboardInterrupt) as error:
         stop = explain(error)
-        if stop is None or stop.code == Exit.LOST:  # where it stood says what it waited for
+        code = stop.code if stop else Exit.BUG
+        if stop is None or code == Exit.LOST:  # where it stood says what it waited for
             traceback.print_exc()
-        if stop is None:
-            return Exit.BUG
-        code = stop.code
-        if not stop.told:
-            print(f"reconverge stopped (exit {stop.code}):\n{stop}", file=sys.stderr)
-    # torchrun starts workers again that end with anything but 0. status.json has the 75, and launch/ scripts return it.
+        if stop and not stop.told:
+            print(f"reconverge stopped (exit {code}):\n{stop}", file=sys.stderr)
+    if left := os.environ.get("RECONVERGE_EXIT_FILE"):  # torchrun makes 1 of every failure: launch/local.sh reads it here
+        Path(left).write_text(str(int(code)))
+    # torchrun starts workers again that end with anything but 0. status.json has the 75, and launch/local.sh returns it.
     return Exit.DONE if code == Exit.PREEMPTED and "TORCHELASTIC_RUN_ID" in os.environ else code
