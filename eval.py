@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from reconverge import config, ranks, signals
+from reconverge import checks, config, ranks, signals
 from reconverge.errors import Exit, exit_code
 from reconverge.progress import say
 from reconverge.run import Opened, opened
@@ -17,7 +17,7 @@ def main() -> int:
     signals.catch()
     cfg = config.from_command_line(Path(__file__).parent / "conf", "eval", Eval)
     run = opened(Path(cfg.checkpoint))
-    data = config.evaluation_data(cfg.data, run.cfg.data)
+    data = checks.evaluation_data(cfg.data, run.cfg.data)
     with ranks.joined(cfg.world_timeout), ranks.losses_named():
         return evaluated(cfg, run, data)
 

@@ -6,7 +6,7 @@ The job from top to bottom: compose, build, loop. The loop is here and nowhere e
 import sys
 from pathlib import Path
 
-from reconverge import config, ranks, signals, sweep
+from reconverge import checks, config, ranks, signals, sweep
 from reconverge.clock import Clock
 from reconverge.errors import exit_code
 from reconverge.progress import panel, say
@@ -21,7 +21,7 @@ def main() -> int:
         return sweep.run(sys.argv[1:])
     only_check = sweep.took("--check")
     cfg = config.from_command_line(Path(__file__).parent / "conf", "config", Train)
-    config.check(cfg)
+    checks.check(cfg)
     if only_check:
         return 0
     with ranks.joined(cfg.world_timeout), Run(cfg) as run, ranks.losses_named():

@@ -121,7 +121,7 @@ sys.exit(code)
 
 def process(*argv, script="train.py"):
     code = WITHOUT_TORCH.format(argv=[str(ROOT / script), *argv])
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
 
 
 @pytest.mark.parametrize("argv", [["epohcs=1"], ["microbatch=7"], ["model=convnext_xl", "recipe=in1k"]])

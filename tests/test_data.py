@@ -272,6 +272,6 @@ def microbatches():
 images = Images(Synthetic(24, 3, "train"), transforms.evaluation(Evaluate(size=16)), 0)
 iter(Feed(images, microbatches(), 1, torch.device("cpu"), ahead=True)).__next__()
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=180)
     assert ended.returncode == 1
     assert "a bug" in ended.stderr

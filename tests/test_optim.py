@@ -226,12 +226,12 @@ def test_a_suppressed_step_changes_nothing(fused):
     for _ in range(2):
         net(torch.ones(1, 3)).sum().backward()
         optim.update(optimizer, torch.tensor(0.0))
+        optimizer.zero_grad()
     before = [tensor.clone() for tensor in (*net.state_dict().values(), *optim.state_tensors(optimizer).values())]
     (net(torch.ones(1, 3)).sum() * float("nan")).backward()
     optim.update(optimizer, torch.tensor(1.0))
     after = [*net.state_dict().values(), *optim.state_tensors(optimizer).values()]
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    assert net.weight.grad is None
 
 
 def test_optimizer_state_goes_through_a_checkpoint():
@@ -245,6 +245,7 @@ def test_optimizer_state_goes_through_a_checkpoint():
         for _ in range(steps):
             net(torch.ones(1, 3)).square().sum().backward()
             optim.update(optimizer, torch.tensor(0.0))
+            optimizer.zero_grad()
         return {name: tensor.clone() for name, tensor in net.state_dict().items()}, {name: tensor.clone() for name, tensor in optim.state_tensors(optimizer).items()}  # fmt: skip
 
     whole, halves = trained(6), trained(3, trained(3))

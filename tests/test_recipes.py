@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 
-from reconverge import config, published, synsets
+from reconverge import checks, config, published, synsets
 from reconverge.clock import Clock
 from reconverge.errors import Stop
 from reconverge.settings import Train
@@ -108,7 +108,7 @@ def compose(monkeypatch):
             cfg = config.from_command_line(ROOT / "conf", "config", Train)
         finally:
             GlobalHydra.instance().clear()
-        config.check(cfg)
+        checks.check(cfg)
         return cfg
 
     return compose

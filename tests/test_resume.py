@@ -144,7 +144,7 @@ def test_a_signal_saves_at_this_step_and_exits_75(start, train, name):
     assert children
     for pid in [process.pid, *map(int, children)]:  # as SLURM and terminals do: every process of the job
         os.kill(pid, getattr(signal, name))
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=180)[0]
     assert process.returncode == 75, said
     status = json.loads(Path("runs/a/status.json").read_text())
     assert f"{name}: step {status['step']} is saved in runs/a" in said

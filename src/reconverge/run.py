@@ -168,7 +168,7 @@ class Run:
         `notes`: what is to be known of the data, such as that it is a lossy copy. `decoder`: what decodes its images from now on.
         """
         self.step, self._clock, self._end = step, clock, clock.end
-        start = {"time": _now(), "after_step": step, "command": shlex.join([sys.executable, *sys.argv]), "ranks": ranks.HERE.size}
+        start = {"time": _now(), "after_step": step, "command": shlex.join([sys.executable, *sys.argv])}
         self._environment |= {
             "reconverge": reconverge.__version__,
             "git": environment.git(),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reconverge import config, ranks, signals
+from reconverge import checks, config, ranks, signals
 from reconverge.environment import ROOT
 from reconverge.errors import Exit, Stop
 from reconverge.progress import say
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
 def composed(combination: list[str]) -> str:
     """The name of its run. Errors: Stop(USAGE) as train.py would refuse it."""
     cfg = config.of_training(combination)
-    config.check(cfg)
+    checks.check(cfg)
     return cfg.run
 
 

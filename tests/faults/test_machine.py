@@ -28,10 +28,10 @@ def test_a_clock_that_jumps_changes_nothing(train, monkeypatch, hours):
         steps.append(None)
         return really() + 3600 * hours * (len(steps) % 2)
 
-    monkeypatch.setattr(time, "time", jumps)
-    assert train("run=a", *settings, "steps=2") == 0
-    assert train("run=a", *settings) == 0
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", jumps)
+        assert train("run=a", *settings, "steps=2") == 0
+        assert train("run=a", *settings) == 0
     assert [weights("a", kind) for kind in KINDS] == [weights("whole", kind) for kind in KINDS]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 
-from reconverge import config
+from reconverge import checks, config
 from reconverge.errors import Exit, Stop
 from reconverge.progress import say
 
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not (arguments.seconds > 0 and arguments.gpu > 0):
         raise Stop(Exit.USAGE, f"--seconds {arguments.seconds:g} --gpu {arguments.gpu:g}", "numbers above 0", "--seconds 20 --gpu 1000")
     cfg = config.of_training(arguments.overrides)
-    config.check(cfg)
+    checks.check(cfg)
 
     import torch
 

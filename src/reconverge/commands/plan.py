@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from reconverge import config
+from reconverge import checks, config
 from reconverge.clock import Clock
 from reconverge.errors import Exit, Stop
 from reconverge.progress import panel
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     cfg = config.of_training(arguments.overrides)
-    config.check(replace(cfg, data=replace(cfg.data, root=cfg.data.root or ".")))  # images need not be here yet
+    checks.check(replace(cfg, data=replace(cfg.data, root=cfg.data.root or ".")))  # images need not be here yet
 
     from reconverge import describe, estimate, models, optim, pictures
     from reconverge.gradients import copies

@@ -23,7 +23,7 @@ class Stage:
 
     def __init__(self, source: Source, windows: Windows | None, folder: Path, gigabytes: float, copies: bool = True):
         """`copies`: one rank of a host does, and the others read what is there. Errors: Stop(USAGE) if two windows do not fit."""
-        assert isinstance(source, Shards), "config.check_data refuses data.stage for other data"
+        assert isinstance(source, Shards), "checks.check_data refuses data.stage for other data"
         assert windows is not None, "and for data.window=all"
         self.folder, self._source, self._windows, self._limit = folder, source, windows, gigabytes * 1e9
         largest = windows.width * max(shard["bytes"] for shard in source.shards)
