@@ -1,7 +1,9 @@
 # make demo   install what is missing, train on the bundled digits
-# make test   the same with the test tools, run the tests
+# make test   the same with the test tools, run the tests, in two processes or as many as PROCESSES= says
 PYTHON ?= python3
+PROCESSES ?= 2
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint clean
@@ -10,10 +12,10 @@ demo: .venv/installed
 	$(BIN)/python train.py
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
