@@ -1,8 +1,10 @@
 # make demo   install what is missing, train on the bundled digits
-# make test   the same with the test tools, run the tests
+# make test   the same with the test tools, run the tests, in two processes or as many as PROCESSES= says
 # make wheel  dist/*.whl, with native/ compiled in it if there are a C compiler and libjpeg-turbo's headers
 PYTHON ?= python3
+PROCESSES ?= 2
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint wheel clean
@@ -11,10 +13,10 @@ demo: .venv/installed
 	$(BIN)/python train.py
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """One warm process for most tests: torch and timm take seconds to import. What needs a real process starts one."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +22,16 @@ SMALL = ["data=folder", "batch=16", "microbatch=8", "epochs=4", "optim.warmup_ep
 # The same for many ranks: everything that is drawn is on, and eight microbatches a step, which two and four ranks add in other orders than one.
 DRAWN = ["augment.auto=rand-m9-mstd0.5-inc1", "augment.scale=[0.08,1.0]", "augment.flip=0.5", "augment.erase=0.5", "model.drop_path=0.3"]
 JOB = [*SMALL, "batch=64", "microbatch=8", *DRAWN, "optim.clip=1.0", "optim.warmup_epochs=0", "log_every=1", "recipe.name=mine"]
+
+
+settings.register_profile("tests", deadline=None)  # two processes, and what they start, share the cores
+settings.load_profile("tests")
+
+
+def pytest_collection_finish():
+    """What the imports have made stays for good: looking it through for garbage again and again would take a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +106,16 @@ def _main(script, arguments, monkeypatch):
             signal.signal(number, handler)
 
 
+def trained(folder, cache, *arguments):
+    """The runs that train.py makes in a folder, for a fixture that is made once: many tests copy it and go on from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HOME", str(cache))
+        torch.set_num_threads(1)
+        assert _main("train", [*SMALL, *arguments], patch) == 0
+    return folder / "runs"
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The first 12 training and 3 validation images of each of the bundled digits, as class folders."""
@@ -123,6 +145,22 @@ def small(digits):
 def train(monkeypatch, small):
     """train.py on a few digits with these arguments, in this process: its exit code."""
     return lambda *arguments: _main("train", [*small, *arguments], monkeypatch)
+
+
+@pytest.fixture
+def compose(monkeypatch):
+    """The checked configuration of these arguments, in this process."""
+
+    from reconverge import checks, config
+    from reconverge.settings import Train
+
+    def compose(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        cfg = config.from_command_line(ROOT / "conf", "config", Train)
+        checks.check(cfg)
+        return cfg
+
+    return compose
 
 
 @pytest.fixture

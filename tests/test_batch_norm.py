@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import weights
+from conftest import trained, weights
 from safetensors.torch import load_file
 from torch import nn
 
@@ -81,9 +81,16 @@ def test_running_statistics_equal_a_count_by_hand(train, digits, cache, checkpoi
         )
 
 
+@pytest.fixture(scope="module")
+def four_steps(digits, tmp_path_factory, cache):
+    """runs/whole: four steps with a checkpoint after each."""
+    return trained(tmp_path_factory.mktemp("four_steps"), cache, f"data.root={digits}", *EVERY, "run=whole")
+
+
 @pytest.fixture
-def whole(train):
-    assert train(*EVERY, "run=whole") == 0
+def whole(four_steps):
+    """The bits of that run, a copy of which is in runs/."""
+    shutil.copytree(four_steps, "runs")
     return [weights("whole", kind) for kind in KINDS]
 
 
@@ -104,7 +111,7 @@ def test_the_same_bits_when_resumed_at_every_step_and_with_other_workers(train, 
 
 @pytest.mark.slow
 def test_a_step_of_the_roadmap_keeps_the_same_bits(train):
-    arguments = ["model=roadmap/03_depthwise", "batch=8", "microbatch=4", "evaluate_every=0", "save_every=0", "optim.warmup_epochs=0"]
+    arguments = ["model=roadmap/03_depthwise", "batch=8", "microbatch=4", "evaluate_every=never", "save_every=0", "optim.warmup_epochs=0"]
     assert train(*arguments, "steps=3", "run=whole") == 0
     assert train(*arguments, "steps=2", "run=cut") == 0
     assert train(*arguments, "steps=3", "run=cut") == 0
@@ -118,7 +125,7 @@ def test_evaluating_between_steps_changes_nothing(train, whole):
 
 def test_a_suppressed_step_leaves_the_statistics_as_they_were(train):
     """fp16: a gradient that overflows; the statistics stay those of before, like the weights, and are not counted."""
-    given = [*RESNET, "steps=6", "save_every=1", "keep=9", "evaluate_every=0", "precision=fp16", "model.head_init_scale=3e4"]
+    given = [*RESNET, "steps=6", "save_every=1", "keep=9", "evaluate_every=never", "precision=fp16", "model.head_init_scale=3e4"]
     assert train(*given, "run=a", "augment.auto=none") == 0
     states = [saved("a", step) for step in range(1, 7)]
     assert all(tensor.isfinite().all() for state in states for tensor in state.values())

@@ -1,6 +1,9 @@
 import json
+import multiprocessing
 import os
-import subprocess
+import resource
+import signal
+import sys
 import time
 
 import pytest
@@ -45,7 +48,7 @@ def test_channels_last_weights_are_saved_with_the_same_bits(tmp_path):
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_flipped_bit_and_every_cut_is_found(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("checkpoint")
     save(folder, 1, 2)
@@ -97,27 +100,29 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["step-00000001"]
 
 
-SAVER = """
-import sys, torch
-from pathlib import Path
-from reconverge import checkpoint
-print("ready", flush=True)
-for step in range(1, 10_000):
-    checkpoint.save(Path(sys.argv[1]), step, {"model": {"w": torch.full((300_000,), float(step))}}, {})
-    checkpoint.prune(Path(sys.argv[1]), step, 2, None)
-"""
+def in_a_process(work, *arguments):
+    """Forked: torch is there already."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def save_without_end(folder):
+    for step in range(1, 10_000):
+        checkpoint.save(folder, step, {"model": {"w": torch.full((300_000,), float(step))}}, {})
+        checkpoint.prune(folder, step, 2, None)
 
 
 def test_kill_inside_a_save_leaves_a_valid_one(tmp_path):
-    import sys
-
     for kill in range(6):
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE)
-        process.stdout.readline()
+        process = in_a_process(save_without_end, tmp_path)
+        while not names(tmp_path):
+            assert process.is_alive()
+            time.sleep(0.01)
         time.sleep(0.15 + 0.037 * kill)
         process.kill()
-        process.wait()
-        process.stdout.close()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         path, skipped = checkpoint.newest_valid(tmp_path)
         assert skipped == []
         loaded, state = checkpoint.load(path)
@@ -138,21 +143,18 @@ def test_full_disk_keeps_the_old_one(small_disk):
 
 def test_write_errors_are_told_as_such(tmp_path):
     """A file-size limit stands for a disk that fills while it is written, past the look at free space."""
-    code = f"""
-import resource, signal, torch, sys
-from pathlib import Path
-from reconverge import checkpoint
-from reconverge.errors import Stop
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    checkpoint.save(Path({str(tmp_path)!r}), 2, {{"model": {{"w": torch.zeros(200_000)}}}}, {{}})
-except Stop as stop:
-    sys.exit(stop.code)
-"""
-    import sys
 
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 74
+    def save_within_a_limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            checkpoint.save(tmp_path, 2, {"model": {"w": torch.zeros(200_000)}}, {})
+        except Stop as stop:
+            sys.exit(stop.code)
+
+    process = in_a_process(save_within_a_limit)
+    process.join()
+    assert process.exitcode == 74
     assert os.listdir(tmp_path) == []
 
 

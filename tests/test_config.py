@@ -140,9 +140,10 @@ def test_help_shows_groups_choices_and_examples():
     assert "runs/NAME" in process("--help", script="eval.py").stdout
 
 
-def test_cfg_job_prints_what_would_run():
+def test_cfg_job_prints_what_would_run(compose):
     done = process("--cfg", "job", "--resolve", "model=convnext_t", "recipe=in1k")
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stderr
+    assert config.from_text(done.stdout, Train) == compose("model=convnext_t", "recipe=in1k")
     assert "drop_path: 0.1\n" in done.stdout
     assert "microbatch: 128\n" in done.stdout
     assert not Path("runs").exists()
@@ -168,13 +169,7 @@ def test_a_typo_in_a_recipe_file_is_named(tmp_path, monkeypatch, capsys):
     GlobalHydra.instance().clear()
 
 
-def compose(*arguments):
-    done = process("--cfg", "job", "--resolve", *arguments)
-    assert done.returncode == 0, done.stderr
-    return config.from_text(done.stdout, Train)
-
-
-def test_a_step_of_the_roadmap_is_a_model_by_its_folder():
+def test_a_step_of_the_roadmap_is_a_model_by_its_folder(compose):
     cfg = compose("model=roadmap/04_width_96", "recipe=in1k")
     assert (cfg.run, cfg.model.name, cfg.model.size) == ("roadmap_04_width_96-in1k-digits-s0", "roadmap_04_width_96", "t")
     assert (cfg.model.layer_scale, cfg.model.drop_path, cfg.microbatch) == (None, 0.1, 128)
@@ -182,13 +177,13 @@ def test_a_step_of_the_roadmap_is_a_model_by_its_folder():
     assert (cfg.run, cfg.model.size, cfg.model.layer_scale) == ("roadmap_b_15_downsampling-in1k-digits-s0", "b", 1e-6)
 
 
-def test_models_of_one_size_take_that_of_the_images_and_any_of_timms_its_name():
+def test_models_of_one_size_take_that_of_the_images_and_any_of_timms_its_name(compose):
     assert compose("model=swin_t", "model.drop_path=0.2", "microbatch=8", "augment.size=64", "evaluate.size=64").model.image_size == 64
     cfg = compose("model=timm", "model.timm=resnet18.a1_in1k")
     assert (cfg.run, cfg.model.name, cfg.model.timm, cfg.model.size) == ("resnet18.a1_in1k-demo-digits-s0", "resnet18.a1_in1k", "resnet18.a1_in1k", "t")  # fmt: skip
 
 
-def test_the_command_line_beats_debug_beats_recipe():
+def test_the_command_line_beats_debug_beats_recipe(compose):
     cfg = compose("recipe=in1k", "model=convnext_t", "debug=overfit", "optim.lr=5", "model.drop_path=0.33")
     assert (cfg.optim.lr, cfg.model.drop_path, cfg.mix.smoothing) == (5.0, 0.33, 0.0)
     assert compose("model=convnext_xl", "recipe=in1k", "model.drop_path=0.5", "microbatch=32").microbatch == 32
@@ -210,7 +205,7 @@ def test_recipes_state_every_setting_that_they_own():
             assert part in header
 
 
-def test_text_goes_both_ways():
+def test_text_goes_both_ways(compose):
     cfg = compose("optim.clip=1", "optim.eps=1e-7")
     assert config.from_text(config.to_text(cfg), Train) == cfg
     assert all(checks["help"] for schema in (Train, Eval) for _, _, checks in config.flat(schema()))
@@ -224,7 +219,7 @@ def test_batch_notice_tells_the_linear_rule(train, capsys):
     assert "not rescaled" not in capsys.readouterr().out
 
 
-def test_counts_in_epochs_and_steps():
+def test_counts_in_epochs_and_steps(compose):
     cfg = compose("batch=100", "microbatch=10", "epochs=10", "save_every=2epoch", "evaluate_every=7", "steps=55")
     clock = Clock.of(cfg, 1060)
     assert (clock.steps_per_epoch, clock.total, clock.end, clock.save_every, clock.evaluate_every) == (10, 100, 55, 20, 7)

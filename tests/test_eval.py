@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import trained
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms as tv
@@ -12,9 +13,17 @@ from reconverge import models
 from reconverge.settings import Model
 
 
+@pytest.fixture(scope="module")
+def six_steps(digits, tmp_path_factory, cache):
+    """runs/a: six steps, evaluated and saved after the third and the sixth."""
+    arguments = ["run=a", "steps=6", "save_every=3", "evaluate_every=3"]
+    return trained(tmp_path_factory.mktemp("six_steps"), cache, f"data.root={digits}", *arguments)
+
+
 @pytest.fixture
-def run(train):
-    assert train("run=a", "steps=6", "save_every=3", "evaluate_every=3") == 0
+def run(six_steps):
+    """A copy of that run, to be evaluated and harmed."""
+    shutil.copytree(six_steps, "runs")
     return Path("runs/a")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, _main, weights
+from conftest import SMALL, _main, trained, weights
 from safetensors.torch import load_file
 from test_pretrained import write_malicious
 
@@ -23,25 +23,17 @@ def halves(digits, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(halves, tmp_path_factory, cache):
+def low(halves, tmp_path_factory, cache):
     """runs/low: two steps on the digits 0 to 4, of another seed, with a checkpoint after each."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("HOME", str(cache))
-        torch.set_num_threads(1)
-        assert (
-            _main("train", [*SMALL, f"data.root={halves}/low", "run=low", "seed=1", "steps=2", "save_every=1", "evaluate_every=0"], patch)
-            == 0
-        )
-    return folder / "runs"
+    arguments = ["run=low", "seed=1", "steps=2", "save_every=1", "evaluate_every=never"]
+    return trained(tmp_path_factory.mktemp("low"), cache, f"data.root={halves}/low", *arguments)
 
 
 @pytest.fixture
-def tune(trained, halves, monkeypatch):
+def tune(low, halves, monkeypatch):
     """train.py on the digits 5 to 9 at 48 px, beside a copy of the run on 0 to 4."""
-    shutil.copytree(trained, "runs")
-    fixed = [*SMALL, f"data.root={halves}/high", "run=high", "augment.size=48", "evaluate.size=48", "evaluate_every=0"]
+    shutil.copytree(low, "runs")
+    fixed = [*SMALL, f"data.root={halves}/high", "run=high", "augment.size=48", "evaluate.size=48", "evaluate_every=never"]
     return lambda *arguments: _main("train", [*fixed, *arguments], monkeypatch)
 
 

@@ -58,7 +58,7 @@ def reference(digits, cache):
 
 def test_the_loop_equals_a_slow_one(train, digits, cache):
     settings = ["model.drop_path=0.5", "recipe.name=mine", "augment.scale=[0.08,1.0]", "augment.flip=0.5", "augment.auto=rand-m9-mstd0.5-inc1", "augment.erase=0.5",
-                f"optim.lr={LR}", f"optim.clip={CLIP}", f"optim.weight_decay={WEIGHT_DECAY}", f"ema.decay={DECAY}", "seed=3", "log_every=1", "evaluate_every=0"]  # fmt: skip
+                f"optim.lr={LR}", f"optim.clip={CLIP}", f"optim.weight_decay={WEIGHT_DECAY}", f"ema.decay={DECAY}", "seed=3", "log_every=1", "evaluate_every=never"]  # fmt: skip
     assert train("run=a", f"steps={STEPS}", *settings) == 0
     weights, average, losses, norms = reference(digits, cache)
     from test_train import metrics

@@ -29,7 +29,7 @@ def test_learning_rate_is_the_published_formula(epochs, steps, warmup):
     expected = published_schedule(4e-3, 1e-6, epochs, steps, warmup)
     settings, count = Optim(lr=4e-3, min_lr=1e-6), clock(steps, epochs, warmup)
     rates = [optim.learning_rate(settings, step, count) for step in range(epochs * steps)]
-    assert rates == pytest.approx(expected.tolist(), rel=1e-12, abs=0)
+    np.testing.assert_allclose(rates, expected, rtol=1e-12, atol=0)
     assert len(rates) == len(expected)
 
 

@@ -8,14 +8,14 @@ from reconverge.data.order import Order
 
 
 @given(images=st.integers(1, 5000), seed=st.integers(0, 2**32), epoch=st.integers(0, 1000))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_image_once_an_epoch(images, seed, epoch):
     ids = order.permuted(np.arange(images), images, seed, order.VERSION, epoch)
     assert np.array_equal(np.sort(ids), np.arange(images))
 
 
 @given(images=st.integers(2, 5000), data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_each_position_alone_gives_what_all_together_give(images, data):
     position = data.draw(st.integers(0, images - 1))
     whole = order.permuted(np.arange(images), images, 3, order.VERSION, 5)
@@ -46,7 +46,7 @@ def test_opening_costs_the_same_at_any_size():
 
 
 @given(images=st.integers(16, 300), microbatch=st.sampled_from([2, 4, 8]), start=st.integers(0, 30))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_microbatches_partition_the_epoch_and_start_anywhere(images, microbatch, start):
     batch = 16
     images_of = Order(images, batch, microbatch, seed=9)

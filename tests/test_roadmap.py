@@ -118,6 +118,10 @@ def settings(name, **given):
     return Model("roadmap_" + name, "t", **{"drop_path": 0.0, "layer_scale": None, **given})
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def test_the_steps_are_those_of_tables_10_and_11():
     assert ["roadmap_" + name for name in SIZES] == [name for name in models.MODELS if name.startswith("roadmap")]
 
@@ -129,7 +133,7 @@ def test_structure_is_the_typed_one(name):
     assert structure(net.eval()) == expected(name)
 
 
-@pytest.mark.parametrize(("name", "timm_name"), [("15_downsampling", "convnext_tiny"), ("b_15_downsampling", "convnext_base")])
+@pytest.mark.parametrize(("name", "timm_name"), [("15_downsampling", "convnext_tiny"), slow("b_15_downsampling", "convnext_base")])
 def test_the_last_step_is_convnext(name, timm_name):
     """The same function as timm's: weights mapped by hand, logits of two images at 64 px."""
     import timm
@@ -153,7 +157,7 @@ def test_the_last_step_is_convnext(name, timm_name):
         assert ours(images).std() > 0.1
 
 
-@pytest.mark.parametrize("name", ["15_downsampling", "b_15_downsampling"])
+@pytest.mark.parametrize("name", ["15_downsampling", slow("b_15_downsampling")])
 def test_the_last_step_starts_as_convnext(name):
     last = models.build(settings(name, layer_scale=1e-6), 1000, 0)
     for path, module in last.named_modules():
@@ -206,10 +210,7 @@ def fit(name):
     return losses
 
 
-QUICK = ("00_resnet50", "03_depthwise", "06_depthwise_first")
-
-
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES])
+@pytest.mark.parametrize("name", [name if name == "03_depthwise" else slow(name) for name in SIZES])
 def test_every_step_learns(name):
     losses = fit(name)
     assert losses[-1] <= 0.8 * losses[0]

@@ -178,7 +178,7 @@ def test_a_data_set_without_validation_images_is_refused_unless_none_are_asked_f
 
 
 def test_training_resumes_bit_by_bit_on_shards_in_windows_with_local_copies(shards, train):
-    base = ["data=shards", f"data.root={shards}", "data.window=2", "steps=8", "save_every=3", "augment.repeats=2"]
+    base = ["data=shards", f"data.root={shards}", "data.window=2", "steps=8", "save_every=3", "augment.repeats=2", "evaluate_every=never"]
     assert train(*base, "run=whole") == 0
     assert train(*base, "run=parts", "data.stage=here", "steps=4") == 0
     assert train(*base, "run=parts", "data.stage=here", "workers=1") == 0
@@ -217,7 +217,7 @@ def test_a_damaged_image_is_replaced_when_asked_the_same_in_every_layout(copy, t
     for sample in damaged:
         path, at, size, _ = place(copy, sample)
         edit(path, flip(at + size // 2))
-    base = ["data=shards", f"data.root={copy}", "data.on_bad_image=substitute", "steps=8"]
+    base = ["data=shards", f"data.root={copy}", "data.on_bad_image=substitute", "steps=8", "evaluate_every=never"]
     assert train(*base, "run=a") == 0
     said = capsys.readouterr().out
     assert "3 damaged images were replaced (quarantine.jsonl)" in said

@@ -96,7 +96,7 @@ def test_again_says_finished(train, capsys):
 
 def test_the_same_command_gives_the_same_bits_in_another_process(train, start):
     """R1, and the workers of R3."""
-    arguments = ["steps=5", "evaluate_every=0"]
+    arguments = ["steps=5", "evaluate_every=never"]
     assert train(*arguments, "run=a") == 0
     process = start(*arguments, "run=b", "workers=2")
     assert process.wait(180) == 0
@@ -142,14 +142,14 @@ def test_fp16_overflow_skips_the_update_and_the_clock_goes_on(train, capsys):
 def test_a_full_disk_keeps_the_last_good_checkpoint(train, small_disk, monkeypatch, capsys):
     subprocess.run(["mount", "-o", "remount,size=75m", str(small_disk)], check=True)  # one checkpoint of 54 MB, not two
     monkeypatch.chdir(small_disk)
-    assert train("run=a", "steps=4", "save_every=1", "evaluate_every=0") == 74
+    assert train("run=a", "steps=4", "save_every=1", "evaluate_every=never") == 74
     assert "24 MB free for a checkpoint of 54 MB" in capsys.readouterr().err
     from reconverge import checkpoint
 
     path, skipped = checkpoint.newest_valid(Path("runs/a/checkpoints"))
     assert (path.name, skipped) == ("step-00000001", [])
     subprocess.run(["mount", "-o", "remount,size=400m", str(small_disk)], check=True)
-    assert train("run=a", "steps=4", "save_every=1", "evaluate_every=0") == 0
+    assert train("run=a", "steps=4", "save_every=1", "evaluate_every=never") == 0
 
 
 def test_a_broken_image_stops_with_its_name(train, digits, tmp_path, capsys):
@@ -255,7 +255,7 @@ def test_a_file_where_a_folder_is_wanted(train, capsys):
 def test_a_reader_that_goes_away_does_not_end_the_training(small):
     import shlex
 
-    command = f"{sys.executable} {ROOT}/train.py {shlex.join(small)} run=a steps=6 log_every=1 evaluate_every=0 | head -3"
+    command = f"{sys.executable} {ROOT}/train.py {shlex.join(small)} run=a steps=6 log_every=1 evaluate_every=never | head -3"
     subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL, timeout=100)
     for _ in range(100):
         if json.loads(Path("runs/a/status.json").read_text())["reason"] == "done":

@@ -38,16 +38,24 @@ def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
     """Compose `conf/name.yaml` with sys.argv. Ends the process (exit 0) after --help, --cfg and completion. Errors: Stop(USAGE)."""
     for argument in sys.argv[1:]:
         _refuse_override(argument)
-    composed: list[DictConfig] = []
     ConfigStore.instance().store(name="schema", node=schema)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of a report of Hydra's own and exit 1
     try:
-        hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(composed.append)()
-        if not composed:
-            sys.exit(0)
-        return _typed(composed[0], schema)
+        if any(argument.startswith("-") for argument in sys.argv[1:]):
+            return _typed(_answered(conf, name), schema)
+        with hydra.initialize_config_dir(str(conf.absolute()), job_name=name, version_base="1.3"):
+            return _typed(hydra.compose(name, sys.argv[1:]), schema)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null or a number
         raise _explain(error, schema, conf) from None
+
+
+def _answered(conf: Path, name: str) -> DictConfig:
+    """Let Hydra answer --help, --cfg or completion, which ends the process; it would compose twice where it goes on."""
+    composed: list[DictConfig] = []
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of a report of Hydra's own and exit 1
+    hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(composed.append)()
+    if not composed:
+        sys.exit(0)
+    return composed[0]  # flags that ask nothing, such as --package alone
 
 
 def combinations(arguments: list[str]) -> list[list[str]]:
