@@ -30,6 +30,9 @@ def records(one: Path, other: Path, first: int, last: int) -> str | None:
 
 def checkpoints(one: Path, other: Path) -> str | None:
     """Of two checkpoints' files the first that differs, and the first tensor in it; None: they have the same hashes."""
+    for path in (one, other):
+        if not (path / "MANIFEST.json").exists():
+            return f"{path} is missing"
     mine, theirs = ({name: entry["sha256"] for name, entry in manifest(path).items()} for path in (one, other))
     for name in FILES:
         if mine.get(name) != theirs.get(name):

@@ -10,6 +10,7 @@ COMMANDS = {
     "prepare": "from what people download to verified shards",
     "check": "read every byte of prepared shards, name each fault",
     "verify": "train some steps of a run again, and compare them bit by bit",
+    "selftest": "try the promises on this machine, in a few minutes",
     "batch": "the images of one step of a run, with their keys",
     "bench": "measure the loader alone",
     "plan": "what a training will be, without training",
