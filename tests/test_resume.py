@@ -122,7 +122,7 @@ def kill_until_done(start, arguments, kills, seed):
         process.wait()
         assert process.returncode == -signal.SIGKILL, f"kill {kill} came too late"
     process = start(*arguments, "workers=1")
-    said = process.communicate(timeout=120)[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     assert "took over from process" in said
 
