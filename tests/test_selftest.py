@@ -48,7 +48,7 @@ BREAKS = {
     "broadcast BatchNorm buffers": (
         "batchnorm", "train.py",
         "        statistics.settle(skip)",
-        "        world.broadcast(net)",
+        "        world.broadcast(net.buffers())",
     ),
     "a dropped sample": (
         "samples", "src/reconverge/data/order.py",

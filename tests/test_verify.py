@@ -137,6 +137,8 @@ def test_a_run_of_many_ranks_is_trained_again_by_as_many(train, verify):
     code, said = verify("runs/tree", "--ranks", "2")
     assert code == 0, said
     assert "again, on 2 ranks" in said
+    code, said = verify("runs/tree", "--ranks", "3")
+    assert (code, "given    3 ranks for 8 microbatches a step with reduce=tree" in said, "elastic" in said) == (78, True, False)
     assert train("run=ddp", *command) == 0
     code, said = verify("runs/ddp", "--ranks", "2")
     assert (code, "ranks: the run had 1, and here it is 2" in said) == (78, True)

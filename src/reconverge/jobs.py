@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from reconverge.environment import ROOT
@@ -29,7 +30,7 @@ def command(script: Path, ranks: int) -> list[str]:
 @contextmanager
 def started(command: list[str], log: Path, folder: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A process in `folder` (None: this one), whose words go to `log`. It ends with the context; a signal from the keyboard does not reach it."""
-    with open(log, "ab") as words:
+    with open(log, "wb") as words:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=words, stderr=words, cwd=folder, start_new_session=True)
     try:
         yield process
@@ -43,5 +44,6 @@ def started(command: list[str], log: Path, folder: Path | None = None) -> Iterat
 
 
 def last_words(log: Path, lines: int = 12) -> str:
-    """The end of what a job said."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    """The end of what a job said, before torchrun's report of it."""
+    said = takewhile(lambda line: "torch/distributed/elastic" not in line, log.read_text(errors="replace").splitlines())
+    return "\n".join(list(said)[-lines:])
