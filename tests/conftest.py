@@ -319,6 +319,12 @@ def pytest_addoption(parser):
     parser.addoption("--rewrite-golden", action="store_true", help="write tests/golden anew, for a change that is meant")
 
 
+def require(what, there, lacking):
+    """Skip where this machine lacks something; fail instead where RECONVERGE_REQUIRE names it, as .ci/run does of what it installed."""
+    if not there:
+        (pytest.fail if what in os.environ.get("RECONVERGE_REQUIRE", "").split(",") else pytest.skip)(lacking)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 2 MB, mounted for the test; needs root."""

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from reconverge import world
 from reconverge.errors import Exit, Stop
 from reconverge.gradients import Gradients, copies, merges
 from reconverge.passes import Passes, block, worlds
@@ -347,3 +349,22 @@ def test_restarts_need_a_rendezvous_that_finds_together_again(digits):
     assert done.returncode == 1
     assert "a c10d rendezvous" in done.stderr
     assert "--standalone" in done.stderr
+
+
+def test_ranks_that_start_again_meet_only_each_other(monkeypatch):
+    """In one store, as torchrun keeps it over restarts: a rank that is back early waits, whatever an earlier start left there."""
+    store = torch.distributed.HashStore()
+    names = []
+    for _start in range(3):
+        with ThreadPoolExecutor() as pool:
+            early = pool.submit(world._met, store, 1, 2, 30)
+            with pytest.raises(TimeoutError):
+                early.result(timeout=0.3)
+            assert world._met(store, 0, 2, 30) == early.result(timeout=10)
+            names.append(early.result())
+    assert len(set(names)) == 3
+    with pytest.raises(RuntimeError, match="of an earlier start"):
+        world._met(store, 0, 2, 0.3)
+    monkeypatch.setattr(world, "told_to_stop", lambda: True)
+    with pytest.raises(Stop, match="before all ranks had come"):
+        world._met(store, 0, 2, 0.3)

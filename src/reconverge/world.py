@@ -7,7 +7,9 @@ import ctypes
 import json
 import os
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -17,9 +19,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from xxhash import xxh3_64_hexdigest
 
 from reconverge import environment, ranks
 from reconverge.errors import Exit, Stop, explain
+from reconverge.signals import told_to_stop
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ANSWER = 5.0  # seconds in which a rank that lives says so, when others are missed
@@ -38,7 +42,10 @@ def group(minutes: float) -> Iterator[None]:
     global _store, _timeout
     _timeout = timedelta(minutes=minutes)
     try:
-        _store, rank, size = next(dist.rendezvous("env://", timeout=_timeout))
+        store, rank, size = next(dist.rendezvous("env://", timeout=_timeout))
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        _store = dist.PrefixStore(_met(store, rank, size, 60 * minutes), store)
         dist.init_process_group("gloo", store=dist.PrefixStore("group", _store), rank=rank, world_size=size, timeout=_timeout)
     except (RuntimeError, ValueError) as error:
         raise Stop(
@@ -52,6 +59,27 @@ def group(minutes: float) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _met(store: dist.Store, rank: int, size: int, seconds: float) -> str:
+    """A name that the ranks of this start alone know, once all of them have it. Errors: RuntimeError, Stop(PREEMPTED).
+
+    torchrun keeps one store over restarts, and hosts may count these differently: what ranks of an earlier start left in it, their
+    addresses above all, must not be taken for that of this one. A name is made from what each rank wrote anew, so an old one never fits.
+    """
+    hellos, names = ([f"{what}/{other}" for other in range(size)] for what in ("hello", "name"))
+    store.set(hellos[rank], uuid.uuid4().hex)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if store.check(hellos):
+            name = xxh3_64_hexdigest(b"".join(store.multi_get(hellos)))
+            store.set(names[rank], name)
+            if store.check(names) and set(store.multi_get(names)) == {name.encode()}:
+                return name
+        if told_to_stop():
+            raise Stop(Exit.PREEMPTED, "a signal, before all ranks had come", "nothing was begun", "run the same command again")
+        time.sleep(0.1)
+    raise RuntimeError(f"of {size} ranks {sum(store.check([hello]) for hello in hellos)} came, or some of them are of an earlier start")
 
 
 @contextmanager
@@ -94,24 +122,26 @@ def _of_a_collective(error: BaseException) -> bool:
 def _leave_word(error: BaseException) -> None:
     """For the others, who will miss this rank, why it goes."""
     args = list(error.args) if isinstance(error, Stop) else [int(Exit.BUG), repr(error), "no exception", "see its errors/ file"]
-    try:
+
+    def leave() -> None:
         _store.set(f"left/{dist.get_rank()}", json.dumps(args))
         _await_answers(2.0)  # rank 0 may hold the store: the others must have read it before it ends
         if isinstance(error, Stop) and dist.get_rank() > 0 and _store.check(["left/0"]):
             error.told = json.loads(_store.get("left/0")) == args  # what stops all ranks is said once
-    except (RuntimeError, TypeError):
-        pass  # nobody is there to read it
+
+    _with_store(leave, 4.0)
 
 
 def _named(error: BaseException) -> Stop:
     """Who is missing. Every rank that lives says so in the store, and those that stopped have left their reason there."""
-    me, size = dist.get_rank(), dist.get_world_size()
-    try:
-        _store.set(f"here/{me}", "")
+    size = dist.get_world_size()
+
+    def answers() -> tuple[list[int], dict[int, Any]]:
+        _store.set(f"here/{dist.get_rank()}", "")
         missing = _await_answers(ANSWER)
-        left = {rank: json.loads(_store.get(f"left/{rank}")) for rank in missing if _store.check([f"left/{rank}"])}
-    except RuntimeError:
-        missing, left = [], {}
+        return missing, {rank: json.loads(_store.get(f"left/{rank}")) for rank in missing if _store.check([f"left/{rank}"])}
+
+    missing, left = _with_store(answers, 2 * ANSWER) or ([], {})
     for rank, (code, given, allowed, change) in sorted(left.items(), key=lambda item: item[1][0] == Exit.LOST):
         return Stop(Exit(code), f"rank {rank}: {given}", allowed, change)
     who = f"rank {', '.join(map(str, missing))} of {size}" if missing else "the rank that holds the store, or the network to it,"
@@ -121,6 +151,22 @@ def _named(error: BaseException) -> Stop:
         "ranks that answer within world_timeout",
         "run the same command again: it goes on from the last checkpoint; errors/ and the launcher's log may say why it was lost",
     )
+
+
+def _with_store(function: Callable[[], Value], seconds: float) -> Value | None:
+    """What `function`, which asks the store, gives; None if the store's rank is gone, or a link to it is cut: then torch's calls do not return."""
+    found: list[Value] = []
+
+    def ask() -> None:
+        try:
+            found.append(function())
+        except (RuntimeError, TypeError):
+            pass  # nobody is there
+
+    thread = threading.Thread(target=ask, daemon=True, name="store")
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
 
 
 def _await_answers(seconds: float) -> list[int]:

@@ -1,0 +1,145 @@
+"""launch/local.sh: torchrun's ranks on this machine, and the exit code of the run, which torchrun loses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL, weights
+
+LOCAL = str(ROOT / "launch" / "local.sh")
+SEEDS = str(ROOT / "launch" / "seeds.sh")
+JOB = [*SMALL, "device=cpu", "model=timm", "model.timm=test_resnet", "save_every=0", "evaluate_every=never", "log_every=1", "epochs=40", "optim.warmup_epochs=0"]  # fmt: skip
+
+
+@pytest.fixture
+def launch(digits):
+    """A script with train.py's arguments for a small job, in a process group of its own, as a terminal starts it."""
+    processes = []
+
+    def launch(*options, script=LOCAL):
+        process = subprocess.Popen(
+            [script, *options, *JOB, f"data.root={digits}"],
+            env=os.environ | {"PYTHON": sys.executable},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield launch
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=60)
+
+
+def seen(process, text):
+    """Its output up to a line that begins with `text`."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(text):
+            return "".join(lines)
+    raise AssertionError("".join(lines))
+
+
+def ended(process):
+    said = process.communicate(timeout=240)[0]
+    return process.returncode, said
+
+
+def status(run):
+    return json.loads((Path("runs") / run / "status.json").read_text())
+
+
+def test_what_is_mistyped_is_said_once_and_at_once(launch):
+    for script, options, part in (
+        (LOCAL, ["--ranks=2", "epohcs=3"], "change   epochs"),
+        (LOCAL, ["--ranks", "two"], "--ranks two"),
+        (LOCAL, ["--ranks=2", "-m", "seed=0,1", "--cfg"], "-m with --cfg"),
+        (SEEDS, ["0", "one", "--"], "whole numbers"),
+        (SEEDS, ["0", "1"], "and then --"),
+    ):
+        began = time.monotonic()
+        code, said = ended(launch(*options, script=script))
+        assert code == 2
+        assert said.count(part) == 1, said
+        assert "torch" not in said
+        assert time.monotonic() - began < 20  # two seconds, on a machine that does nothing else
+    assert not Path("runs").exists()
+
+
+def test_without_a_gpu_the_number_of_ranks_is_asked_for(launch):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    code, said = ended(launch())
+    assert code == 2
+    assert "--ranks N" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_to_the_script_saves_the_step_and_it_returns_75(launch, name):
+    process = launch("--ranks=2", "run=a", "steps=120")
+    seen(process, "step 3/")
+    os.kill(process.pid, getattr(signal, name))
+    os.kill(process.pid, getattr(signal, name))  # again at once, as schedulers do
+    code, said = ended(process)
+    assert code == 75, said
+    assert (status("a")["reason"], status("a")["exit_code"]) == ("preempted", 75)
+    assert f"{name}: step {status('a')['step']} is saved" in said
+    if name == "SIGTERM":
+        code, said = ended(launch("--ranks=2", "run=a", f"steps={status('a')['step'] + 2}"))
+        assert code == 0, said
+        assert "resumed after step" in said
+        # status.json still says 0, of the start before: what this one ends with is another thing.
+        code, said = ended(launch("--ranks=2", "run=a", "seed=1"))
+        assert code == 78, said
+        assert status("a")["exit_code"] == 0
+
+
+@pytest.mark.slow
+def test_a_terminals_ctrl_c_reaches_the_ranks_once(launch):
+    process = launch("--ranks=2", "run=a", "steps=120")
+    seen(process, "step 3/")
+    os.killpg(process.pid, signal.SIGINT)  # the group in the foreground
+    code, said = ended(process)
+    assert code == 75, said
+    assert "Traceback" not in said[: said.index("is saved in runs/a")]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_with_the_same_bits_or_ends_with_69(launch, digits):
+    for run, restarts, expected in (("again", 1, 0), ("once", 0, 69)):
+        process = launch(f"--max-restarts={restarts}", "--ranks", "2", f"run={run}", "steps=30", "save_every=5", "keep=9")
+        seen(process, "step 7/")
+        ranks = f"^{sys.executable} -u {ROOT}/train.py run={run} .*data.root={digits}"
+        pids = subprocess.run(["pgrep", "-f", ranks], capture_output=True, text=True).stdout.split()
+        assert len(pids) == 2
+        os.kill(int(pids[-1]), signal.SIGKILL)
+        code, said = ended(process)
+        assert code == expected, said
+    assert status("once")["exit_code"] == 69
+    assert ended(launch("--ranks=2", "run=once", "steps=30", "save_every=5", "keep=9"))[0] == 0
+    assert ended(launch("--ranks=2", "run=whole", "steps=30"))[0] == 0
+    for kind in ("model", "ema", "optimizer"):
+        assert weights("again", kind) == weights("once", kind) == weights("whole", kind)
+
+
+@pytest.mark.slow
+def test_seeds_are_runs_of_several_ranks_each(launch):
+    code, said = ended(launch("--ranks=2", "0", "1", "--", "steps=2", script=SEEDS))
+    assert code == 0, said
+    assert said.count("2 ranks by torchrun") == 2
+    table = [line.split()[:2] for line in said[said.rindex("\nrun ") :].splitlines()[2:]]
+    assert [row for row in table if row[0].endswith(("s0", "s1"))] == [[f"test_resnet-demo-folder-s{seed}", "0"] for seed in (0, 1)]
+    assert weights("test_resnet-demo-folder-s0") != weights("test_resnet-demo-folder-s1")
