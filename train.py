@@ -66,6 +66,8 @@ def train(cfg: Train, run: Run) -> int:
     run.fact("ranks", "a power of two" if tree else world.size, free=True)
     run.fact("forward_images", cfg.forward_images or cfg.microbatch, free=True)
     decoder = " and ".join(sorted(set(world.gather_objects(native.choose(cfg.data.native)))))
+    fast = cfg.data.decode == "fast"  # exact has the same pixels with native/ and without
+    run.fact("pixels", world.agree("pixels", f"fast, {'native' if native.chosen() else 'torch'} first" if fast else "exact"))
 
     training, validation = world.rank_0_first(lambda: sources.open_sources(cfg.data))
     fingerprints = {"train": training.fingerprint, "val": validation.fingerprint if validation else None, "order": order.VERSION}

@@ -56,13 +56,13 @@ def check(cfg: Train) -> None:
         for key, unread in (("init_head", cfg.init_head != "auto"), ("init_strict", not cfg.init_strict)):
             if unread:
                 raise Stop(Exit.USAGE, f"{key}={getattr(cfg, key)} without init", help_of(Train, "init"), f"init=..., or {key} as it was")
-    known = {key for key, *_ in flat(cfg)} | {"code", "versions", "data", "hardware"}
+    known = {key for key, *_ in flat(cfg)} | {"code", "versions", "data", "hardware", "pixels"}
     for name in cfg.resume_allow:
         if name not in known:
             raise Stop(
                 Exit.USAGE,
                 f"resume_allow={name}",
-                "a setting, or code, data, versions, hardware",
+                "a setting, or code, data, versions, hardware, pixels",
                 f"resume_allow=[{closest(name, known)}]",
             )
     if cfg.augment.repeats > cfg.batch // cfg.microbatch:

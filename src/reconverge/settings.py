@@ -120,7 +120,7 @@ class Data:
     mean: list[float] = setting([0.485, 0.456, 0.406], "of R, G, B in 0..1 (ImageNet's)")
     std: list[float] = setting([0.229, 0.224, 0.225], "of R, G, B in 0..1 (ImageNet's)")
     dataset: str | None = setting(None, "shards only: what dataset.json must say that it is; null takes any")
-    decode: str = setting("exact", "of training images: exact has Pillow's pixels; fast resamples with torch: 0.04 of 255 off on average", ("exact", "fast"))
+    decode: str = setting("exact", "of training images: exact has Pillow's pixels; fast resamples with torch where native/ does not serve: 0.04 of 255 off on average", ("exact", "fast"))
     native: str = setting("auto", "the C library of native/, which gives the same pixels sooner: auto where it can be used; on refuses to start without it", ("auto", "on", "off"), free=True)
     window: str = setting("all", "shuffle over everything, or, for sequential reading, within windows of so many shards", pattern=r"all|[1-9][0-9]*")
     stage: str | None = setting(None, "folder on a local disk, to which the shards of the coming windows are copied; null reads them where they are", free=True)
