@@ -111,7 +111,8 @@ class Cluster:
 
     def at_once(self, job):
         """What was queued again waits for two minutes, unless it is told otherwise once its nodes are free."""
-        if self.state(job) == "PENDING":
+        if self.state(job) == "PENDING" and self.state(job, "Restarts") != "0":
+            time.sleep(2)  # within the second in which it ended, nodes take it for the job that they have just been told to end
             self.ask("scontrol", "update", f"JobId={job}", "StartTime=now", code=None)
 
     def ends(self, job, seconds=150):
