@@ -27,11 +27,6 @@ BREAKS = {
         "        return dist.all_reduce(values,",
         "        values.div_(self.size)\n        return dist.all_reduce(values,",
     ),
-    "sums in the order of each world": (
-        "R4", "src/reconverge/gradients.py",
-        "        if not self._tree or rest:\n            return",
-        "        return",
-    ),
     "broadcast BatchNorm buffers": (
         "batchnorm", "train.py",
         "        statistics.settle(skip)",
