@@ -227,6 +227,36 @@ def test_hold_out_and_lossy_copy(reconverge, tmp_path):
     assert min(Image.open(io.BytesIO(train.read(0))).size) == 32
 
 
+def test_files_of_others_are_not_replaced(reconverge, tmp_path):
+    source = archives.class_folders(tmp_path / "source", GOOD, VAL)
+    theirs = tmp_path / "made" / "train-000000.tar"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"precious")
+    code, said = reconverge("prepare", source, "--to", tmp_path / "made")
+    assert (code, "holds train-000000.tar" in said) == (2, True)
+    assert theirs.read_bytes() == b"precious"
+    assert [path.name for path in theirs.parent.iterdir()] == [theirs.name]
+
+
+def test_a_split_without_images_is_refused(reconverge, tmp_path):
+    source = archives.fall11(tmp_path / "source", GOOD)
+    code, said = reconverge("prepare", source, "--to", tmp_path / "made", "--hold-out", "0.001")
+    assert (code, "leaves no image in val" in said) == (2, True)
+
+
+@pytest.mark.parametrize("text", ["\ufeffImageId,PredictionString\n", "Id,Label\nx,y\n", "ImageId,PredictionString\nx,\n"])
+def test_a_list_of_labels_with_other_columns_is_damaged(reconverge, tmp_path, text):
+    """A mark at the beginning of the text, as some editors leave it, is none of them."""
+    source = archives.kaggle(tmp_path / "source", GOOD, VAL)
+    (path,) = source.rglob("LOC_val_solution.csv")
+    if text.startswith("\ufeff"):
+        path.write_bytes(text.encode()[:3] + path.read_bytes())
+    else:
+        path.write_text(text)
+    code, said = reconverge("prepare", source, "--to", tmp_path / "made")
+    assert (code, "LOC_val_solution.csv" in said) == ((0, False) if text.startswith("\ufeff") else (65, True)), said
+
+
 def test_wrong_input(reconverge, tmp_path):
     source = archives.official(tmp_path / "source", GOOD, VAL)
     (tmp_path / "empty").mkdir()
@@ -236,7 +266,12 @@ def test_wrong_input(reconverge, tmp_path):
     assert reconverge("prepare", source, "--to", tmp_path / "b")[0] == 0
     code, said = reconverge("prepare", source, "--to", tmp_path / "b")
     assert (code, "finished data set" in said) == (2, True)
+    code, said = reconverge("prepare", source, "--to", tmp_path / "d", "--hold-out", "20")
+    assert (code, "validation images" in said) == (2, True)
     assert reconverge("check", tmp_path / "empty")[0] == 66
+    (source / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"no archive")
+    code, said = reconverge("prepare", source, "--to", tmp_path / "e")
+    assert (code, "devkit" in said) == (65, True)
     (source / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     code, said = reconverge("prepare", source, "--to", tmp_path / "c")
     assert (code, "devkit" in said) == (66, True)

@@ -360,14 +360,29 @@ def _val_labels(root: Path) -> dict[str, str]:
 
 def _solution(text: bytes) -> dict[str, str]:
     """Rows read `ILSVRC2012_val_00000001,n01751748 111 108 329 150 ...`: the synset of each box, which is the same in all."""
-    return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(io.StringIO(text.decode()))}
+    try:
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(io.StringIO(text.decode("utf-8-sig")))}
+    except (KeyError, IndexError, AttributeError, UnicodeDecodeError) as error:
+        raise Stop(
+            Exit.DAMAGED,
+            f"LOC_val_solution.csv: {error!r}",
+            "columns ImageId and PredictionString, which begins with a synset",
+            "download it again",
+        ) from error
+
+
+def _whole_archive(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise Stop(Exit.DAMAGED, f"{path}: {error}", "the archive as it was published", "download it again") from error
 
 
 def _devkit(path: Path) -> dict[str, str]:
     """The ground truth lists challenge ids; meta.mat says which synset each one is (not in sorted order)."""
     from scipy.io import loadmat
 
-    with tarfile.open(path) as archive:
+    with _whole_archive(path) as archive:
         files = {os.path.basename(member.name): archive.extractfile(member) for member in archive if member.isfile()}
         truth, meta = files.get("ILSVRC2012_validation_ground_truth.txt"), files.get("meta.mat")
         if truth is None or meta is None:

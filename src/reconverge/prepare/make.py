@@ -45,6 +45,14 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
     if (to / "dataset.json").exists():
         raise Stop(Exit.USAGE, f"{to} holds a finished data set", "a new folder", "another --to, or reconverge check")
     work = to / ".preparing"
+    strangers = [path.name for path in sorted(to.glob("*"))] if not work.exists() and to.resolve() != source.resolve() else []
+    if strangers:
+        raise Stop(
+            Exit.USAGE,
+            f"{to} holds {', '.join(strangers[:3])}{' and more' if strangers[3:] else ''}, which is not a data set begun here",
+            "a new folder, an empty one, or one that this command began: files in it are replaced",
+            "another --to",
+        )
     work.mkdir(parents=True, exist_ok=True)
     lock = Lock(to / ".lock")
     try:
@@ -79,6 +87,13 @@ def _scattered(
     found = {split: scatter.names(split) for split in plan["shards"]}
     parts = _indexed(to, work, found, threads, lambda sample: None)
     for split, made in parts.items():
+        if not sum(made["images"]):
+            raise Stop(
+                Exit.USAGE,
+                f"--hold-out {options.hold_out:g} leaves no image in {split}",
+                "a share that gives each split some images",
+                f"another --hold-out, after rm -r {to}",
+            )
         if made["content"] != scatter.state["content"].get(split, 0):
             raise Stop(
                 Exit.DISK, f"{to}: the shards of {split} are not what was written", "a disk that keeps what it is given", "another --to"
@@ -114,7 +129,9 @@ def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
     classes = layout.classes()
     if not classes:
         raise Stop(Exit.MISSING, f"{layout.kind}: no class", "one folder or tar a class", "the path")
-    held = {"train": 1 - options.hold_out / 100, "val": options.hold_out / 100} if options.hold_out and "val" not in layout.splits else {}
+    if options.hold_out and "val" in layout.splits:
+        raise Stop(Exit.USAGE, f"--hold-out {options.hold_out:g} for a source with validation images", "one or the other", "no --hold-out")
+    held = {"train": 1 - options.hold_out / 100, "val": options.hold_out / 100} if options.hold_out else {}
     sizes = {split: layout.bytes["train"] * share for split, share in held.items()} or layout.bytes
     plan = asked | {
         "classes": synsets.described(classes),
