@@ -98,6 +98,8 @@ EFFECTS = [
     ("tracker.name", [], "tracker=tensorboard", "folder"),
     ("debug.overfit", [], "debug.overfit=true", "weights"),
     ("debug.profile", ["steps=4"], "debug.profile=1", "folder"),
+    ("forward_images", [], "forward_images=4", "block calls"),
+    ("reduce", ["batch=32", "microbatch=4"], "reduce=tree", "weights"),
 ]  # fmt: skip
 EVALUATED = {"raw_loss", "evaluated", "evaluation calls"}
 ELSEWHERE = {
@@ -108,6 +110,7 @@ ELSEWHERE = {
     "recipe.expected": "test_recipes.py: the end of a run compares",
     "recipe.noise": "test_recipes.py: the end of a run compares",
     "recipe.microbatch": "test_recipes.py: every recipe for every size",
+    "world_timeout": "faults/test_lost_ranks.py (slow): a rank that stands still is named after it",
     "compile": "test_train.py (slow): the compiled model trains to the same loss",
     "resume_allow": "test_resume.py: a change is refused, and allowed by name",
     "data.on_bad_image": "test_shards.py: damaged images stop the run, or are replaced when asked",

@@ -37,7 +37,7 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     for part in ("3.38 M parameters", "16 images = 2 microbatches x 8", "7 of them warm-up", "half-life 34 steps, 4.9 epochs", "120 training", "R2 resumed", "runs/a/"):  # fmt: skip
         assert part in said
     environment = json.loads((folder / "environment.json").read_text())
-    assert set(environment["facts"]) == {"code", "versions", "threads", "hardware", "data"}
+    assert set(environment["facts"]) == {"code", "versions", "threads", "hardware", "ranks", "forward_images", "pixels", "data"}
     assert environment["promises"] == {"R1": True, "R2": True, "R3": True, "R4": False}
     assert environment["facts"]["data"]["order"] == "order-1"
     assert len(environment["starts"]) == 1
