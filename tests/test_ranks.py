@@ -115,12 +115,11 @@ def test_other_worlds_by_ddp_see_the_same_images_and_stay_close(train, torchrun,
 @pytest.mark.slow
 def test_four_ranks_resume_with_the_same_bits(train, torchrun):
     """R2 by ddp: where torch's DistributedDataParallel would lay its buckets anew after the first step of each start."""
-    given = ["steps=6", "save_every=2", "keep=9", "model=convnext_atto"]
+    given = ["steps=4", "save_every=2", "keep=9", "model=convnext_atto"]
     assert torchrun(4, "run=whole", *given)[0] == 0
     assert torchrun(4, "run=cut", *given, "steps=2")[0] == 0
-    assert torchrun(4, "run=cut", *given, "steps=4")[0] == 0
     assert torchrun(4, "run=cut", *given)[0] == 0
-    assert hashes("cut", 6) == hashes("whole", 6)
+    assert hashes("cut", 4) == hashes("whole", 4)
     assert record("cut") == record("whole")
 
 
