@@ -23,7 +23,7 @@ from reconverge.ranks import Place, place
 from reconverge.world import World
 
 KINDS = ("model", "ema", "optimizer")
-RESNET = ["model=timm", "model.timm=test_resnet"]
+CONVNEXT, RESNET = (["model=timm", f"model.timm={name}"] for name in ("test_convnext", "test_resnet"))
 
 
 def alone(train, *arguments):
@@ -78,7 +78,7 @@ def test_two_ranks_give_the_bits_of_one_by_tree(train, torchrun):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [["model=convnext_atto"], RESNET], ids=["convnext", "resnet"])
+@pytest.mark.parametrize("model", [CONVNEXT, RESNET], ids=["convnext", "resnet"])
 def test_worlds_of_1_2_and_4_are_bit_equal_by_tree_changed_in_mid_run_too(train, torchrun, model):
     end = ["steps=20", "save_every=10", "keep=9", "reduce=tree", *model]
     assert alone(train, "run=one", *end) == 0
@@ -95,7 +95,7 @@ def test_worlds_of_1_2_and_4_are_bit_equal_by_tree_changed_in_mid_run_too(train,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "steps", "bound"), [(["model=convnext_atto"], 20, 1e-5), (RESNET, 2, 1e-6)], ids=["convnext", "resnet"])
+@pytest.mark.parametrize(("model", "steps", "bound"), [(CONVNEXT, 20, 1e-5), (RESNET, 2, 1e-6)], ids=["convnext", "resnet"])
 def test_other_worlds_by_ddp_see_the_same_images_and_stay_close(train, torchrun, model, steps, bound):
     """Gradient norms too, with clipping on: AdamW forgives a wrong scale of the gradient, and weights alone would hide it."""
     given = [f"steps={steps}", *model]
@@ -115,7 +115,7 @@ def test_other_worlds_by_ddp_see_the_same_images_and_stay_close(train, torchrun,
 @pytest.mark.slow
 def test_four_ranks_resume_with_the_same_bits(train, torchrun):
     """R2 by ddp: where torch's DistributedDataParallel would lay its buckets anew after the first step of each start."""
-    given = ["steps=4", "save_every=2", "keep=9", "model=convnext_atto"]
+    given = ["steps=4", "save_every=2", "keep=9", *CONVNEXT]
     assert torchrun(4, "run=whole", *given)[0] == 0
     assert torchrun(4, "run=cut", *given, "steps=2")[0] == 0
     assert torchrun(4, "run=cut", *given)[0] == 0

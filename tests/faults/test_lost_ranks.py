@@ -13,8 +13,7 @@ from conftest import weights, workers_of
 pytestmark = pytest.mark.slow
 
 KINDS = ("model", "ema", "optimizer")
-STEPS = 12
-LONG = [f"steps={STEPS}", "save_every=2", "keep=9", "evaluate_every=0", "batch=32", "microbatch=8"]
+LONG = ["model=timm", "model.timm=test_resnet", "steps=60", "epochs=60", "save_every=5", "keep=99", "evaluate_every=never", "batch=32"]
 
 
 def bits(run):
