@@ -18,7 +18,7 @@ def main() -> int:
     cfg = config.from_command_line(Path(__file__).parent / "conf", "eval", Eval)
     run = opened(Path(cfg.checkpoint))
     data = checks.evaluation_data(cfg.data, run.cfg.data)
-    with ranks.joined(cfg.world_timeout), ranks.losses_named():
+    with ranks.joined(cfg.world_timeout):
         return evaluated(cfg, run, data)
 
 

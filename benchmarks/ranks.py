@@ -7,15 +7,15 @@ of images/s. Default: convnext_t at 96 px on the digits, eight microbatches of 4
 """
 
 import argparse
-import json
 import os
+import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from reconverge import jobs, jsonl
+
 JOB = ["model=convnext_t", "recipe.name=mine", "augment.size=96", "evaluate.size=96", "batch=32", "microbatch=4", "model.drop_path=0.1",
        "threads=1", "workers=0", "evaluate_every=never", "save_every=0", "log_every=1"]  # fmt: skip
 
@@ -23,12 +23,10 @@ JOB = ["model=convnext_t", "recipe.name=mine", "augment.size=96", "evaluate.size
 def images_per_second(folder: Path, ranks: int, reduce: str, steps: int, overrides: list[str]) -> float:
     """Of a run of its own: the median over its steps after the second."""
     name = f"{reduce}-{ranks}"
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *JOB, f"steps={steps}", f"reduce={reduce}", f"run={name}", *overrides]
-    subprocess.run(["rm", "-rf", str(folder / "runs" / name)], check=True)
+    command = [*jobs.command(jobs.script(), ranks), *JOB, f"steps={steps}", f"reduce={reduce}", f"run={name}", *overrides]
+    shutil.rmtree(folder / "runs" / name, ignore_errors=True)
     subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["images_per_second"] for line in lines[2:])
+    return statistics.median(line["images_per_second"] for line in jsonl.lines(folder / "runs" / name / "metrics.jsonl")[2:])
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def module(path):
 
 # Lower ranks know nothing of higher ones. The number is the floor; a file imports from its own or a lower floor.
 FLOORS = {
-    "reconverge": 0, "reconverge.settings": 0, "reconverge.errors": 0, "reconverge.signals": 0,
+    "reconverge": 0, "reconverge.settings": 0, "reconverge.errors": 0, "reconverge.signals": 0, "reconverge.jsonl": 0,
     "reconverge.clock": 1, "reconverge.chance": 1, "reconverge.world": 1, "reconverge.ranks": 1, "reconverge.environment": 1, "reconverge.lock": 1, "reconverge.progress": 1, "reconverge.tracker": 1, "reconverge.synsets": 1, "reconverge.jobs": 1,
     "reconverge.data": 2, "reconverge.data.order": 2, "reconverge.data.index": 2, "reconverge.data.tar": 2, "reconverge.data.files": 2, "reconverge.data.folder": 2, "reconverge.data.shards": 2, "reconverge.data.stage": 2, "reconverge.data.decode": 2, "reconverge.data.native": 2, "reconverge.data.sources": 2, "reconverge.data.transforms": 2, "reconverge.data.loader": 2, "reconverge.data.mix": 2,
     "reconverge.models": 2, "reconverge.models.drop_path": 2, "reconverge.models.isotropic": 2, "reconverge.models.roadmap": 2, "reconverge.models.batch_norm": 2, "reconverge.models.layers": 2, "reconverge.models.layouts": 2, "reconverge.models.pretrained": 2, "reconverge.models.weights": 2, "reconverge.passes": 2, "reconverge.gradients": 2, "reconverge.record": 2, "reconverge.optim": 2, "reconverge.ema": 2, "reconverge.checkpoint": 2, "reconverge.compare": 2,

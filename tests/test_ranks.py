@@ -80,7 +80,7 @@ def test_two_ranks_give_the_bits_of_one_by_tree(train, torchrun):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [CONVNEXT, RESNET], ids=["convnext", "resnet"])
 def test_worlds_of_1_2_and_4_are_bit_equal_by_tree_changed_in_mid_run_too(train, torchrun, model):
-    end = ["epochs=20", "steps=20", "evaluate_every=0", "save_every=10", "keep=9", "reduce=tree", *model]
+    end = ["epochs=20", "steps=20", "evaluate_every=never", "save_every=10", "keep=9", "reduce=tree", *model]
     assert alone(train, "run=one", *end) == 0
     code, said = torchrun(4, "run=four", *end, "workers=1")
     assert code == 0, said
@@ -97,7 +97,7 @@ def test_worlds_of_1_2_and_4_are_bit_equal_by_tree_changed_in_mid_run_too(train,
 @pytest.mark.parametrize(("model", "steps", "bound"), [(CONVNEXT, 20, 1e-5), (RESNET, 2, 1e-6)], ids=["convnext", "resnet"])
 def test_other_worlds_by_ddp_see_the_same_images_and_stay_close(train, torchrun, model, steps, bound):
     """Gradient norms too, with clipping on: AdamW forgives a wrong scale of the gradient, and weights alone would hide it."""
-    given = ["epochs=20", f"steps={steps}", "evaluate_every=0", *model]
+    given = ["epochs=20", f"steps={steps}", "evaluate_every=never", *model]
     assert alone(train, "run=one", *given) == 0
     assert torchrun(2, "run=two", *given)[0] == 0
     assert torchrun(4, "run=changed", *given, f"steps={steps // 2}")[0] == 0
@@ -114,7 +114,7 @@ def test_other_worlds_by_ddp_see_the_same_images_and_stay_close(train, torchrun,
 @pytest.mark.slow
 def test_four_ranks_resume_with_the_same_bits(train, torchrun):
     """R2 by ddp: where torch's DistributedDataParallel would lay its buckets anew after the first step of each start."""
-    given = ["steps=4", "save_every=2", "keep=9", *CONVNEXT]
+    given = ["steps=4", "save_every=2", "keep=9", "evaluate_every=never", *CONVNEXT]
     assert torchrun(4, "run=whole", *given)[0] == 0
     assert torchrun(4, "run=cut", *given, "steps=2")[0] == 0
     assert torchrun(4, "run=cut", *given)[0] == 0

@@ -19,7 +19,7 @@ BREAKS = {
     ),
     "order by rank": (
         "R3", "src/reconverge/data/order.py",
-        "mine = range(rank * self.microbatches // ranks, (rank + 1) * self.microbatches // ranks)",
+        "mine = block(self.microbatches, rank, ranks, tree=False)",
         "mine = range(rank, self.microbatches, ranks)",
     ),
     "wrong gradient scale": (

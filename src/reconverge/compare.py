@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reconverge import record
+from reconverge import jsonl
 
 VALUES = {"images": "the augmented images", "lr": "the learning rate", "loss": "the loss", "grad_norm": "the gradient's norm"}
 
@@ -16,7 +16,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state
 
 def records(one: Path, other: Path, first: int, last: int) -> str | None:
     """Of steps first..last of two runs the first that differs, and each value that does; None: they are the same, bit for bit."""
-    mine, theirs = ({line["step"]: line for line in record.lines(folder / "record.jsonl")} for folder in (one, other))
+    mine, theirs = ({line["step"]: line for line in jsonl.lines(folder / "record.jsonl")} for folder in (one, other))
     for step in range(first, last + 1):
         if step not in mine or step not in theirs:
             return f"step {step}: not recorded in {other if step in mine else one}"
@@ -50,7 +50,7 @@ def manifest(checkpoint: Path) -> dict[str, dict[str, str]]:
 
 def _first_tensor(one: Path, other: Path) -> str:
     mine, theirs = load_file(one), load_file(other)
-    for name in sorted(mine.keys() | theirs.keys(), key=_numerically):
+    for name in sorted(mine.keys() | theirs.keys(), key=numerically):
         if name not in mine or name not in theirs:
             return f"{name} is in {one if name in mine else other} alone"
         here, there = mine[name], theirs[name]
@@ -67,5 +67,6 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)  # so that not-a-number equals itself
 
 
-def _numerically(name: str) -> list[str]:
+def numerically(name: str) -> list[str]:
+    """To sort the names of parameters by: block 10 comes after block 9."""
     return [part.zfill(4) for part in name.split(".")]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from reconverge.clock import Clock
+from reconverge.compare import numerically
 from reconverge.data.sources import Source
 from reconverge.data.transforms import resized_side
 from reconverge.models import weights
@@ -78,14 +79,10 @@ def layers(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     rows = {}
     for layer in sorted({group["layer"] for group in groups}):
         own = [group for group in groups if group["layer"] == layer]
-        names = sorted((name for group in own for name in group["names"]), key=_numerically)
+        names = sorted((name for group in own for name in group["names"]), key=numerically)
         parameters = sum(parameter.numel() for group in own for parameter in group["params"])
         rows[f"layer {layer}"] = f"lr x {own[0]['lr_scale']:.4g}, {parameters:,} parameters: {names[0]} ... {names[-1]}"
     return rows
-
-
-def _numerically(name: str) -> list[str]:
-    return [part.zfill(4) for part in name.split(".")]
 
 
 def _ema(decay: float | None, clock: Clock) -> str:

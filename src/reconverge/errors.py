@@ -73,6 +73,13 @@ def explain(error: BaseException) -> Stop | None:
             "a disk with free space that can be written",
             "free some space and run the same command again: the last good checkpoint is kept",
         )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # torch raises it wherever the main process is just then
+        return Stop(
+            Exit.OUT_OF_MEMORY if "Killed" in str(error) else Exit.BUG,
+            f"a data worker died: {str(error).splitlines()[0]}",
+            "workers with enough memory, shared memory and no signals",
+            "run the same command again; fewer workers= if memory was short",
+        )
     # torch.OutOfMemoryError on a GPU; a plain RuntimeError from torch's CPU allocator.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return Stop(

@@ -1,9 +1,6 @@
 """record.jsonl: a line a step, as exact as the numbers are. Two runs that trained alike have the same lines (`reconverge verify`)."""
 
-import json
-import math
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +27,6 @@ class Step(NamedTuple):
     lr: float
     images: str  # hash of those of all microbatches, in their order
 
-    def line(self) -> str:
-        """With null for a number that is not finite, as fp16 has them."""
-        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in self._asdict().items()}
-        return json.dumps(values) + "\n"
-
 
 def gathered(world: World, pending: list[Pending]) -> list[Step]:
     """The steps from what all ranks know. Here the host waits for the device. Losses are added in the order of microbatches, on any number of ranks."""
@@ -45,9 +37,3 @@ def gathered(world: World, pending: list[Pending]) -> list[Step]:
         Step(step.step, float(np.sum(losses[number].numpy())), float(step.grad_norm), step.lr, xxh3_64_hexdigest(images[number].tobytes()))
         for number, step in enumerate(pending)
     ]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Every line of a file of JSON; a last one that a kill cut short is left out."""
-    text = path.read_text().split("\n") if path.exists() else []
-    return [json.loads(line) for line in text[:-1]]

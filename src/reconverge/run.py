@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import reconverge
-from reconverge import config, environment, ranks
+from reconverge import config, environment, jsonl, ranks
 from reconverge.clock import Clock
 from reconverge.errors import Exit, Stop, explain
 from reconverge.lock import Lock
@@ -192,18 +192,14 @@ class Run:
 
     def _cut_back(self, step: int) -> list[dict[str, Any]]:
         """What was logged after `step`, by a process that was killed, comes again; the lines of metrics.jsonl that stay."""
-        from reconverge.record import lines
-
         for name in ("record.jsonl", "metrics.jsonl"):
-            records = [record for record in lines(self.folder / name) if record["step"] <= step]
-            self._write(name, "".join(json.dumps(record) + "\n" for record in records))
+            records = [record for record in jsonl.lines(self.folder / name) if record["step"] <= step]
+            self._write(name, "".join(map(jsonl.line, records)))
         return records
 
     def records(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
-        from reconverge.record import lines
-
-        return lines(self.folder / "metrics.jsonl")
+        return jsonl.lines(self.folder / "metrics.jsonl")
 
     def watch(self, world: "World", feed: "Feed") -> None:
         """What each log interval asks: the ranks for their losses, the feed for how long it was waited for."""
@@ -227,7 +223,7 @@ class Run:
         steps = gathered(self._world, self._pending)
         self._pending.clear()
         if self._record:
-            self._record.writelines(step.line() for step in steps)
+            self._record.writelines(jsonl.line(step._asdict()) for step in steps)
             self._record.flush()
         self._stop_if_not_finite(steps)
         waited = max(self._world.gather_objects(self._feed.waited))
@@ -265,8 +261,7 @@ class Run:
         """One line of metrics.jsonl; a number that is not finite, as fp16 has them, becomes null."""
         self._note_top1(step, values)
         if self._metrics:
-            finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+            self._metrics.write(jsonl.line({"step": step, **values}))
             self._metrics.flush()
 
     def _note_top1(self, step: int, values: dict[str, float]) -> None:

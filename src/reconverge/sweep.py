@@ -1,6 +1,5 @@
 """python train.py -m seed=0,1,2 ...: each combination a process and a run of its own, one after the other, and a table of what came out."""
 
-import json
 import math
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reconverge import checks, config, ranks, signals
+from reconverge import checks, config, jsonl, ranks, signals
 from reconverge.environment import ROOT
 from reconverge.errors import Exit, Stop
 from reconverge.progress import say
@@ -98,7 +97,7 @@ def _whole_process(command: list[str]) -> int:
 
 
 def _top1(folder: Path) -> dict[str, float]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "raw_top1" in line]
+    records = [record for record in jsonl.lines(folder / "metrics.jsonl") if "raw_top1" in record]
     return {kind: records[-1][f"{kind}_top1"] for kind in ("raw", "ema") if f"{kind}_top1" in records[-1]} if records else {}
 
 

@@ -121,7 +121,8 @@ def _of_a_collective(error: BaseException) -> bool:
 
 def _leave_word(error: BaseException) -> None:
     """For the others, who will miss this rank, why it goes."""
-    args = list(error.args) if isinstance(error, Stop) else [int(Exit.BUG), repr(error), "no exception", "see its errors/ file"]
+    stop = explain(error)
+    args = list(stop.args) if stop else [int(Exit.BUG), repr(error), "no exception", "see its errors/ file"]
 
     def leave() -> None:
         _store.set(f"left/{dist.get_rank()}", json.dumps(args))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reconverge import config, jobs
+from reconverge import config, jobs, jsonl
 from reconverge.errors import Exit
 from reconverge.progress import say
 from reconverge.ranks import cores
@@ -278,9 +278,7 @@ def agree(one: Path, other: Path, key: str, last: int, within: float = 0.0) -> N
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    from reconverge import record
-
-    return record.lines(run / "record.jsonl")
+    return jsonl.lines(run / "record.jsonl")
 
 
 def checkpoint(run: Path, step: int) -> Path:

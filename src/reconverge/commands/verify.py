@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reconverge import config, jobs
+from reconverge import config, jobs, jsonl
 from reconverge.errors import Exit, Stop
 from reconverge.progress import say
 from reconverge.run import RUNS, Opened, differing, opened
@@ -73,9 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _window(folder: Path, start: int, steps: int) -> Window:
     """Errors: Stop(USAGE, MISSING, DAMAGED) where there is nothing to compare with, or to start from."""
-    from reconverge import checkpoint, record
+    from reconverge import checkpoint
 
-    lines = record.lines(folder / "record.jsonl")
+    lines = jsonl.lines(folder / "record.jsonl")
     if not lines:
         raise Stop(Exit.MISSING, f"{folder} has recorded no step", "a run with a record.jsonl", "another run")
     kept = [int(path.name.removeprefix("step-")) for path in checkpoint.steps(folder / "checkpoints") if (path / "MANIFEST.json").exists()]
@@ -183,9 +183,7 @@ def _same_environment(scratch: Path, before: dict[str, Any], allowed: bool) -> b
 
 def _reached(scratch: Path, step: int) -> bool:
     """Whether a job that failed has recorded `step`: a run that ended for want of finite numbers does so again."""
-    from reconverge import record
-
-    return any(line["step"] == step for line in record.lines(scratch / "record.jsonl"))
+    return any(line["step"] == step for line in jsonl.lines(scratch / "record.jsonl"))
 
 
 def _failed(scratch: Path, code: int) -> Stop:

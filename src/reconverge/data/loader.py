@@ -3,7 +3,6 @@ the number of workers and the step where one starts change nothing.
 """
 
 import atexit
-import json
 import math
 import multiprocessing
 import signal
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from xxhash import xxh3_64_digest
 
-from reconverge import chance
+from reconverge import chance, jsonl
 from reconverge.data.decode import Undecodable
 from reconverge.data.order import Microbatch
 from reconverge.data.sources import Source
@@ -106,8 +105,7 @@ class Quarantine:
 
     def __init__(self, path: Path, limit: int):
         self.path, self._limit = path, limit
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        self.samples = {json.loads(line)["sample"] for line in lines}
+        self.samples = {entry["sample"] for entry in jsonl.lines(path)}
 
     def note(self, bad: list[Bad], writes: bool = True) -> None:
         """`bad`: of all ranks, each of which counts them and one `writes`. Errors: Stop(DAMAGED)."""
@@ -117,7 +115,7 @@ class Quarantine:
             self.samples.add(entry.sample)
             if writes:
                 with open(self.path, "a") as file:
-                    file.write(json.dumps(entry._asdict()) + "\n")
+                    file.write(jsonl.line(entry._asdict()))
             if len(self.samples) > self._limit:
                 raise Stop(
                     Exit.DAMAGED,
@@ -179,15 +177,6 @@ class Feed:
         started = time.perf_counter()
         try:
             arrived = next(loaded, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise Stop(
-                Exit.OUT_OF_MEMORY if "Killed" in str(error) else Exit.BUG,
-                f"a data worker died: {str(error).splitlines()[0]}",
-                "workers with enough memory, shared memory and no signals",
-                "run the same command again; fewer workers= if memory was short",
-            ) from error
         finally:
             self.waited += time.perf_counter() - started
         if isinstance(arrived, Stop):
