@@ -87,7 +87,7 @@ def train(cfg: Train, run: Run) -> int:
     ema = Ema(net, cfg.ema.decay) if cfg.ema.decay is not None else None
     optimizer = optim.adamw(net, cfg.optim, cfg.fused)
     scaler = world.scaler()
-    gradients = Gradients(net, world, passes, tree)
+    gradients = Gradients(net, world, passes)
 
     # ---- where to start: the run's own newest valid checkpoint, else the weights of init=, else from scratch ----
     state = State(net, ema, optimizer, scaler)

@@ -95,8 +95,6 @@ typedef double f64x4 __attribute__((vector_size(32)));
 
 AVX2 static inline f64x4 doubles(i32x4 values) { return (f64x4)_mm256_cvtepi32_pd((__m128i)values); }
 
-static inline int within(int i, int length) { return i < 0 ? 0 : i < length ? i : length - 1; }
-
 /* The value at `d` behind `column` of a row. Differences of bytes are exact in integers. */
 AVX2 static inline f64x4 along(const uint8_t *row, int column, int width, double d, int filter) {
   i32x4 v2 = (i32x4)load4(row + 4 * within(column, width));
@@ -111,15 +109,13 @@ AVX2 static void transform(const uint8_t *in, int width, int height, const doubl
   size_t stride = 4 * (size_t)width;
   for (int y = 0; y < height; y++)
     for (int x = 0; x < width; x++, out += 4) {
-      double left = a[0] * (x + 0.5) + a[1] * (y + 0.5) + a[2], top = a[3] * (x + 0.5) + a[4] * (y + 0.5) + a[5];
-      if (!(left >= 0.0 && left < width && top >= 0.0 && top < height)) {
+      struct origin from;
+      if (!origin_of(&from, a, x, y, width, height)) {
         memcpy(out, &fill, 4);
         continue;
       }
-      left -= 0.5;
-      top -= 0.5;
-      int column = left < 0.0 ? -1 : (int)left, row = top < 0.0 ? -1 : (int)top; /* the floor: both are at least -0.5 */
-      double dx = left - column, dy = top - row;
+      int column = from.column, row = from.row;
+      double dx = from.dx, dy = from.dy;
       f64x4 v2 = along(in + stride * within(row, height), column, width, dx, filter);
       if (dy != 0.0) {
         f64x4 v3 = along(in + stride * within(row + 1, height), column, width, dx, filter);

@@ -66,3 +66,24 @@ struct loops {
 };
 
 extern const struct loops scalar, avx2;
+
+static inline int within(int i, int length) { return i < 0 ? 0 : i < length ? i : length - 1; }
+
+/* Where a pixel of an affine transform comes from: left of and above it, and how far behind. */
+struct origin {
+  int column, row; /* -1 for half a pixel at the edge */
+  double dx, dy;
+};
+
+/* Of pixel (x, y); 0 where it lies outside of the image. */
+static inline int origin_of(struct origin *at, const double a[6], int x, int y, int width, int height) {
+  double left = a[0] * (x + 0.5) + a[1] * (y + 0.5) + a[2], top = a[3] * (x + 0.5) + a[4] * (y + 0.5) + a[5];
+  if (!(left >= 0.0 && left < width && top >= 0.0 && top < height)) return 0;
+  left -= 0.5;
+  top -= 0.5;
+  at->column = left < 0.0 ? -1 : (int)left; /* the floor: both are at least -0.5 */
+  at->row = top < 0.0 ? -1 : (int)top;
+  at->dx = left - at->column;
+  at->dy = top - at->row;
+  return 1;
+}

@@ -36,8 +36,6 @@ static void resize_columns(const uint8_t *in, int width, const struct taps *taps
       sum_up(in + taps->first[y] * stride + 4 * (size_t)x, stride, taps->k + (size_t)y * taps->size, taps->count[y], out);
 }
 
-static int within(int i, int length) { return i < 0 ? 0 : i < length ? i : length - 1; }
-
 /* The value at `d` behind at[1] of a row. Where d is 0, as it is throughout for some shears and translations, the others vanish. */
 static inline double along(const uint8_t *row, const int at[4], double d, int filter) {
   int v2 = row[at[1]];
@@ -52,15 +50,13 @@ static void transform(const uint8_t *in, int width, int height, const double a[6
   size_t stride = 4 * (size_t)width;
   for (int y = 0; y < height; y++)
     for (int x = 0; x < width; x++, out += 4) {
-      double left = a[0] * (x + 0.5) + a[1] * (y + 0.5) + a[2], top = a[3] * (x + 0.5) + a[4] * (y + 0.5) + a[5];
-      if (!(left >= 0.0 && left < width && top >= 0.0 && top < height)) {
+      struct origin from;
+      if (!origin_of(&from, a, x, y, width, height)) {
         memcpy(out, &fill, 4);
         continue;
       }
-      left -= 0.5;
-      top -= 0.5;
-      int column = left < 0.0 ? -1 : (int)left, row = top < 0.0 ? -1 : (int)top; /* the floor: both are at least -0.5 */
-      double dx = left - column, dy = top - row;
+      int column = from.column, row = from.row;
+      double dx = from.dx, dy = from.dy;
       int at[4];
       for (int i = 0; i < 4; i++) at[i] = 4 * within(column - 1 + i, width);
       const uint8_t *line1 = in + stride * within(row - 1, height), *line2 = in + stride * within(row, height);

@@ -103,7 +103,7 @@ def measured(name, microbatch, microbatches, side, classes, tree):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         net = models.build(Model(name, "", 0.1), classes, 0).train()
         ema, masked, optimizer = Ema(net, 0.9), drop_path.Masked(net), optim.adamw(net, Optim(), fused=True)
-        gradients = Gradients(net, world, passes, tree)
+        gradients = Gradients(net, world, passes)
         for _ in range(2):
             for _ in range(microbatches):
                 images, targets = torch.rand(microbatch, 3, side, side), torch.zeros(microbatch, classes)

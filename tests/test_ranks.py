@@ -267,7 +267,7 @@ def test_the_streaming_tree_is_the_recursive_one_on_every_rank(each, size):
             lambda partner, d=2**level: recursive(leaves[partner // d * d * each :][: d * each]) for level in range(size.bit_length() - 1)
         ]
         net = nn.Linear(50, 1, bias=False)
-        gradients = Gradients(net, Loopback(rank, size, partners), Passes(each, 2, None, tree=True), tree=True)
+        gradients = Gradients(net, Loopback(rank, size, partners), Passes(each, 2, None, tree=True))
         held = 1
         for leaf in leaves[rank * each :][:each]:
             net.weight.grad += leaf
@@ -294,7 +294,7 @@ def test_gradients_are_views_in_the_weights_memory_format_and_sums_of_passes():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)).to(memory_format=torch.channels_last)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BUCKET", 100)
-        gradients = Gradients(net, World("cpu", "fp32", deterministic=False), Passes(2, 4, None), tree=False)
+        gradients = Gradients(net, World("cpu", "fp32", deterministic=False), Passes(2, 4, None))
     assert len(gradients._buckets) == 2
     assert net[0].weight.grad.stride() == net[0].weight.stride()
     for _step in range(2):

@@ -170,6 +170,7 @@ def test_a_broken_image_stops_with_its_name(train, digits, tmp_path, capsys):
         (MemoryError(), Exit.OUT_OF_MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory"), Exit.OUT_OF_MEMORY),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), Exit.OUT_OF_MEMORY),
+        (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), Exit.OUT_OF_MEMORY),
     ],
 )
 def test_errors_of_the_system_have_their_exit_code(error, code):

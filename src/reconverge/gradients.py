@@ -38,9 +38,9 @@ class Gradients:
     then ranks by recursive doubling. So the sum does not hang on the number of ranks: R4.
     """
 
-    def __init__(self, net: nn.Module, world: World, passes: Passes, tree: bool):
+    def __init__(self, net: nn.Module, world: World, passes: Passes):
         parameters = [parameter for parameter in net.parameters() if parameter.requires_grad][::-1]  # nearly as backward meets them
-        self._world, self._passes, self._tree = world, passes, tree
+        self._world, self._passes = world, passes
         self._flat = zeros(sum(parameter.numel() for parameter in parameters), device=world.device)
         self._merges = merges(passes.leaves)
         self._buckets: list[Tensor] = []
@@ -69,7 +69,7 @@ class Gradients:
         """After the backward pass of each forward pass."""
         self._done += 1
         leaf, rest = divmod(self._done, self._passes.slices)
-        if not self._tree or rest:
+        if not self._passes.tree or rest:
             return
         for _ in range(self._merges[leaf - 1]):
             self._spare.append(self._sums.pop())
@@ -80,7 +80,7 @@ class Gradients:
 
     def reduce(self) -> None:
         """After the last one: over all ranks."""
-        if not self._tree:
+        if not self._passes.tree:
             self._send(len(self._buckets))
             for wait in self._sent:
                 wait()
@@ -98,7 +98,7 @@ class Gradients:
 
     def _arrived(self, bucket: int, parameter: Tensor) -> None:
         """The gradient of a parameter is there, in a backward pass."""
-        if self._tree or self._done < self._passes.count - 1:
+        if self._passes.tree or self._done < self._passes.count - 1:
             return
         self._missing[bucket] -= 1
         self._send(next((number for number, missing in enumerate(self._missing) if missing), len(self._buckets)))

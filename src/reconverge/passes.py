@@ -32,7 +32,7 @@ def block(microbatches: int, rank: int, ranks: int, tree: bool) -> range:
 
 
 class Passes:
-    """The forward passes of one rank in a step. `forward_images`: in one of them; None: a microbatch.
+    """The forward passes of one rank in a step. `forward_images`: in one of them; None: a microbatch. `tree`: how leaves are added.
 
     A leaf is what has one gradient when microbatches are added up: a microbatch, in one pass or several, or the joined ones of a pass.
     """
@@ -40,6 +40,7 @@ class Passes:
     def __init__(self, microbatches: int, microbatch: int, forward_images: int | None, tree: bool = False):
         """`microbatches`: of this rank. Errors: Stop(USAGE)."""
         images = forward_images or microbatch
+        self.tree = tree
         self._joined = min(max(1, images // microbatch), microbatches)
         self.images = min(images, self._joined * microbatch)  # of the largest pass
         self._microbatches = microbatches
