@@ -37,7 +37,7 @@ def train(cfg: Train, run: Run) -> int:
     from torch.nn.functional import cross_entropy
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    from reconverge import describe, environment, models, optim, pictures, published
+    from reconverge import describe, environment, models, optim, outcomes, pictures, published
     from reconverge.data import native, order, sources, transforms
     from reconverge.data.loader import Feed, Images, Quarantine
     from reconverge.data.mix import Mix, Normalise
@@ -125,6 +125,7 @@ def train(cfg: Train, run: Run) -> int:
             numbers = ("top1", "top5", "loss", "ece")
             run.log(step, **{f"{name}_{key}": getattr(result, key) for name, result in results.items() for key in numbers})
             if run.writes:
+                outcomes.save(run.folder / "outcomes.npz", step, validation, results)
                 pictures.curves(run.folder / "curves.png", run.records(), clock.steps_per_epoch)
                 pictures.predictions(run.folder / "predictions.png", validation, cfg.evaluate, results)
 
@@ -182,11 +183,11 @@ def train(cfg: Train, run: Run) -> int:
                 run.flush()
                 measure(step + 1)
                 stopping = world.any(told_to_stop())  # a signal cuts the evaluation short: it comes again on resume
-            if clock.due(clock.save_every, step + 1) or run.best_step() == step + 1 or stopping:
+            if clock.due(clock.save_every, step + 1) or step + 1 in run.best_steps().values() or stopping:
                 run.flush()  # stops here, before anything is saved, if a step was not finite
                 run.still_mine()
                 if run.writes:
-                    state.save(run.checkpoints, step + 1, cfg.keep, run.best_step())
+                    state.save(run.checkpoints, step + 1, cfg.keep, run.best_steps().values())
         if stopping:
             return run.preempted()
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tarfile
 import time
 from hashlib import sha256
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from reconverge.commands import main
 from reconverge.data.shards import open_shards
+from reconverge.errors import Stop
 from reconverge.prepare import scatter
 from reconverge.prepare.make import Options, prepare
 
@@ -45,8 +47,6 @@ def digests(folder):
 
 def content(folder, split):
     """(key, synset, bytes) of every sample, read by tarfile."""
-    import tarfile
-
     about = json.loads((folder / "dataset.json").read_text())
     found = []
     for shard in about["splits"][split]["shards"]:
@@ -120,6 +120,8 @@ def test_what_cannot_be_read_is_dropped_only_when_asked(reconverge, tmp_path):
     assert content(tmp_path / "made", "train") == expected(kept)
     about = json.loads((tmp_path / "made" / "dataset.json").read_text())
     assert about["dropped"] == 3
+    code, said = reconverge("prepare", source, "--to", tmp_path / "all")
+    assert (code, "3 of them unreadable (training stops at one: --drop-unreadable" in said) == (0, True), said
 
 
 @pytest.mark.parametrize("kind", ["absolute", "dotdot", "symlink", "hardlink", "device", "fifo", "bomb", "huge"])
@@ -145,6 +147,28 @@ def test_shards_are_indexed_where_they_are(reconverge, tmp_path):
     assert found == expected(GOOD)
     assert len(val) == len(VAL)
     assert reconverge("check", source)[0] == 0
+
+
+def test_shards_are_found_through_a_link_and_split_by_the_words_of_their_names(reconverge, tmp_path):
+    source = archives.webdataset_shards(tmp_path / "source", GOOD, VAL)
+    shards = sorted(source.glob("*.tar"))
+    train, val = [path for path in shards if "train" in path.name], [path for path in shards if "train" not in path.name]
+    for number, path in enumerate(train):  # words that hold "test" and "val"
+        path.rename(source / f"latest-interval-{number}.tar")
+    for number, path in enumerate(val):
+        path.rename(source / f"validation{number}.tar")
+    (source / "test-0.tar").write_bytes(b"not looked at")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    code, said = reconverge("prepare", source, "--to", tmp_path / "link" / "made")
+    assert (code, "1 shards of a test split are left out" in said) == (0, True), said
+    found = open_shards(tmp_path / "link" / "made", None)
+    assert [len(source) for source in found] == [len(GOOD), len(VAL)]
+    assert found[0].read(0)
+    code, said = reconverge("prepare", source, "--to", tmp_path / "other", "--as", "imagenet1k")
+    assert code == 0, said
+    with pytest.raises(Stop, match="data=shards"):
+        open_shards(tmp_path / "link" / "made", "imagenet1k")
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")  # webdataset leaves its shards open
@@ -255,6 +279,30 @@ def test_a_list_of_labels_with_other_columns_is_damaged(reconverge, tmp_path, te
         path.write_text(text)
     code, said = reconverge("prepare", source, "--to", tmp_path / "made")
     assert (code, "LOC_val_solution.csv" in said) == ((0, False) if text.startswith("\ufeff") else (65, True)), said
+
+
+@pytest.mark.parametrize("names", [("a_b.jpeg", "a_b.jpg"), ("a.b.jpg", "a.c.jpg", "a_b.jpg")], ids=["side by side", "apart"])
+def test_two_files_that_would_share_a_key_are_named(names, reconverge, tmp_path):
+    source = archives.class_folders(tmp_path / "source", GOOD, VAL)
+    folder = source / "train" / archives.SYNSETS[0]
+    for name, picture in zip(names, VAL, strict=False):
+        (folder / name).write_bytes(picture.data)
+    code, said = reconverge("prepare", source, "--to", tmp_path / "made")
+    assert (code, f"two images of train have the key {folder.name}/a_b" in said) == (65, True), said
+
+
+def test_a_part_of_the_archives_is_not_taken_for_something_else(reconverge, tmp_path):
+    official = archives.official(tmp_path / "official", GOOD, VAL)
+    classes = tmp_path / "unpacked"
+    with tarfile.open(official / "ILSVRC2012_img_train.tar") as archive:
+        archive.extractall(classes, filter="data")
+    (official / "ILSVRC2012_img_train.tar").unlink()
+    for source in (official, classes):
+        code, said = reconverge("prepare", source, "--to", tmp_path / "made")
+        assert (code, "ILSVRC2012_img_train.tar as it was published" in said) == (66, True), said
+    shards = archives.webdataset_shards(tmp_path / "shards", GOOD, VAL)
+    code, said = reconverge("prepare", next(shards.glob("*.tar")), "--to", tmp_path / "made")
+    assert (code, "the folder where they are" in said) == (2, True), said
 
 
 def test_wrong_input(reconverge, tmp_path):

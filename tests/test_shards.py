@@ -122,6 +122,15 @@ def test_each_damage_is_detected_and_nothing_wrong_is_read(damage, shards, copy,
     assert source.labels(np.arange(60)).tolist() == open_shards(shards, None)[0].labels(np.arange(60)).tolist()
 
 
+def test_a_label_that_was_changed_in_the_index_is_found_at_opening(copy):
+    table = np.load(copy / "train.index.npy", mmap_mode="r+")
+    table["label"][7] += 1
+    table.flush()
+    with pytest.raises(Stop, match=r"train\.index\.npy is damaged") as stopped:
+        open_shards(copy, None)
+    assert stopped.value.code == Exit.DAMAGED
+
+
 def test_all_problems_are_in_one_list_before_the_first_step(copy, train, capsys):
     names = sorted(path.name for path in copy.glob("train-*.tar"))
     (copy / names[0]).unlink()

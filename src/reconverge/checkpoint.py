@@ -7,7 +7,7 @@ size and sha256 of each. Nothing that is loaded can run code.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
                 "free some space and run the same command again: the last good checkpoint is kept",
             ) from error
         raise
-    final = folder / _name(step)
+    final = path_of(folder, step)
     if final.exists():  # damaged, and named when the run was resumed from an older one
         final.rename(folder / f".old-{step:08d}")
     new.rename(final)
@@ -138,20 +138,25 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, json.loads((path / "state.json").read_text())
 
 
-def prune(folder: Path, step: int, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step` and that of step `best`.
+def prune(folder: Path, step: int, keep: int, best: Collection[int]) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step` and those of the steps `best`.
 
     Newer ones than `step`, which was saved just now, are those that were found damaged when the run was resumed.
     """
-    kept = [path.name for path in steps(folder) if path.name <= _name(step)][-keep:]
+    kept = [step_of(path) for path in steps(folder) if step_of(path) <= step][-keep:]
     for path in steps(folder):
-        if path.name not in (*kept, _name(best or 0)):
+        if step_of(path) not in (*kept, *best):
             path.rename(folder / f".old-{path.name}")  # so that a kill leaves no half of one
     _clean(folder)
 
 
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, or would be."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 def _clean(folder: Path) -> None:

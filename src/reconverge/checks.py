@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from reconverge.config import closest, flat, help_of
 from reconverge.errors import Exit, Stop
-from reconverge.settings import Data, Train
+from reconverge.settings import Data, Eval, Train
 
 
 def check(cfg: Train) -> None:
@@ -80,8 +80,13 @@ def check(cfg: Train) -> None:
             "never: there is nothing to evaluate on",
             "evaluate_every=never, or data.val=FOLDER",
         )
-    if cfg.data.kind == "trained":
-        raise Stop(Exit.USAGE, "data=trained", "the data of a run: for eval.py only", "data=digits or data=folder data.root=...")
+    if cfg.data.kind in ("trained", "evaluation"):
+        raise Stop(
+            Exit.USAGE,
+            f"data={cfg.data.name}",
+            "images to train on: this one is for eval.py only",
+            "data=digits or data=folder data.root=...",
+        )
     if cfg.precision == "tf32" and cfg.device == "cpu":
         raise Stop(Exit.USAGE, "precision=tf32 with device=cpu", "fp32, bf16, fp16 on a CPU", "precision=fp32")
 
@@ -90,7 +95,7 @@ def check_data(data: Data) -> None:
     for key, triple in (("data.mean", data.mean), ("data.std", data.std)):
         if len(triple) != 3 or (key == "data.std" and not all(value > 0 for value in triple)):
             raise Stop(Exit.USAGE, f"{key}={triple}", "three numbers, for R, G, B in 0..1; deviations above 0", f"{key}=[0.5,0.5,0.5]")
-    if data.kind in ("folder", "shards") and not data.root:
+    if data.kind in ("folder", "shards", "evaluation") and not data.root:
         raise Stop(Exit.USAGE, f"data={data.name} without data.root", help_of(Train, "data.root"), "data.root=/path")
     if data.window != "all" and data.kind != "shards":
         raise Stop(
@@ -105,13 +110,40 @@ def check_data(data: Data) -> None:
         )
 
 
-def evaluation_data(given: Data, trained: Data) -> Data:
+def evaluation_data(given: Data, trained: Data | None) -> Data:
     """The data that eval.py reads: that of the run with what the command line changes, or another, normalised as the run's.
 
-    Errors: Stop(USAGE).
+    `trained`: None where the model is not of a run. Errors: Stop(USAGE).
     """
-    named = {argument.partition("=")[0].removeprefix("data.") for argument in sys.argv if argument.startswith("data.")}
     if given.kind == "trained":
-        return replace(trained, **{name: getattr(given, name) for name in named})
+        if trained is None:
+            raise Stop(
+                Exit.USAGE, "a checkpoint of no run without data=", "a data set: only a run knows its own", "data=imagenet1k data.root=..."
+            )
+        return replace(trained, **{name: getattr(given, name) for name in named("data")})
     check_data(given)
-    return replace(given, **{name: getattr(trained, name) for name in {"mean", "std"} - named})
+    return given if trained is None else normalised_as(given, trained.mean, trained.std)
+
+
+def normalised_as(given: Data, mean: list[float], std: list[float]) -> Data:
+    """The same with the mean and deviation of a model, where the command line names no others."""
+    given_names = named("data")
+    return replace(given, mean=given.mean if "mean" in given_names else mean, std=given.std if "std" in given_names else std)
+
+
+def named(section: str) -> set[str]:
+    """The settings of a section that the command line names."""
+    return {argument.partition("=")[0].removeprefix(f"{section}.") for argument in sys.argv if argument.startswith(f"{section}.")}
+
+
+def evaluation(cfg: Eval) -> None:
+    """Refuse what eval.py cannot do together. Errors: Stop(USAGE)."""
+    asked = [f"data={cfg.data.name}"] * (cfg.data.kind != "trained") + [f"suite={cfg.suite.name}"] * (cfg.suite.name != "none")
+    asked += [f"images={cfg.images}"] * (cfg.images is not None)
+    if len(asked) > 1:
+        raise Stop(Exit.USAGE, " ".join(asked), "one of data=, suite= and images=", f"drop {' and '.join(asked[1:])}")
+    if cfg.suite.name != "none" and not cfg.suite.root:
+        raise Stop(Exit.USAGE, f"suite={cfg.suite.name} without suite.root", help_of(Eval, "suite.root"), "suite.root=/path")
+    paths = [cfg.images] if isinstance(cfg.images, str) else cfg.images
+    if paths is not None and not (isinstance(paths, list) and paths and all(isinstance(path, str) for path in paths)):
+        raise Stop(Exit.USAGE, f"images={cfg.images}", help_of(Eval, "images"), "images=FOLDER, or images=[a.jpg,b.jpg]")

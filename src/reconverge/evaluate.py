@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reconverge.data import transforms
 from reconverge.data.loader import Feed, Images
@@ -25,38 +25,21 @@ class Result(NamedTuple):
     ece: float  # percent: expected calibration error of the most probable class, in 15 bins of probability
     images: int
     predicted: np.ndarray  # int64 (images,), class of each sample in order
+    confidence: np.ndarray  # float64 (images,), the probability that the model gives it
+    losses: np.ndarray  # float64 (images,), cross-entropy
 
 
-class Outcomes:
-    """What a model says of each image: one row a sample, whose ranks fill in their own, so that sums do not hang on who counted."""
+class Among(nn.Module):
+    """A classifier that answers among some of its classes: its logits (N, len(classes))."""
 
-    COLUMNS = ("evaluated", "predicted", "top1", "top5", "loss", "confidence")
+    def __init__(self, net: nn.Module, classes: list[int]):
+        super().__init__()
+        self.net, self.classes = net, classes
 
-    def __init__(self, images: int):
-        self._rows = torch.zeros(images, len(self.COLUMNS), dtype=torch.float64)
-
-    def note(self, ids: np.ndarray, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """`logits` float (N, classes) and `labels` (N,) of samples `ids`."""
-        best = logits.topk(min(5, logits.shape[1])).indices
-        hits = best == labels[:, None]
-        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
-        columns = (torch.ones_like(labels), best[:, 0], hits[:, 0], hits.any(1), loss, logits.softmax(1).amax(1))
-        self._rows[torch.from_numpy(ids)] = torch.stack([column.double() for column in columns], dim=1).cpu()
-
-    def result(self, world: World) -> Result:
-        from torchmetrics.functional.classification import binary_calibration_error  # seconds to import: not at start
-
-        rows = world.gather(self._rows).sum(0)  # of each row all ranks but one have zeros
-        evaluated, predicted, top1, top5, loss, confidence = rows.T.contiguous()
-        assert (evaluated == 1).all(), f"{int(evaluated.sum())} of {len(rows)} images were evaluated"
-        # Whether the most probable class is right is a question of two classes, asked with its probability.
-        ece = binary_calibration_error(confidence, top1.int(), n_bins=15, validate_args=False)
-        right, among_five = (100 * int(hits.sum()) / len(rows) for hits in (top1, top5))
-        mean = float(np.sum(loss.numpy())) / len(rows)
-        return Result(right, among_five, mean, 100 * float(ece), len(rows), predicted.numpy().astype(np.int64))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)[:, self.classes]
 
 
-@torch.no_grad()
 def evaluate(
     models: dict[str, nn.Module],
     source: Source,
@@ -70,10 +53,67 @@ def evaluate(
 
     None if `stop` says so on any rank before the end. Errors: Stop(NOT_FINITE).
     """
+    tables = look(_outcome, 5, models, source, settings, normalise, world, workers, stop)
+    if tables is None:
+        return None
+    results = {name: _result(table) for name, table in tables.items()}
+    for name, result in results.items():
+        if not math.isfinite(result.loss):
+            raise Stop(
+                Exit.NOT_FINITE,
+                f"evaluating the {name} weights gives a loss of {result.loss}",
+                "finite numbers: an accuracy from others would mean nothing",
+                "precision=fp32 or bf16, or look at the weights",
+            )
+    return results
+
+
+def _outcome(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    best = logits.topk(min(5, logits.shape[1])).indices
+    hits = best == labels[:, None]
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return [best[:, 0], hits[:, 0], hits.any(1), losses, logits.softmax(1).amax(1)]
+
+
+def _result(table: Tensor) -> Result:
+    from torchmetrics.functional.classification import binary_calibration_error  # seconds to import: not at start
+
+    predicted, top1, top5, losses, confidence = table.T.contiguous()
+    # Whether the most probable class is right is a question of two classes, asked with its probability.
+    ece = binary_calibration_error(confidence, top1.int(), n_bins=15, validate_args=False)
+    right, among_five = (100 * int(hits.sum()) / len(table) for hits in (top1, top5))
+    mean = float(np.sum(losses.numpy())) / len(table)
+    predictions = predicted.numpy().astype(np.int64)
+    return Result(right, among_five, mean, 100 * float(ece), len(table), predictions, confidence.numpy(), losses.numpy())
+
+
+def top5(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """For look(): the five most probable classes of each image, then their probabilities; of fewer classes, all."""
+    probabilities, classes = logits.softmax(1).topk(min(5, logits.shape[1]))
+    return [*classes.T, *probabilities.T]
+
+
+@torch.no_grad()
+def look(
+    say: Callable[[Tensor, Tensor], list[Tensor]],
+    width: int,
+    models: dict[str, nn.Module],
+    source: Source,
+    settings: Evaluate,
+    normalise: Normalise,
+    world: World,
+    workers: int,
+    stop: Callable[[], bool],
+) -> dict[str, Tensor] | None:
+    """Of each model a table, float64 (images, width): what `say(logits (N, classes), labels (N,))` gives, `width` columns of N, for
+    each image of `source` in order. A rank fills in the rows of its own images, so that no number hangs on who looked.
+
+    None if `stop` says so on any rank before the end.
+    """
     batches = in_sequence(len(source), settings.batch)
     mine = batches[world.rank :: world.size]
     feed = iter(Feed(Images(source, transforms.evaluation(settings), 0), mine, workers, world.device, ahead=True))
-    outcomes = {name: Outcomes(len(source)) for name in models}
+    tables = {name: torch.zeros(len(source), 1 + width, dtype=torch.float64) for name in models}  # the first column: was it seen
     world.broadcast(buffer for model in models.values() for buffer in model.buffers())  # BatchNorm's statistics are those of rank 0
     for number in range(-(-len(batches) // world.size)):  # of the last round, some ranks may have none
         if world.any(stop()):
@@ -85,14 +125,10 @@ def evaluate(
         for name, model in models.items():
             with world.autocast():
                 logits = model(pixels)
-            outcomes[name].note(mine[number].ids, logits.float(), batch.labels)
-    results = {name: outcome.result(world) for name, outcome in outcomes.items()}
-    for name, result in results.items():
-        if not math.isfinite(result.loss):
-            raise Stop(
-                Exit.NOT_FINITE,
-                f"evaluating the {name} weights gives a loss of {result.loss}",
-                "finite numbers: an accuracy from others would mean nothing",
-                "precision=fp32 or bf16, or look at the weights",
-            )
-    return results
+            columns = say(logits.float(), batch.labels)
+            rows = torch.stack([torch.ones(len(logits)), *(column.double().cpu() for column in columns)], dim=1)
+            tables[name][torch.from_numpy(mine[number].ids)] = rows
+    gathered = {name: world.gather(table).sum(0) for name, table in tables.items()}  # of each row all ranks but one have zeros
+    for table in gathered.values():
+        assert (table[:, 0] == 1).all(), f"{int(table[:, 0].sum())} of {len(table)} images were looked at"
+    return {name: table[:, 1:] for name, table in gathered.items()}

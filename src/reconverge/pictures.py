@@ -30,7 +30,7 @@ def seen(path: Path, images: Tensor, targets: Tensor, classes: Sequence[str], da
         named = [(w, c) for w, c in zip(weights.tolist(), labels.tolist(), strict=True) if w > 2 * float(target.min()) + 1e-6]
         captions.append("\n".join(f"{weight:.0%} {_short(classes[label])}" for weight, label in named))
     pixels = images.float().cpu() * torch.tensor(data.std).view(3, 1, 1) + torch.tensor(data.mean).view(3, 1, 1)
-    _sheet(path, pixels, captions, ["black"] * len(captions), title)
+    sheet(path, pixels, captions, title)
 
 
 def predictions(path: Path, validation: Source, evaluate: Evaluate, results: dict[str, Result]) -> None:
@@ -43,7 +43,7 @@ def predictions(path: Path, validation: Source, evaluate: Evaluate, results: dic
     captions = [_short(true) if true == said else f"{_short(said)}\nis {_short(true)}" for true, said in pairs]
     colours = ["green" if true == said else "crimson" for true, said in pairs]
     title = f"validation: {weights} weights, top-1 {result.top1:.2f} % of {result.images} images; red: said, and what it is"
-    _sheet(path, images.float() / 255, captions, colours, title)
+    sheet(path, images.float() / 255, captions, title, colours)
 
 
 def _short(name: str) -> str:
@@ -53,8 +53,9 @@ def _short(name: str) -> str:
 CELL, CAPTION, COLUMNS = 128, 34, 8  # pixels of an image's side, pixels for the caption above it, images in a row
 
 
-def _sheet(path: Path, images: Tensor, captions: Sequence[str], colours: Sequence[str], title: str) -> None:
+def sheet(path: Path, images: Tensor, captions: Sequence[str], title: str, colours: Sequence[str] | None = None) -> None:
     """Images (N, 3, H, W) in 0..1 as one picture in one pair of axes: a pair for each image would take a second to draw."""
+    colours = colours or ["black"] * len(images)
     cells = torch.nn.functional.interpolate(images.clamp(0, 1), size=(CELL, CELL), mode="nearest-exact")
     rows = -(-len(cells) // COLUMNS)
     canvas = np.ones((rows * (CELL + CAPTION), COLUMNS * (CELL + 8), 3), np.float32)

@@ -54,7 +54,17 @@ def opened(path: Path) -> Opened:
         if (folder / "config.yaml").exists() and (folder / "classes.txt").exists():
             cfg = config.from_text((folder / "config.yaml").read_text(), Train)
             return Opened(folder, cfg, (folder / "classes.txt").read_text().splitlines())
-    raise Stop(Exit.MISSING, f"{path} is no run and no checkpoint of one", "runs/NAME or runs/NAME/checkpoints/step-...", "the path")
+    raise Stop(
+        Exit.MISSING,
+        f"{path} is no run and no checkpoint of one",
+        "runs/NAME or runs/NAME/checkpoints/step-..., and for eval.py what timm reads: timm:NAME, hf-hub:OWNER/NAME, a folder with config.json",
+        "the path",
+    )
+
+
+def is_timms(given: str) -> bool:
+    """Whether a checkpoint is meant that timm reads, and not a run."""
+    return given.startswith(("timm:", "hf-hub:")) or (Path(given).expanduser() / "config.json").exists()
 
 
 class Run:
@@ -292,9 +302,10 @@ class Run:
         }
         self._write("status.json", json.dumps(entries, indent=1))
 
-    def best_step(self) -> int | None:
-        """The first step with the best top-1 of either set of weights; None before any evaluation."""
-        return max(self._top1, key=lambda step: max(self._top1[step].values()), default=None)
+    def best_steps(self) -> dict[str, int]:
+        """For each kind of weights that was evaluated, raw and ema, the first step with its best top-1."""
+        kinds = next(iter(self._top1.values()), {})
+        return {kind: max(self._top1, key=lambda step: self._top1[step][kind]) for kind in kinds}
 
     def top1(self) -> dict[str, float]:
         """Of the last step, by kind of weights; empty if it was not evaluated."""
@@ -309,9 +320,9 @@ class Run:
             parts = [f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {self.step}"]
         if comparison:
             parts.append(comparison)
-        best = self.best_step()
-        if best is not None and best != self.step:
-            parts.append(f"best {max(self._top1[best].values()):.2f} % in checkpoints/step-{best:08d}")
+        for kind, best in self.best_steps().items():
+            if best != self.step:
+                parts.append(f"best of {kind} {self._top1[best][kind]:.2f} % in checkpoints/step-{best:08d}")
         if (replaced := self.folder / "quarantine.jsonl").exists():
             parts.append(f"{len(replaced.read_text().splitlines())} damaged images were replaced (quarantine.jsonl)")
         summary = "; ".join([*parts, f"everything is in {self.folder}/"])

@@ -112,14 +112,15 @@ class Evaluate:
 @dataclass
 class Data:
     name: str = setting(MISSING, "a file of conf/data, as data=NAME", pattern=NAME)
-    kind: str = setting(MISSING, "how it is read", ("digits", "folder", "shards", "synthetic", "trained"))
+    kind: str = setting(MISSING, "how it is read", ("digits", "folder", "shards", "synthetic", "trained", "evaluation"))
     root: str | None = setting(None, "folder: holds the train and val folders; shards: holds dataset.json", free=True)
     train: str = setting("train", "folder below root with one folder a class")
     val: str | None = setting("val", "folder below root with one folder a class; null: there are no validation images")
     cache: str = setting("~/.cache/reconverge", "folder for indexes and generated images", free=True)
     mean: list[float] = setting([0.485, 0.456, 0.406], "of R, G, B in 0..1 (ImageNet's)")
     std: list[float] = setting([0.229, 0.224, 0.225], "of R, G, B in 0..1 (ImageNet's)")
-    dataset: str | None = setting(None, "shards only: what dataset.json must say that it is; null takes any")
+    dataset: str | None = setting(None, "shards: what dataset.json must say that it is, null takes any; data=eval/NAME: that NAME")
+    labels: str | None = setting(None, "data=eval/real only: the file real.json; null: in root", free=True)
     decode: str = setting("exact", "of training images: exact has Pillow's pixels; fast resamples with torch where native/ does not serve: 0.04 of 255 off on average", ("exact", "fast"))
     native: str = setting("auto", "the C library of native/, which gives the same pixels sooner: auto where it can be used; on refuses to start without it", ("auto", "on", "off"), free=True)
     window: str = setting("all", "shuffle over everything, or, for sequential reading, within windows of so many shards", pattern=r"all|[1-9][0-9]*")
@@ -187,10 +188,22 @@ class Train:
 
 
 @dataclass
+class Suite:
+    name: str = setting("none", "a file of conf/suite, as suite=NAME")
+    root: str | None = setting(None, "the folder that holds the sets, each as its archive unpacks")
+    sets: list[str] = setting([], "names of data=eval/NAME; those that are not there are left out, and said")
+
+
+@dataclass
 class Eval:
     """eval.py"""
 
-    checkpoint: str = setting(MISSING, "a run's folder (its newest valid checkpoint), or one of its checkpoints")
+    checkpoint: str = setting(MISSING, "runs/NAME (its newest valid checkpoint) or a checkpoint of it, timm:NAME, hf-hub:OWNER/NAME, or a folder that timm reads")
+    images: Any = setting(None, "predict: an image, a folder of images, or a list of these; null: evaluate on data")
+    size: int | None = setting(None, "pixels, side of an image; null: as the model was trained for", low=1)
+    crop_ratio: float | None = setting(None, "side of the centre crop / shorter side after resizing; null: as the model was trained for, and 1 for data=eval/c, whose images are cropped", low=0.01, high=1)
+    mode: str | None = setting(None, "crop: resize the shorter side, crop the centre; squash: warp to a square; null: as the model was trained for", (None, "crop", "squash"))
+    interpolation: str | None = setting(None, "of the resize; null: as the model was trained for", (None, "bicubic", "bilinear"))
     batch: int | None = setting(None, "images of one forward pass; null: as in the run", low=1)
     workers: int | None = setting(None, "processes that load images; null: from the cores of this process", low=0)
     threads: int | None = setting(None, "torch threads of this process; null: from its cores", low=1)
@@ -198,4 +211,5 @@ class Eval:
     precision: str = setting("fp32", "of the forward pass", ("fp32", "tf32", "bf16", "fp16"))
     channels_last: bool = setting(False, "memory format of images and weights")
     world_timeout: float = setting(10.0, "minutes in which every rank must answer", low=0.01)
+    suite: Suite = field(default_factory=Suite)
     data: Data = field(default_factory=Data)

@@ -1,5 +1,6 @@
 """What a checkpoint holds: both sets of weights, the optimizer, and a few numbers. Nothing random: that is a function of the step."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,8 @@ class State:
     def models(self) -> dict[str, nn.Module]:
         return {"raw": self.net} | ({"ema": self.ema.model} if self.ema else {})
 
-    def save(self, folder: Path, step: int, keep: int, best: int | None) -> None:
-        """Write the checkpoint of `step`, and remove those that are neither among the newest `keep` nor of step `best`."""
+    def save(self, folder: Path, step: int, keep: int, best: Collection[int]) -> None:
+        """Write the checkpoint of `step`, and remove those that are neither among the newest `keep` nor of the steps `best`."""
         tensors = {"model": self.net.state_dict(), "optimizer": optim.state_tensors(self.optimizer)}
         if self.ema:
             tensors["ema"] = self.ema.model.state_dict()

@@ -12,7 +12,8 @@ COMMANDS = {
     "verify": "train some steps of a run again, and compare them bit by bit",
     "selftest": "try the promises on this machine, in a few minutes",
     "batch": "the images of one step of a run, with their keys",
-    "bench": "measure the loader alone",
+    "bench": "measure the loader, or a model, by itself",
+    "export": "a run's model as timm, ONNX and torch.export load it",
     "plan": "what a training will be, without training",
     "models": "the table of models: counted and published size, accuracy, recipes",
 }

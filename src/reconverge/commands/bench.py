@@ -1,102 +1,44 @@
 """Measure a part of a training job by itself, with the settings of train.py."""
 
 import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import count
+from pathlib import Path
 
 from reconverge import checks, config
 from reconverge.errors import Exit, Stop
-from reconverge.progress import say
+
+OVERRIDES = "as for train.py: model=convnext_t recipe=in1k precision=bf16 data=imagenet1k data.root=/path workers=8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parts = parser.add_subparsers(required=True, metavar="PART")
+    parts = parser.add_subparsers(required=True, metavar="PART", dest="part")
     data = parts.add_parser("data", help="the loader alone, at full speed", description="Measure the loader alone, at full speed.")
     data.add_argument("--seconds", type=float, default=20.0, metavar="S", help="to measure (default: 20)")
     data.add_argument("--gpu", type=float, default=1000.0, metavar="X", help="images/s that one GPU trains (default: 1000)")
-    data.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="as for train.py: recipe=in1k data=imagenet1k data.root=/path workers=8"
-    )
+    what = "inference and training by batch size: images/s and peak memory, beside the published figures"
+    model = parts.add_parser("model", help=what, description=f"Measure {what}.")
+    model.add_argument("--batches", default="1,2,4,8,16,32,64,128,256,512", metavar="N,N", help="batch sizes, until one does not fit")
+    model.add_argument("--seconds", type=float, default=3.0, metavar="S", help="to measure each (default: 3)")
+    model.add_argument("--phase", choices=("inference", "training"), help="only this")
+    model.add_argument("--json", type=Path, metavar="FILE", help="what was measured, for programs; the table on the terminal is Markdown")
+    for part in (data, model):
+        part.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if not (arguments.seconds > 0 and arguments.gpu > 0):
-        raise Stop(Exit.USAGE, f"--seconds {arguments.seconds:g} --gpu {arguments.gpu:g}", "numbers above 0", "--seconds 20 --gpu 1000")
+    gpu = getattr(arguments, "gpu", 1.0)
+    if not (arguments.seconds > 0 and gpu > 0):
+        raise Stop(Exit.USAGE, f"--seconds {arguments.seconds:g} --gpu {gpu:g}", "numbers above 0", "--seconds 20 --gpu 1000")
+    batches = [int(text) if text.isdigit() else 0 for text in getattr(arguments, "batches", "1").split(",")]
+    if not all(batches):
+        raise Stop(Exit.USAGE, f"--batches {arguments.batches}", "numbers from 1, with commas between", "--batches 1,32,256")
     cfg = config.of_training(arguments.overrides)
     checks.check(cfg)
+    if arguments.part == "data":
+        from reconverge import bench_data
 
-    import torch
+        return bench_data.bench(cfg, arguments.seconds, gpu)
 
-    from reconverge.data import native, sources, transforms
-    from reconverge.data.loader import Feed, Images
-    from reconverge.data.order import Order
-    from reconverge.world import World, default_workers
+    from reconverge import bench_model
 
-    world = World(cfg.device, cfg.precision, cfg.deterministic)
-    workers = default_workers(world.device) if cfg.workers is None else cfg.workers
-    torch.set_num_threads(1)
-    training, _ = sources.open_sources(cfg.data)
-    images = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed)
-    order = Order.of(cfg, training)
-    say(f"{cfg.data.name}: {len(training)} images; {cfg.augment.size} px, decode {cfg.data.decode}, microbatches of {cfg.microbatch}")
-    say(f"decoder: {native.choose(cfg.data.native)}")
-
-    # ---- one image after the other, in this process: where the time goes ----
-    ids = order.microbatch(0, 0).ids[:64].tolist()
-    crop_alone = transforms.training(replace(cfg.augment, auto="none", flip=0.0), cfg.data.mean, cfg.data.decode)
-    cropping = Images(training, crop_alone, cfg.seed)
-    read = _milliseconds(training.read, ids, arguments.seconds / 10)
-    cropped = _milliseconds(lambda sample: cropping.sample(0, sample, 0), ids, arguments.seconds / 10)
-    whole = _milliseconds(lambda sample: images.sample(0, sample, 0), ids, arguments.seconds / 10)
-    collate = max(0.0, _milliseconds(lambda _: images[order.microbatch(0, 0)], [0], 0) / cfg.microbatch - whole)
-    for name, value in (
-        ("read and verify", read),
-        ("decode, crop, resize", cropped - read),
-        ("flip and RandAugment", whole - cropped),
-        ("collate", collate),
-    ):
-        say(f"  {name:<22} {value:7.3f} ms an image")
-    say(f"  {'together':<22} {whole + collate:7.3f} ms: {1000 / (whole + collate):.0f} images/s of one process")
-
-    # ---- the loader, with its workers, as train.py has it ----
-    microbatches = order.steps(0, sys.maxsize // order.microbatches)
-    speed, latencies = _drain(iter(Feed(images, microbatches, workers, world.device, cfg.copy_ahead)), cfg.microbatch, arguments.seconds)
-    per_worker = f", {speed / workers:.0f} a worker" if workers else ""
-    say(f"{workers} workers: {speed:.0f} images/s{per_worker}")
-    say(
-        f"a microbatch comes after {latencies[len(latencies) // 2] * 1000:.1f} ms (p50), {latencies[len(latencies) * 99 // 100] * 1000:.1f} ms (p99)"
-    )
-    needed = f"; one needs {arguments.gpu / (speed / workers):.0f} workers" if workers else ""
-    say(f"feeds {speed / arguments.gpu:.2g} GPUs that train {arguments.gpu:g} images/s each{needed}")
-    return Exit.DONE
-
-
-def _milliseconds(job: Callable[[int], object], ids: list[int], seconds: float) -> float:
-    """Median time of job(id), over all of `ids` at least once and for `seconds` at least."""
-    spent: list[float] = []
-    began = time.perf_counter()
-    for number in count():
-        if number >= len(ids) and time.perf_counter() - began > seconds:
-            return statistics.median(spent) * 1000
-        started = time.perf_counter()
-        job(ids[number % len(ids)])
-        spent.append(time.perf_counter() - started)
-    raise AssertionError
-
-
-def _drain(batches: Iterator[object], images: int, seconds: float) -> tuple[float, list[float]]:
-    """Images/s of batches of so many `images`, and the sorted times between them. The first few fill the queues and do not count."""
-    for _ in range(3):
-        next(batches)
-    latencies: list[float] = []
-    began = last = time.perf_counter()
-    while last - began < seconds or len(latencies) < 10:
-        next(batches)
-        now = time.perf_counter()
-        latencies.append(now - last)
-        last = now
-    return images * len(latencies) / (last - began), sorted(latencies)
+    phases = [arguments.phase] if arguments.phase else ["inference", "training"]
+    return bench_model.bench(cfg, batches, arguments.seconds, phases, arguments.json)

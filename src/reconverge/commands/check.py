@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from reconverge.data import files, shards
+    from reconverge.data import shards
 
     root = arguments.folder.expanduser()
     about = shards.load(root)
@@ -26,10 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     with ThreadPoolExecutor(arguments.jobs or cores()) as threads, Meter("checking", total) as meter:
         jobs = []
         for split, part in about["splits"].items():
-            table = root / part["index"]
-            if table.exists() and files.sha256_of(table) != part["index_sha256"]:
-                faults.append((Exit.DAMAGED, f"{table} is damaged: it is not what dataset.json says"))
-            elif table.exists():
+            if shards.index_problem(root, part) is None:
                 jobs += [threads.submit(_faults, root, about, split, number, meter) for number in range(len(part["shards"]))]
         for job in jobs:
             faults += [fault for fault in job.result() if fault not in faults]

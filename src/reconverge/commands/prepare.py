@@ -1,6 +1,7 @@
 """Make a data set of shards from what people download; interrupted, the same command goes on."""
 
 import argparse
+import json
 from pathlib import Path
 
 from reconverge.errors import Exit, Stop
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from reconverge.prepare.make import Options, prepare
+    from reconverge.prepare.odd import UNREADABLE
 
     jobs = cores() if arguments.jobs is None else arguments.jobs
     for name, value, good in (
@@ -43,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     splits = ", ".join(f"{part['images']} images in {len(part['shards'])} shards of {split}" for split, part in about["splits"].items())
     say(f"{about['dataset']}: {splits}; {len(about['classes'])} classes")
     if lines:
-        say(f"{len(lines)} odd files, {about['dropped']} of them dropped: report.jsonl")
+        unread = sum(any(word.startswith(UNREADABLE) for word in json.loads(line)["odd"]) for line in lines)
+        stays = "" if unread == about["dropped"] else " (training stops at one: --drop-unreadable, or data.on_bad_image=substitute)"
+        say(f"{len(lines)} odd files, {unread} of them unreadable{stays}; {about['dropped']} dropped: report.jsonl")
     say(f"data=shards data.root={arguments.to}" if about["dataset"] == "folder" else f"data={about['dataset']} data.root={arguments.to}")
     return Exit.DONE

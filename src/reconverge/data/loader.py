@@ -83,7 +83,7 @@ class Images(Dataset):
                 Exit.DAMAGED,
                 f"{self.source.where(sample)}: {error}",
                 "images that Pillow can decode whole",
-                "replace or remove the file and start a new run; or data.on_bad_image=substitute",
+                "data.on_bad_image=substitute; or a new run without it: remove the file, or reconverge prepare --drop-unreadable",
             ) from None
 
     def _good(self, epoch: int, sample: int, repeat: int, bad: list[Bad]) -> tuple[np.ndarray, int]:

@@ -49,6 +49,11 @@ def samples(file: BinaryIO, where: str) -> Iterator[Sample]:
             if key is not None and (image or label is not None):
                 yield finished()
             key, image, label = this, None, None
+        if (image if suffix.lower() in IMAGES else label if suffix == "cls" else None) is not None:
+            if image is None or label is None:
+                raise _damaged(f"{where}, byte {member.start}: {key} has two {'images' if image else 'labels'}")
+            yield finished()  # another sample of the same name
+            image, label = None, None
         if suffix.lower() in IMAGES:
             image = suffix.lower(), member.start, tar.read(file, member, where)
         elif suffix == "cls":
@@ -171,16 +176,25 @@ def load(root: Path) -> dict[str, Any]:
 
 
 def problems(root: Path, about: dict[str, Any]) -> list[tuple[Exit, str]]:
-    """What can be seen without reading it all: shards and indexes that are missing, of another size, other files, or not to be read."""
-    files = [(part["index"], part["index_bytes"]) for part in about["splits"].values()]
-    files += [(shard["name"], shard["bytes"]) for part in about["splits"].values() for shard in part["shards"]]
+    """What can be seen without reading every image: damaged indexes; shards that are missing, of another size, other files, or not to be read."""
+    files = [(shard["name"], shard["bytes"]) for part in about["splits"].values() for shard in part["shards"]]
     with ThreadPoolExecutor(16) as threads:  # a network file system answers each question in milliseconds
-        found = [problem for problem in threads.map(lambda file: _problem(root / file[0], file[1]), files) if problem]
+        asked = [threads.submit(index_problem, root, part) for part in about["splits"].values()]
+        asked += [threads.submit(_problem, root / name, size) for name, size in files]
+        found = [problem for job in asked if (problem := job.result())]
         if not found:
             sources = [Shards(root, about, split) for split in about["splits"]]
             firsts = [(source, int(first)) for source in sources for first in source.first_ids()]
             found = [problem for problem in threads.map(lambda pair: pair[0].replaced(pair[1]), firsts) if problem]
     return found
+
+
+def index_problem(root: Path, part: dict[str, Any]) -> tuple[Exit, str] | None:
+    """The fault of a split's index, which is read whole, for nothing else vouches for its labels: 0.6 s for 14 M rows."""
+    path = root / part["index"]
+    if problem := _problem(path, part["index_bytes"]):
+        return problem
+    return None if sha256_of(path) == part["index_sha256"] else (Exit.DAMAGED, f"{path} is damaged: it is not what dataset.json says")
 
 
 def _problem(path: Path, size: int) -> tuple[Exit, str] | None:
@@ -202,7 +216,12 @@ def open_shards(root: Path, dataset: str | None, validation: bool = True) -> tup
     """
     about = load(root)
     if dataset is not None and about["dataset"] != dataset:
-        raise Stop(Exit.USAGE, f"{root} holds {about['dataset']}", f"{dataset}, as data.dataset says", "data.root=, or another data=")
+        raise Stop(
+            Exit.USAGE,
+            f"{root} was prepared as {about['dataset']}",
+            f"a data set that was prepared as {dataset} (data.dataset)",
+            "data=shards, which takes any; or data.root=",
+        )
     if found := problems(root, about):
         more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
         raise Stop(

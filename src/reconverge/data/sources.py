@@ -43,7 +43,7 @@ def open_validation(data: Data, classes: list[str]) -> Source:
     if data.val is None:
         raise Stop(Exit.USAGE, "data.val=null", "a data set with validation images", "data.val=val, or another data=")
     if data.kind == "folder":
-        return open_folder(_root(data) / data.val, Path(data.cache).expanduser(), classes)
+        return open_folder(root_of(data) / data.val, Path(data.cache).expanduser(), classes)
     validation = open_sources(data)[1]
     assert validation is not None, "data.val is not null"
     if validation.classes != classes:
@@ -56,18 +56,19 @@ def open_validation(data: Data, classes: list[str]) -> Source:
     return validation
 
 
-def _root(data: Data) -> Path:
+def root_of(data: Data) -> Path:
+    """Its folder, of a kind that has one."""
     return Path(str(data.root)).expanduser()
 
 
 def _folder(data: Data) -> tuple[Source, Source | None]:
-    root, cache = _root(data), Path(data.cache).expanduser()
+    root, cache = root_of(data), Path(data.cache).expanduser()
     train = open_folder(root / data.train, cache)
     return train, None if data.val is None else open_folder(root / data.val, cache, train.classes)
 
 
 def _shards(data: Data) -> tuple[Source, Source | None]:
-    return open_shards(_root(data), data.dataset, validation=data.val is not None)
+    return open_shards(root_of(data), data.dataset, validation=data.val is not None)
 
 
 def _digits(data: Data) -> tuple[Source, Source | None]:

@@ -18,7 +18,7 @@ import timm
 import torch
 import torchvision
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from reconverge import chance, checkpoint
 from reconverge.data.files import sha256_of
@@ -101,12 +101,11 @@ def _run(path: Path, wanted: str) -> Pretrained:
     )
 
 
-def _timm_folder(path: Path, wanted: str) -> Pretrained:
-    """What timm's save_for_hf writes and its local-dir: names read."""
+def _timm_config(path: Path) -> tuple[str, Any]:
+    """Architecture and label names of timm's config.json. Errors: Stop(DAMAGED)."""
     try:
         config = json.loads((path / "config.json").read_text())
-        names = config.get("label_names", config.get("pretrained_cfg", {}).get("label_names"))
-        architecture = str(config["architecture"])
+        return str(config["architecture"]), config.get("label_names", config.get("pretrained_cfg", {}).get("label_names"))
     except (ValueError, KeyError, AttributeError) as error:
         raise Stop(
             Exit.DAMAGED,
@@ -114,6 +113,11 @@ def _timm_folder(path: Path, wanted: str) -> Pretrained:
             "timm's config.json, with an architecture",
             "the folder, or its file of weights",
         ) from error
+
+
+def _timm_folder(path: Path, wanted: str) -> Pretrained:
+    """What timm's save_for_hf writes and its local-dir: names read."""
+    architecture, names = _timm_config(path)
     found = [path / name for name in LOCAL_FILES if (path / name).exists()]
     if not found:
         raise Stop(Exit.MISSING, f"init={path} has no weights", f"{' or '.join(LOCAL_FILES)} beside config.json", "the folder")
@@ -209,34 +213,36 @@ def _downloading(init: str) -> Iterator[None]:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
-def _from_timm(name: str) -> Pretrained:
-    if not timm.is_model_pretrained(name):
-        known = timm.list_pretrained()
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0)
-        raise Stop(
-            Exit.USAGE, f"init=timm:{name}", f"the {len(known)} names of timm.list_pretrained()", f"init=timm:{' or timm:'.join(near)}"
-        )
-    return _created(f"timm:{name}", name)
+def model(given: str) -> nn.Module:
+    """timm's own model with the weights of timm:NAME, hf-hub:OWNER/NAME or a folder that timm reads. Errors: Stop(USAGE, MISSING, DAMAGED)."""
+    scheme, _, name = given.partition(":")
+    if scheme == "timm":
+        if not timm.is_model_pretrained(name):
+            known = timm.list_pretrained()
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0)
+            raise Stop(Exit.USAGE, f"timm:{name}", f"the {len(known)} names of timm.list_pretrained()", f"timm:{' or timm:'.join(near)}")
+    elif scheme == "hf-hub":
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
+            raise Stop(
+                Exit.USAGE, f"hf-hub:{name}", "hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION", "hf-hub:timm/convnext_tiny.fb_in1k"
+            )
+        name = given
+    else:
+        folder = Path(given).expanduser()
+        _timm_config(folder)
+        name = f"local-dir:{folder}"
+    with _downloading(given), chance.scope("init", given):  # timm knows where the weights lie, and how old names became today's
+        return timm.create_model(name, pretrained=True)
 
 
-def _from_hub(name: str) -> Pretrained:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
-        raise Stop(
-            Exit.USAGE, f"init=hf-hub:{name}", "hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION", "init=hf-hub:timm/convnext_tiny.fb_in1k"
-        )
-    return _created(f"hf-hub:{name}", f"hf-hub:{name}")
-
-
-def _created(init: str, name: str) -> Pretrained:
-    """Through timm's own model: it knows where the weights lie, and how old names became today's."""
-    with _downloading(init), chance.scope("init", init):
-        net = timm.create_model(name, pretrained=True)
+def _created(given: str) -> Pretrained:
+    net = model(given)
     tensors: dict[str, Tensor] = net.state_dict()
     known: Any = net.pretrained_cfg or {}
-    architecture = f"{known.get('architecture', name)}.{known.get('tag') or '-'}".removesuffix(".-")
+    architecture = f"{known.get('architecture', given)}.{known.get('tag') or '-'}".removesuffix(".-")
     names = known.get("label_names")
     classes = [str(label) for label in names] if isinstance(names, list | tuple) and len(names) == net.num_classes else None
-    return Pretrained(tensors, classes, {"text": f"{init}: {architecture}", "architecture": architecture, "sha256": _digest(tensors)})
+    return Pretrained(tensors, classes, {"text": f"{given}: {architecture}", "architecture": architecture, "sha256": _digest(tensors)})
 
 
 def _from_torchvision(name: str) -> Pretrained:
@@ -256,7 +262,11 @@ def _from_torchvision(name: str) -> Pretrained:
     return Pretrained(tensors, None, {"text": f"torchvision:{sets[0]}", "sha256": _digest(tensors)})
 
 
-DOWNLOADS = {"timm": _from_timm, "hf-hub": _from_hub, "torchvision": _from_torchvision}
+DOWNLOADS = {
+    "timm": lambda name: _created(f"timm:{name}"),
+    "hf-hub": lambda name: _created(f"hf-hub:{name}"),
+    "torchvision": _from_torchvision,
+}
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -248,8 +248,10 @@ def _inner_tars(path: Path) -> list[str]:
     """The synsets of a tar of tars, sorted. Of a gzip file this takes a pass over all of it."""
     with _opened(path) as file:
         found = [_stem(member.name) for member in tar.members(file, str(path), largest=None) if member.name.endswith(".tar")]
-    if not found or len(set(found)) < len(found):
-        raise Stop(Exit.DAMAGED, f"{path} holds {len(found)} class archives", "one tar a synset, each once", "download it again")
+    if not found:
+        raise Stop(Exit.USAGE, f"{path} holds no class archives", FORMS, "for WebDataset shards, the folder where they are")
+    if len(set(found)) < len(found):
+        raise Stop(Exit.DAMAGED, f"{path} holds {len(found) - len(set(found))} class archives twice", "each once", "download it again")
     return sorted(found)
 
 

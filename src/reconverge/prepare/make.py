@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -57,7 +58,10 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
     lock = Lock(to / ".lock")
     try:
         with strict_exif(), ThreadPoolExecutor(jobs) as threads:
-            about = (_in_place if _are_shards(source) else _scattered)(source, to, work, dataset, jobs, threads, options)
+            if found := _shards_below(source):
+                about = _in_place(found, to, work, dataset, threads, options)
+            else:
+                about = _scattered(source, to, work, dataset, jobs, threads, options)
         write_whole(to / "dataset.json", json.dumps(about, indent=1) + "\n")
         shutil.rmtree(work)
         return about
@@ -99,7 +103,12 @@ def _scattered(
                 Exit.DISK, f"{to}: the shards of {split} are not what was written", "a disk that keeps what it is given", "another --to"
             )
         if made["repeated"]:
-            raise Stop(Exit.DAMAGED, f"the key {made['repeated']} comes twice in {split}", "each image once", "remove one of the two files")
+            raise Stop(
+                Exit.DAMAGED,
+                f"two images of {split} have the key {made['repeated']}",
+                "a name of its own for each: a.jpg and a.jpeg share one, and so do a.b.jpg and a_b.jpg",
+                f"rename or remove one of the two; then rm -r {to} and the same command again",
+            )
     lossy = {"resize": options.resize, "quality": options.quality} if options.resize else None
     return _about(to, plan, parts, lossy, scatter.state["dropped"])
 
@@ -220,32 +229,38 @@ def _in_order(
 # ---- shards that exist: indexed where they are ----------------------------------------------------------------------
 
 
-def _are_shards(source: Path) -> bool:
-    return bool(_shards_below(source)) and not any(
-        (source / f"{name}").exists() for name in ("ILSVRC2012_img_train.tar", "fall11_whole.tar")
-    )
-
-
 def _shards_below(source: Path) -> dict[str, list[Path]]:
-    """Split -> the tars of a folder, or of its train and val folders; `val` or `validation` in a name says which."""
-    if not source.is_dir():
+    """Split -> the tars of a folder, or of its train and val folders; the word val, valid or validation in a name says which.
+
+    Nothing where the tars are not shards. Errors: Stop(MISSING) for a part of ImageNet's archives.
+    """
+    if not source.is_dir() or any((source / name).exists() for name in ("ILSVRC2012_img_train.tar", "fall11_whole.tar")):
         return {}
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
     for path in sorted([*source.glob("*.tar"), *source.glob("*/*.tar")]):
-        name = str(path.relative_to(source)).lower()
-        if "test" not in name:
-            found.setdefault("val" if "val" in name else "train", []).append(path)
-    return found
+        if path.name.startswith("ILSVRC2012_img_") or re.fullmatch(r"n\d{8}", path.stem):
+            raise Stop(
+                Exit.MISSING,
+                f"{path} without the archive that belongs to it",
+                "ILSVRC2012_img_train.tar as it was published, a tar of one tar a synset, with ILSVRC2012_img_val.tar beside it",
+                f"put it into {source}; class archives that were unpacked: tar -cf ILSVRC2012_img_train.tar n*.tar",
+            )
+        words = set(re.findall("[a-z]+", str(path.relative_to(source).with_suffix("")).lower()))
+        found["test" if "test" in words else "val" if words & {"val", "valid", "validation"} else "train"].append(path)
+    if ignored := found.pop("test"):
+        say(f"{len(ignored)} shards of a test split are left out")
+    return {split: paths for split, paths in found.items() if paths}
 
 
 def _in_place(
-    source: Path, to: Path, work: Path, dataset: str | None, jobs: int, threads: ThreadPoolExecutor, options: Options
+    found: dict[str, list[Path]], to: Path, work: Path, dataset: str | None, threads: ThreadPoolExecutor, options: Options
 ) -> dict[str, Any]:
     if refused := [f"--{name.replace('_', '-')}" for name in ("resize", "hold_out", "drop_unreadable") if getattr(options, name)]:
         raise Stop(
             Exit.USAGE, f"{', '.join(refused)} with shards that exist", "they are indexed where they are, and not rewritten", "drop it"
         )
-    found = {split: [os.path.relpath(path, to) for path in paths] for split, paths in _shards_below(source).items()}
+    here = to.resolve()  # what a link leads to: .. of a link is not where it lies
+    names = {split: [os.path.relpath(path.parent.resolve() / path.name, here) for path in paths] for split, paths in found.items()}
     say(f"WebDataset shards, indexed where they are: {', '.join(f'{len(paths)} of {split}' for split, paths in found.items())}")
     report = to / "report.jsonl"
     lines: list[str] = []
@@ -258,16 +273,16 @@ def _in_place(
         if odd:
             lines.append(json.dumps({"key": sample.key, "odd": odd, "fate": "kept as it is"}) + "\n")
 
-    parts = _indexed(to, work, found, threads, examine)
+    parts = _indexed(to, work, names, threads, examine)
     report.write_text("".join(sorted(lines)))
     labels = max((part["labels"] for part in parts.values()), default=0)
-    names = synsets.imagenet1k() if dataset == "imagenet1k" else [f"{label:0{len(str(labels - 1))}d}" for label in range(labels)]
-    if labels > len(names):
-        raise Stop(Exit.USAGE, f"{source} has labels up to {labels - 1}", f"{len(names)} classes of {dataset}", "--as folder")
+    classes = synsets.imagenet1k() if dataset == "imagenet1k" else [f"{label:0{len(str(labels - 1))}d}" for label in range(labels)]
+    if labels > len(classes):
+        raise Stop(Exit.USAGE, f"labels up to {labels - 1} in {to}", f"{len(classes)} classes of {dataset}", "--as folder")
     plan = {
         "dataset": dataset or "folder",
         "source": {"kind": "WebDataset shards", "files": [], "bytes": {}},
-        "classes": synsets.described(names),
+        "classes": synsets.described(classes),
         "expected": EXPECTED.get(str(dataset), {}),
         "expected_classes": CLASSES.get(str(dataset)),
     }

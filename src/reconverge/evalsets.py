@@ -1,0 +1,343 @@
+"""The sets that models of ImageNet-1K are compared on: how each is laid out as it is distributed, and how its answers are counted.
+
+ImageNet-C, mCE and AlexNet's errors: Hendrycks and Dietterich (2019); C-bar: Mintun et al. (2021); A: Hendrycks et al. (2021);
+R: Hendrycks et al. (2021); Sketch: Wang et al. (2019); V2: Recht et al. (2019), matched-frequency; ReaL: Beyer et al. (2020).
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reconverge.data.folder import Folder, open_folder
+from reconverge.data.shards import Shards, open_shards
+from reconverge.data.sources import Source, open_validation, root_of
+from reconverge.errors import Exit, Stop
+from reconverge.evaluate import Result
+from reconverge.progress import say
+from reconverge.settings import Data, Evaluate, Suite
+
+# Mean error of AlexNet over the five severities of each corruption, as the authors publish it: what mCE divides by.
+ALEXNET = {
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360,
+    "snow": 0.866816, "frost": 0.826572, "fog": 0.819324, "brightness": 0.564592,
+    "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840, "jpeg_compression": 0.606500,
+}  # fmt: skip
+GROUPS = ("noise", "blur", "weather", "digital")  # the archives of ImageNet-C; `extra` does not count
+C_BAR = (
+    "blue_noise_sample", "brownish_noise", "caustic_refraction", "checkerboard_cutout", "cocentric_sine_waves",
+    "inverse_sparkles", "perlin_noise", "plasma_noise", "single_frequency_greyscale", "sparkles",
+)  # fmt: skip
+SEVERITIES = 5
+
+
+class Part(NamedTuple):
+    """Images that are evaluated and counted by themselves; most sets are one part."""
+
+    name: str  # of ImageNet-C: corruption/severity
+    source: Source
+    among: list[int] | None = None  # the model's classes that the answer is chosen among, in the order of the source's; None: all
+
+
+class EvalSet(NamedTuple):
+    """One of SETS, as data=eval/NAME."""
+
+    images: int  # as published, over all parts
+    parts: Callable[[Data, list[str]], list[Part]]  # (data, the model's classes). Errors: Stop
+    score: Callable[[Data, list[Part], list[Result]], dict[str, float]]  # percent; the first is the one that papers print
+    folder: str  # where suite=robustness looks for it below suite.root: the name that its archive unpacks to
+    crop_ratio: float | None = None  # where the images are cropped already; None: that of the model
+
+
+# ---- how they are laid out --------------------------------------------------------------------------------------------
+
+
+def _validation(data: Data, classes: list[str]) -> list[Part]:
+    """ImageNet's own validation images: shards, or class folders in root/val."""
+    root = root_of(data)
+    if (root / "dataset.json").exists():
+        return [_in_shards(data, root, classes)]
+    return [Part("", open_folder(root / str(data.val), _cache(data), classes))]
+
+
+def _whole(data: Data, classes: list[str]) -> list[Part]:
+    """Folders named by the model's classes, or shards of them; every class may be answered."""
+    root = root_of(data)
+    return [_in_shards(data, root, classes) if (root / "dataset.json").exists() else Part("", open_folder(root, _cache(data), classes))]
+
+
+def _by_number(data: Data, classes: list[str]) -> list[Part]:
+    """Folders named by the position of the class, 0 to 999."""
+    root = root_of(data)
+    if (root / "dataset.json").exists():
+        return [_in_shards(data, root, [str(label) for label in range(len(classes))])]
+    return [Part("", open_folder(root, _cache(data), [str(label) for label in range(len(classes))]))]
+
+
+def _subset(data: Data, classes: list[str]) -> list[Part]:
+    """Folders of some of the model's classes, or shards of them; the answer is chosen among these."""
+    root = root_of(data)
+    source = open_shards(root, None)[1] if (root / "dataset.json").exists() else open_folder(root, _cache(data))
+    assert source is not None, "validation images are asked for"
+    places = {name: label for label, name in enumerate(classes)}
+    if strangers := [name for name in source.classes if name not in places]:
+        raise Stop(
+            Exit.NOT_COMPARABLE,
+            f"{root}: {len(strangers)} of {len(source.classes)} classes that the model lacks: {', '.join(strangers[:5])}",
+            f"some of the model's {len(classes)} classes",
+            "data.root=, or a model of ImageNet-1K",
+        )
+    return [Part("", source, [places[name] for name in source.classes])]
+
+
+def _corrupted(corruptions: Sequence[str]) -> Callable[[Data, list[str]], list[Part]]:
+    """CORRUPTION/SEVERITY/SYNSET, as distributed: the corruptions in one folder, or in those of the archives."""
+
+    def parts(data: Data, classes: list[str]) -> list[Part]:
+        root, found = root_of(data), {}
+        for name in corruptions:
+            folders = [path for group in ("", *GROUPS) for path in (root / group / name).glob("[0-9]*") if path.is_dir()]
+            found[name] = sorted(folders, key=lambda path: path.name)
+        lacking = [f"{name} ({len(folders)} severities)" for name, folders in found.items() if len(folders) != SEVERITIES]
+        if lacking:
+            raise Stop(
+                Exit.MISSING,
+                f"{root} lacks {', '.join(lacking[:8])}{f' and {len(lacking) - 8} more' if lacking[8:] else ''}",
+                f"CORRUPTION/SEVERITY/SYNSET/*.JPEG of {len(corruptions)} corruptions, with {SEVERITIES} severities each",
+                "data.root=, or unpack the missing archives there",
+            )
+        return [
+            Part(f"{name}/{folder.name}", open_folder(folder, _cache(data), classes))
+            for name, folders in found.items()
+            for folder in folders
+        ]
+
+    return parts
+
+
+def _in_shards(data: Data, root: Path, classes: list[str]) -> Part:
+    source = open_shards(root, data.dataset if data.dataset in ("imagenet1k",) else None)[1]
+    assert source is not None, "validation images are asked for"
+    if source.classes != classes:
+        raise Stop(
+            Exit.NOT_COMPARABLE,
+            f"{root} has {len(source.classes)} classes, and the model {len(classes)} or others",
+            "the classes of the model",
+            "data.root=, or another model",
+        )
+    return Part("", source)
+
+
+def _cache(data: Data) -> Path:
+    return Path(data.cache).expanduser()
+
+
+# ---- how they are counted ---------------------------------------------------------------------------------------------
+
+
+def _top1(data: Data, parts: list[Part], results: list[Result]) -> dict[str, float]:
+    (result,) = results
+    return {"top1": result.top1, "top5": result.top5}
+
+
+def _real(data: Data, parts: list[Part], results: list[Result]) -> dict[str, float]:
+    """An answer is right that is among an image's labels; images without any are left out."""
+    path = Path(data.labels).expanduser() if data.labels else root_of(data) / "real.json"
+    try:
+        labels = json.loads(path.read_text())
+        accepted = [set(map(int, entry)) for entry in labels]
+    except FileNotFoundError:
+        raise Stop(Exit.MISSING, f"no {path}", "real.json, as google-research/reassessed-imagenet has it", "data.labels=PATH") from None
+    except (ValueError, TypeError) as error:
+        raise Stop(Exit.DAMAGED, f"{path}: {error}", "a list of labels for each validation image", "download it again") from None
+    (part,), (result,) = parts, results
+    assert isinstance(part.source, Folder | Shards), "the images have names"
+    order = _in_order_of_names(part.source)
+    if len(accepted) <= order.max(initial=-1) or (len(accepted) != len(order) and not _numbered(part.source)):
+        raise Stop(
+            Exit.NOT_COMPARABLE,
+            f"{path} has {len(accepted)} entries for {len(order)} images",
+            "one for each validation image, in the order of file names",
+            "data.labels=, or data.root=",
+        )
+    return {"real": real_accuracy(accepted, order, result.predicted)}
+
+
+def real_accuracy(accepted: Sequence[set[int]], order: np.ndarray, predicted: np.ndarray) -> float:
+    """Percent of the images with labels. `order`: for each sample the entry of `accepted` that is its own."""
+    counted = [int(answer) in accepted[entry] for entry, answer in zip(order.tolist(), predicted, strict=True) if accepted[entry]]
+    return 100 * sum(counted) / len(counted)
+
+
+def _in_order_of_names(source: Folder | Shards) -> np.ndarray:
+    """For each sample the place of its image among all, by the number in its name, or by the order of the names."""
+    numbers = _numbered(source)
+    if numbers:
+        return np.array(numbers) - 1
+    names = [source.index.key(sample).rpartition("/")[2] for sample in range(len(source))]
+    order = np.empty(len(names), np.int64)
+    order[np.argsort(np.array(names))] = np.arange(len(names))
+    return order
+
+
+def _numbered(source: Folder | Shards) -> list[int] | None:
+    """The numbers of images that are all called ILSVRC2012_val_NUMBER."""
+    found = [re.search(r"ILSVRC2012_val_(\d{8})", source.index.key(sample)) for sample in range(len(source))]
+    return [int(match[1]) for match in found if match] if all(found) else None
+
+
+def _mean_error(data: Data, parts: list[Part], results: list[Result]) -> dict[str, float]:
+    errors = errors_of(parts, results)
+    return {"mean_error": sum(errors.values()) / len(errors), **errors}
+
+
+def _mce(data: Data, parts: list[Part], results: list[Result]) -> dict[str, float]:
+    errors = errors_of(parts, results)
+    return {"mce": mce(errors), "mean_error": sum(errors.values()) / len(errors), **errors}
+
+
+def errors_of(parts: list[Part], results: list[Result]) -> dict[str, float]:
+    """Corruption -> percent of wrong answers, the mean over its severities."""
+    errors: dict[str, list[float]] = {}
+    for part, result in zip(parts, results, strict=True):
+        errors.setdefault(part.name.partition("/")[0], []).append(100 - result.top1)
+    return {name: sum(values) / len(values) for name, values in errors.items()}
+
+
+def mce(errors: dict[str, float]) -> float:
+    """Percent: the mean over the corruptions of the error by AlexNet's."""
+    return sum(errors[name] / ALEXNET[name] for name in ALEXNET) / len(ALEXNET)
+
+
+SETS = {
+    "imagenet1k": EvalSet(50_000, _validation, _top1, "imagenet"),
+    "real": EvalSet(50_000, _validation, _real, "imagenet"),
+    "v2": EvalSet(10_000, _by_number, _top1, "imagenetv2-matched-frequency-format-val"),
+    "a": EvalSet(7_500, _subset, _top1, "imagenet-a"),
+    "r": EvalSet(30_000, _subset, _top1, "imagenet-r"),
+    "sketch": EvalSet(50_889, _whole, _top1, "sketch"),
+    "c": EvalSet(15 * 5 * 50_000, _corrupted(list(ALEXNET)), _mce, "imagenet-c", crop_ratio=1.0),
+    "c_bar": EvalSet(10 * 5 * 50_000, _corrupted(C_BAR), _mean_error, "imagenet-c-bar", crop_ratio=1.0),
+}
+
+
+def of_suite(suite: Suite, data: Data) -> list[Data]:
+    """The sets of a suite that are there, each below its root as its archive unpacks; `data` gives the rest. Errors: Stop(USAGE, MISSING)."""
+    if strangers := [name for name in suite.sets if name not in SETS]:
+        raise Stop(Exit.USAGE, f"suite.sets={suite.sets}", ", ".join(SETS), f"suite.sets without {', '.join(strangers)}")
+    root = Path(str(suite.root)).expanduser()
+    places = {name: root / SETS[name].folder for name in suite.sets}
+    there = {name: path for name, path in places.items() if path.is_dir()}
+    if lacking := [str(path) for name, path in places.items() if name not in there]:
+        say(f"not there, and left out: {', '.join(lacking)}")
+    if not there:
+        raise Stop(Exit.MISSING, f"{root} has none of the sets of suite={suite.name}", ", ".join(map(str, places.values())), "suite.root=")
+    return [replace(data, name=f"eval-{name}", kind="evaluation", dataset=name, root=str(path)) for name, path in there.items()]
+
+
+def parts(data: Data, classes: list[str]) -> list[Part]:
+    """What is to be evaluated. `classes`: those of the model. Errors: Stop."""
+    if data.kind != "evaluation":
+        return [Part("", open_validation(data, classes))]
+    return SETS[str(data.dataset)].parts(data, classes)
+
+
+def settings_of(data: Data, settings: Evaluate, named: Collection[str]) -> Evaluate:
+    """How the images of a set are resized: as those of the model, but for what is cropped already, unless somebody `named` a ratio."""
+    ratio = SETS[str(data.dataset)].crop_ratio if data.kind == "evaluation" else None
+    return settings if ratio is None or "crop_ratio" in named else replace(settings, crop_ratio=ratio)
+
+
+def report(data: Data, parts: list[Part], results: dict[str, list[Result]]) -> dict[str, Any]:
+    """For a report: fingerprint and number of images, and for each kind of weights what is counted. Errors: Stop."""
+    score = SETS[str(data.dataset)].score if data.kind == "evaluation" else _top1
+    images = sum(len(part.source) for part in parts)
+    prints = [part.source.fingerprint for part in parts]
+    found: dict[str, Any] = {
+        "images": images,
+        "fingerprint": prints[0] if len(prints) == 1 else sha256(" ".join(prints).encode()).hexdigest(),
+    }
+    for name, answers in results.items():
+        found[name] = score(data, parts, answers)
+        if len(parts) == 1:
+            (part,), (result,) = parts, answers
+            found[name] |= {key: getattr(result, key) for key in ("top1", "top5", "loss", "ece", "images")}
+            found[name]["per_class"] = per_class(part.source, result.predicted)
+        else:
+            found[name]["parts"] = {part.name: result.top1 for part, result in zip(parts, answers, strict=True)}
+    return found
+
+
+def lines(data: Data, found: dict[str, Any], kinds: list[str], who: str, published: dict[str, float]) -> list[str]:
+    """What a person reads of one set: a line for each kind of weights, beside the figure that `who` published."""
+    images, known = found["images"], SETS[str(data.dataset)] if data.kind == "evaluation" else None
+    said = [
+        f"{images:,} images of {data.name}" + (f" (the published set has {known.images:,})" if known and images != known.images else "")
+    ]
+    beside = published.get(str(data.dataset)) if known else None
+    for name in kinds:
+        counted = found[name]
+        first = next(iter(counted))
+        numbers = [f"{UNITS[key]} {counted[key]:.3f} %" for key in dict.fromkeys([first, *UNITS]) if key in counted]
+        if "loss" in counted:
+            numbers.append(f"loss {counted['loss']:.4f}  calibration error {counted['ece']:.2f} %")
+        said.append(f"{name:<7} {'  '.join(numbers)}" + (f"  ({who}: {beside:g} %)" if beside is not None else ""))
+    return said
+
+
+def row(found: dict[str, dict[str, Any]], kinds: list[str], who: str, published: dict[str, float]) -> list[str]:
+    """The sets of a suite side by side, as a line of a paper's table: the first figure of each, by kind of weights, and the published."""
+    names = [data.removeprefix("eval-") for data in found]
+    firsts = {name: next(iter(report[kinds[0]])) for name, report in zip(names, found.values(), strict=True)}
+    heads = [f"{name} ({UNITS[first]})" for name, first in firsts.items()]
+    cells = {kind: [f"{report[kind][first]:.1f}" for report, first in zip(found.values(), firsts.values(), strict=True)] for kind in kinds}
+    if published:
+        cells[who] = [f"{published[name]:.1f}" if name in published else "-" for name in names]
+    rows = [("percent", heads), *cells.items()]
+    return [f"{name:<10}" + "".join(f"{cell:>{len(head) + 3}}" for cell, head in zip(line, heads, strict=True)) for name, line in rows]
+
+
+UNITS = {"real": "ReaL", "mce": "mCE", "mean_error": "mean error", "top1": "top-1", "top5": "top-5"}
+
+
+def per_class(source: Source, predicted: np.ndarray) -> dict[str, float]:
+    """Class -> percent of its images that are right; classes without images are left out."""
+    labels = source.labels(np.arange(len(source)))
+    counts, hits = (np.bincount(chosen, minlength=len(source.classes)) for chosen in (labels, labels[labels == predicted]))
+    return {name: 100 * int(hits[label]) / int(counts[label]) for label, name in enumerate(source.classes) if counts[label]}
+
+
+# ---- what is published ------------------------------------------------------------------------------------------------
+
+# Table 8: (model, pixels) -> clean, C (mCE), C-bar (mean error), A, R, Sketch; percent. At 384 px pre-trained on ImageNet-22K.
+COLUMNS = ("imagenet1k", "c", "c_bar", "a", "r", "sketch")
+TABLE_8: dict[tuple[str, int], tuple[float | None, ...]] = {
+    ("resnet50", 224): (76.1, 76.7, 57.7, 0.0, 36.1, 24.1),
+    ("swin_t", 224): (81.2, 62.0, None, 21.6, 41.3, 29.1),
+    ("convnext_t", 224): (82.1, 53.2, 40.0, 24.2, 47.2, 33.8),
+    ("swin_b", 224): (83.4, 54.4, None, 35.8, 46.6, 32.4),
+    ("convnext_b", 224): (83.8, 46.8, 34.4, 36.7, 51.3, 38.2),
+    ("convnext_b", 384): (86.8, 43.1, 30.7, 62.3, 64.9, 51.6),
+    ("convnext_l", 384): (87.5, 40.2, 29.9, 65.5, 66.7, 52.8),
+    ("convnext_xl", 384): (87.8, 38.8, 27.1, 69.3, 68.2, 55.0),
+}
+# timm's own evaluations (results/ of its repository): the columns of that file for each set.
+TIMM = {"imagenet1k": "in1k_top1", "real": "real_top1", "v2": "v2_top1", "a": "a_top1", "r": "r_top1", "sketch": "sketch_top1"}
+
+
+def published(model: str, settings: Evaluate) -> tuple[str, dict[str, float]]:
+    """Who published figures of a model at this size, and set -> percent; nothing for a model that neither source has."""
+    if row := TABLE_8.get((model, settings.size)):
+        return "Table 8", {name: value for name, value in zip(COLUMNS, row, strict=True) if value is not None}
+    with open(Path(__file__).with_name("published_accuracy.csv")) as file:
+        for line in csv.DictReader(file):
+            if (line["model"], int(line["img_size"]), float(line["crop_pct"])) == (model, settings.size, settings.crop_ratio):
+                return "timm", {name: float(line[column]) for name, column in TIMM.items() if line[column]}
+    return "published", {}
