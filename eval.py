@@ -9,8 +9,8 @@ from typing import Any
 
 from reconverge import checks, config, ranks, signals
 from reconverge.errors import Exit, exit_code
+from reconverge.opened import Opened, is_timms, opened
 from reconverge.progress import say
-from reconverge.run import Opened, is_timms, opened
 from reconverge.settings import Data, Eval
 from reconverge.signals import told_to_stop
 
@@ -45,7 +45,7 @@ def evaluated(cfg: Eval, run: Opened | None, data: Data) -> int:
     data = checks.normalised_as(data, model.mean, model.std)
     normalise = Normalise(data.mean, data.std, world.device, cfg.channels_last)
     nets = {name: world.place(net, cfg.channels_last) for name, net in model.nets.items()}
-    folder, name = (run.folder, f"{cfg.precision}-step-{model.step:08d}") if run else (Path(), cfg.precision)
+    folder, name = (run.folder, f"{cfg.precision}-step-{model.step:08d}") if run else (Path(), f"{model.name}-{cfg.precision}")
     say(f"{model.title}; decoder: {decoder}")
 
     if cfg.images is not None:
@@ -69,20 +69,13 @@ def evaluated(cfg: Eval, run: Opened | None, data: Data) -> int:
         for line in evalsets.lines(images, found[images.name], list(nets), who, published):
             say(line)
 
-    of_model: dict[str, Any] = {
-        "checkpoint": model.path,
-        "model": model.name,
-        "step": model.step,
-        "precision": cfg.precision,
-        "decoder": decoder,
-    }
-    of_model["evaluate"] = asdict(settings)  # but for images that are cropped already
+    of_model = {"checkpoint": model.path, "model": model.name, "step": model.step, "precision": cfg.precision, "decoder": decoder}
     if cfg.suite.name == "none":
         output = folder / f"eval-{data.name}-{found[data.name]['fingerprint'][:8]}-{name}.json"
-        written = of_model | {"data": data.name} | found[data.name]
+        written = of_model | {"data": data.name, "evaluate": asdict(how)} | found[data.name]
     else:
         output = folder / f"eval-{cfg.suite.name}-{name}.json"
-        written = of_model | {"sets": found}
+        written = of_model | {"evaluate": asdict(settings), "sets": found}
         for line in evalsets.row(found, list(nets), who, published):
             say(line)
     if world.rank == 0:

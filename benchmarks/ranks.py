@@ -3,7 +3,8 @@
     python benchmarks/ranks.py [--repeats 5] [--steps 6] [override ...]
 
 Runs train.py itself, one thread a rank: one rank and two, reduce=ddp and tree, in turn, so that a noisy machine is noisy to all; medians
-of images/s. Default: convnext_t at 96 px on the digits, eight microbatches of 4.
+of images/s. Two runs of one rank that know nothing of each other, at the same time, say what the machine's two cores give at most.
+Default: convnext_t at 96 px on the digits, eight microbatches of 4.
 """
 
 import argparse
@@ -20,13 +21,17 @@ JOB = ["model=convnext_t", "recipe.name=mine", "augment.size=96", "evaluate.size
        "threads=1", "workers=0", "evaluate_every=never", "save_every=0", "log_every=1"]  # fmt: skip
 
 
-def images_per_second(folder: Path, ranks: int, reduce: str, steps: int, overrides: list[str]) -> float:
-    """Of a run of its own: the median over its steps after the second."""
-    name = f"{reduce}-{ranks}"
-    command = [*jobs.command(jobs.script(), ranks), *JOB, f"steps={steps}", f"reduce={reduce}", f"run={name}", *overrides]
-    shutil.rmtree(folder / "runs" / name, ignore_errors=True)
-    subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
-    return statistics.median(line["images_per_second"] for line in jsonl.lines(folder / "runs" / name / "metrics.jsonl")[2:])
+def images_per_second(folder: Path, ranks: int, reduce: str, steps: int, overrides: list[str], runs: int = 1) -> float:
+    """Of `runs` runs at the same time: of each the median over its steps after the second, added up."""
+    names = [f"{reduce}-{ranks}-{number}" for number in range(runs)]
+    started = []
+    for name in names:
+        shutil.rmtree(folder / "runs" / name, ignore_errors=True)
+        command = [*jobs.command(jobs.script(), ranks), *JOB, f"steps={steps}", f"reduce={reduce}", f"run={name}", *overrides]
+        started.append(subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL))
+    assert not any([process.wait() for process in started])
+    lines = [jsonl.lines(folder / "runs" / name / "metrics.jsonl")[2:] for name in names]
+    return sum(statistics.median(line["images_per_second"] for line in of_run) for of_run in lines)
 
 
 def main() -> None:
@@ -34,15 +39,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6)
     arguments, overrides = parser.parse_known_args()
-    found: dict[tuple[int, str], list[float]] = {(ranks, reduce): [] for reduce in ("ddp", "tree") for ranks in (1, 2)}
+    ways = {"ddp, 1 rank": (1, "ddp", 1), "ddp, 2 ranks": (2, "ddp", 1), "two runs of 1 rank": (1, "ddp", 2), "tree, 1 rank": (1, "tree", 1), "tree, 2 ranks": (2, "tree", 1)}  # fmt: skip
+    found: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(arguments.repeats):
-            for (ranks, reduce), speeds in found.items():
-                speeds.append(images_per_second(Path(folder), ranks, reduce, arguments.steps, overrides))
-    one = statistics.median(found[1, "ddp"])
-    print(f"{'reduce':<8} {'ranks':<6} images/s   to one rank by ddp   (medians of {arguments.repeats})")
-    for (ranks, reduce), speeds in found.items():
-        print(f"{reduce:<8} {ranks:<6} {statistics.median(speeds):<10.2f} {statistics.median(speeds) / one:.2f}")
+            for way, (ranks, reduce, runs) in ways.items():
+                found[way].append(images_per_second(Path(folder), ranks, reduce, arguments.steps, overrides, runs))
+    medians = {way: statistics.median(speeds) for way, speeds in found.items()}
+    print(f"{'':<20} images/s   to one rank   to two runs apart   (medians of {arguments.repeats})")
+    for way, speed in medians.items():
+        print(f"{way:<20} {speed:<10.2f} {speed / medians['ddp, 1 rank']:<13.2f} {speed / medians['two runs of 1 rank']:.2f}")
+    for way, speeds in found.items():
+        print(f"{way:<20} {' '.join(f'{speed:.2f}' for speed in speeds)}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torchvision import transforms as tv
 
 from reconverge import evalsets, models
+from reconverge.prepare.make import Options, prepare
 from reconverge.settings import Evaluate, Model
 
 # As the authors of ImageNet-C publish them: AlexNet's mean errors.
@@ -27,7 +28,7 @@ TRANSFORM = tv.Compose([tv.Resize(32, interpolation=tv.InterpolationMode.BICUBIC
 @pytest.fixture(scope="module")
 def learned(digits, tmp_path_factory, cache):
     """runs/a: it has begun to tell the digits apart."""
-    return trained(tmp_path_factory.mktemp("learned"), cache, f"data.root={digits}", "run=a", "epochs=10", "evaluate_every=never")
+    return trained(tmp_path_factory.mktemp("learned"), cache, f"data.root={digits}", "run=a", "epochs=3", "evaluate_every=never")
 
 
 @pytest.fixture
@@ -71,14 +72,29 @@ def test_of_some_classes_the_answer_is_chosen_among_these(name, run, digits, log
     assert evaluate("checkpoint=runs/a", f"data=eval/{name}", f"data.root={tmp_path}/set", "workers=0", "batch=7") == 0
     files = sorted((tmp_path / "set").rglob("*.png"))
     right = [answer(logits(path), map(int, kept)) == int(path.parent.name) for path in files]
-    found = written(run, f"eval-{name}")
+    found = written(run, name)
     assert found["raw"]["top1"] == pytest.approx(percent(right))
     assert found["raw"]["images"] == len(files) == 48
     assert percent(right) > percent(answer(logits(path), range(10)) == int(path.parent.name) for path in files)  # else nothing is tested
     for label in kept:
         of_class = [hit for hit, path in zip(right, files, strict=True) if path.parent.name == label]
         assert found["raw"]["per_class"][label] == pytest.approx(percent(of_class))
-    assert f"48 images of eval-{name} (the published set has " in capsys.readouterr().out
+    assert f"48 images of eval/{name} (the published set has " in capsys.readouterr().out
+
+
+def test_a_set_may_lie_in_shards(run, digits, evaluate, tmp_path):
+    for label in "2357":
+        shutil.copytree(digits / "train" / label, tmp_path / "set" / "train" / label)
+    prepare(
+        tmp_path / "set", tmp_path / "shards", None, 1, Options(shard_mb=200, hold_out=0, resize=None, quality=90, drop_unreadable=False)
+    )
+    assert evaluate("checkpoint=runs/a", "data=eval/a", f"data.root={tmp_path}/shards", "workers=0") == 0
+    of_shards = written(run, "a")["raw"]
+    next(run.glob("eval-a-*")).unlink()
+    assert evaluate("checkpoint=runs/a", "data=eval/a", f"data.root={tmp_path}/set/train", "workers=0") == 0
+    of_folder = written(run, "a")["raw"]
+    assert of_shards["per_class"] == of_folder["per_class"]
+    assert of_shards["loss"] == pytest.approx(of_folder["loss"], rel=1e-12)
 
 
 def test_v2_is_named_by_number_and_sketch_by_class(run, digits, logits, evaluate, tmp_path):
@@ -88,9 +104,9 @@ def test_v2_is_named_by_number_and_sketch_by_class(run, digits, logits, evaluate
         shutil.copytree(digits / "val" / str(label), tmp_path / "sketch" / f"n{label:08d}")
     expected = percent(answer(logits(path), range(10)) == int(path.parent.name) for path in (digits / "val").rglob("*.png"))
     assert evaluate("checkpoint=runs/a", "data=eval/v2", f"data.root={digits}/val", "workers=0") == 0
-    assert written(run, "eval-v2")["raw"]["top1"] == pytest.approx(expected)
+    assert written(run, "v2")["raw"]["top1"] == pytest.approx(expected)
     assert evaluate("checkpoint=runs/a", "data=eval/sketch", f"data.root={tmp_path}/sketch", "workers=0") == 0
-    assert written(run, "eval-sketch")["raw"]["top1"] == pytest.approx(expected)
+    assert written(run, "sketch")["raw"]["top1"] == pytest.approx(expected)
 
 
 def test_real_labels_are_sets_and_an_empty_one_does_not_count(run, digits, logits, evaluate, tmp_path):
@@ -106,7 +122,7 @@ def test_real_labels_are_sets_and_an_empty_one_does_not_count(run, digits, logit
     options = ["checkpoint=runs/a", "data=eval/real", f"data.root={tmp_path}/imagenet", "workers=0"]
     assert evaluate(*options, f"data.labels={tmp_path}/real.json") == 0
     counted = [(answer(logits(path), range(10)), labels[number]) for number, path in zip(order, files, strict=True) if labels[number]]
-    assert written(run, "eval-real")["raw"]["real"] == pytest.approx(percent(label in those for label, those in counted))
+    assert written(run, "real")["raw"]["real"] == pytest.approx(percent(label in those for label, those in counted))
     assert len(counted) == 22
     assert evaluate(*options) == 66
     (tmp_path / "real.json").write_text("[[1], 2")
@@ -129,11 +145,11 @@ def test_mce_by_hand():
 
 
 def corrupted(digits, to, corruptions, groups=None):
-    """CORRUPTION/SEVERITY/CLASS: noise that grows with the severity, another for each corruption; ten images each."""
+    """CORRUPTION/SEVERITY/CLASS: noise that grows with the severity, another for each corruption; five images each."""
     for number, name in enumerate(corruptions):
         for severity in range(1, 6):
             random = np.random.default_rng((number, severity))
-            for path in sorted((digits / "val").rglob("*.png"))[number % 3 :: 3]:
+            for path in sorted((digits / "val").rglob("*.png"))[number % 6 :: 6]:
                 image = np.asarray(Image.open(path)).astype(float)
                 noisy = image + random.normal(0, 25 * severity, image.shape)
                 folder = to / (groups or {}).get(name, "") / name / str(severity) / path.parent.name
@@ -150,6 +166,7 @@ def errors_by(logits, folder):
     return sum(shares) / 5
 
 
+@pytest.mark.slow
 def test_corruptions_and_the_row_of_the_paper(run, digits, logits, evaluate, tmp_path, capsys):
     alexnet = {name: float(error) for name, error in (pair.split() for pair in ALEXNET.replace("\n", " ").split(","))}
     groups = {name: group for group, part in (("noise", "noise"), ("blur", "blur")) for name in alexnet if name.endswith(part)}
@@ -164,20 +181,16 @@ def test_corruptions_and_the_row_of_the_paper(run, digits, logits, evaluate, tmp
     places = {name: tmp_path / "all" / "imagenet-c" / groups.get(name, "") / name for name in alexnet}
     errors = {name: errors_by(logits, path) for name, path in places.items()}
     for name, error in errors.items():
-        assert sets["eval-c"]["raw"][name] == pytest.approx(error)
+        assert sets["c"]["raw"][name] == pytest.approx(error)
     expected = sum(error / alexnet[name] for name, error in errors.items()) / 15
-    assert sets["eval-c"]["raw"]["mce"] == pytest.approx(expected)
-    assert sets["eval-c"]["raw"]["mean_error"] == pytest.approx(sum(errors.values()) / 15)
+    assert sets["c"]["raw"]["mce"] == pytest.approx(expected)
+    assert sets["c"]["raw"]["mean_error"] == pytest.approx(sum(errors.values()) / 15)
     bars = [errors_by(logits, tmp_path / "all" / "imagenet-c-bar" / name) for name in evalsets.C_BAR]
-    assert sets["eval-c_bar"]["raw"]["mean_error"] == pytest.approx(sum(bars) / 10)
-    assert sets["eval-imagenet1k"]["raw"]["images"] == 30
+    assert sets["c_bar"]["raw"]["mean_error"] == pytest.approx(sum(bars) / 10)
+    assert sets["imagenet1k"]["raw"]["images"] == 30
     heads, raw = [line for line in said.splitlines() if line.startswith(("percent", "raw  "))][-2:]
     assert heads.split()[1::2] == ["imagenet1k", "c", "c_bar"] or "c (mCE)" in heads
     assert f"{expected:.1f}" in raw
-
-    shutil.rmtree(places["fog"] / "3")
-    assert evaluate("checkpoint=runs/a", "data=eval/c", f"data.root={tmp_path}/all/imagenet-c") == 66
-    assert "fog (4 severities)" in capsys.readouterr().err
 
 
 def test_images_that_are_cropped_already_are_not_cropped_again():
@@ -197,9 +210,12 @@ def test_published_figures_are_found():
 
 
 def test_wrong_input(run, digits, evaluate, capsys, tmp_path):
+    for severity in range(4):
+        (tmp_path / "weather" / "fog" / str(severity)).mkdir(parents=True)
     for arguments, code, said in (
         (["data=eval/a"], 2, "data.root"),
         (["data=eval/a", f"data.root={tmp_path}/nothing"], 66, "no folder"),
+        (["data=eval/c", f"data.root={tmp_path}"], 66, "fog (4 severities)"),
         (["data=eval/nothing", f"data.root={digits}"], 2, "eval/sketch"),
         (["suite=robustness"], 2, "suite.root"),
         (["suite=robustness", f"suite.root={tmp_path}"], 66, "none of the sets"),
@@ -232,7 +248,8 @@ def test_predictions_of_images_without_labels(run, digits, logits, evaluate):
         values, labels = probabilities.topk(5)
         assert [line[f"class{place}"] for place in range(1, 6)] == [str(label) for label in labels.tolist()]
         assert [float(line[f"probability{place}"]) for place in range(1, 6)] == pytest.approx(values.tolist(), abs=2e-6)
-    assert Image.open(run / "predicted.png").size[0] > 500
+    with Image.open(run / "predicted.png") as sheet:
+        assert sheet.size[0] > 500
     files = ",".join(line["image"] for line in lines[:3])
     assert evaluate("checkpoint=runs/a", f"images=[{files}]", "workers=0") == 0
     assert len((run / "predictions.csv").read_text().splitlines()) == 4

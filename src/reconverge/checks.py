@@ -111,7 +111,7 @@ def check_data(data: Data) -> None:
 
 
 def evaluation_data(given: Data, trained: Data | None) -> Data:
-    """The data that eval.py reads: that of the run with what the command line changes, or another, normalised as the run's.
+    """The data that eval.py reads: that of the run with what the command line changes, or another.
 
     `trained`: None where the model is not of a run. Errors: Stop(USAGE).
     """
@@ -122,7 +122,7 @@ def evaluation_data(given: Data, trained: Data | None) -> Data:
             )
         return replace(trained, **{name: getattr(given, name) for name in named("data")})
     check_data(given)
-    return given if trained is None else normalised_as(given, trained.mean, trained.std)
+    return given
 
 
 def normalised_as(given: Data, mean: list[float], std: list[float]) -> Data:

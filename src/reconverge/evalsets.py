@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reconverge.data.folder import Folder, open_folder
-from reconverge.data.shards import Shards, open_shards
+from reconverge.data.shards import Shards, open_evaluation
 from reconverge.data.sources import Source, open_validation, root_of
 from reconverge.errors import Exit, Stop
 from reconverge.evaluate import Result
@@ -62,30 +62,23 @@ class EvalSet(NamedTuple):
 def _validation(data: Data, classes: list[str]) -> list[Part]:
     """ImageNet's own validation images: shards, or class folders in root/val."""
     root = root_of(data)
-    if (root / "dataset.json").exists():
-        return [_in_shards(data, root, classes)]
-    return [Part("", open_folder(root / str(data.val), _cache(data), classes))]
+    return [_all(data, root if _prepared(root) else root / str(data.val), classes)]
 
 
 def _whole(data: Data, classes: list[str]) -> list[Part]:
     """Folders named by the model's classes, or shards of them; every class may be answered."""
-    root = root_of(data)
-    return [_in_shards(data, root, classes) if (root / "dataset.json").exists() else Part("", open_folder(root, _cache(data), classes))]
+    return [_all(data, root_of(data), classes)]
 
 
 def _by_number(data: Data, classes: list[str]) -> list[Part]:
     """Folders named by the position of the class, 0 to 999."""
-    root = root_of(data)
-    if (root / "dataset.json").exists():
-        return [_in_shards(data, root, [str(label) for label in range(len(classes))])]
-    return [Part("", open_folder(root, _cache(data), [str(label) for label in range(len(classes))]))]
+    return [Part("", open_folder(root_of(data), _cache(data), [str(label) for label in range(len(classes))]))]
 
 
 def _subset(data: Data, classes: list[str]) -> list[Part]:
     """Folders of some of the model's classes, or shards of them; the answer is chosen among these."""
     root = root_of(data)
-    source = open_shards(root, None)[1] if (root / "dataset.json").exists() else open_folder(root, _cache(data))
-    assert source is not None, "validation images are asked for"
+    source = open_evaluation(root) if _prepared(root) else open_folder(root, _cache(data))
     places = {name: label for label, name in enumerate(classes)}
     if strangers := [name for name in source.classes if name not in places]:
         raise Stop(
@@ -95,6 +88,24 @@ def _subset(data: Data, classes: list[str]) -> list[Part]:
             "data.root=, or a model of ImageNet-1K",
         )
     return [Part("", source, [places[name] for name in source.classes])]
+
+
+def _all(data: Data, root: Path, classes: list[str]) -> Part:
+    if not _prepared(root):
+        return Part("", open_folder(root, _cache(data), classes))
+    source = open_evaluation(root)
+    if source.classes != classes:
+        raise Stop(
+            Exit.NOT_COMPARABLE,
+            f"{root} has {len(source.classes)} classes, and the model {len(classes)} or others",
+            "the classes of the model",
+            "data.root=, or another model",
+        )
+    return Part("", source)
+
+
+def _prepared(root: Path) -> bool:
+    return (root / "dataset.json").exists()
 
 
 def _corrupted(corruptions: Sequence[str]) -> Callable[[Data, list[str]], list[Part]]:
@@ -120,19 +131,6 @@ def _corrupted(corruptions: Sequence[str]) -> Callable[[Data, list[str]], list[P
         ]
 
     return parts
-
-
-def _in_shards(data: Data, root: Path, classes: list[str]) -> Part:
-    source = open_shards(root, data.dataset if data.dataset in ("imagenet1k",) else None)[1]
-    assert source is not None, "validation images are asked for"
-    if source.classes != classes:
-        raise Stop(
-            Exit.NOT_COMPARABLE,
-            f"{root} has {len(source.classes)} classes, and the model {len(classes)} or others",
-            "the classes of the model",
-            "data.root=, or another model",
-        )
-    return Part("", source)
 
 
 def _cache(data: Data) -> Path:
@@ -239,7 +237,7 @@ def of_suite(suite: Suite, data: Data) -> list[Data]:
         say(f"not there, and left out: {', '.join(lacking)}")
     if not there:
         raise Stop(Exit.MISSING, f"{root} has none of the sets of suite={suite.name}", ", ".join(map(str, places.values())), "suite.root=")
-    return [replace(data, name=f"eval-{name}", kind="evaluation", dataset=name, root=str(path)) for name, path in there.items()]
+    return [replace(data, name=name, kind="evaluation", dataset=name, root=str(path)) for name, path in there.items()]
 
 
 def parts(data: Data, classes: list[str]) -> list[Part]:
@@ -279,7 +277,8 @@ def lines(data: Data, found: dict[str, Any], kinds: list[str], who: str, publish
     """What a person reads of one set: a line for each kind of weights, beside the figure that `who` published."""
     images, known = found["images"], SETS[str(data.dataset)] if data.kind == "evaluation" else None
     said = [
-        f"{images:,} images of {data.name}" + (f" (the published set has {known.images:,})" if known and images != known.images else "")
+        f"{images:,} images of {'eval/' * bool(known)}{data.name}"
+        + (f" (the published set has {known.images:,})" if known and images != known.images else "")
     ]
     beside = published.get(str(data.dataset)) if known else None
     for name in kinds:
@@ -288,18 +287,17 @@ def lines(data: Data, found: dict[str, Any], kinds: list[str], who: str, publish
         numbers = [f"{UNITS[key]} {counted[key]:.3f} %" for key in dict.fromkeys([first, *UNITS]) if key in counted]
         if "loss" in counted:
             numbers.append(f"loss {counted['loss']:.4f}  calibration error {counted['ece']:.2f} %")
-        said.append(f"{name:<7} {'  '.join(numbers)}" + (f"  ({who}: {beside:g} %)" if beside is not None else ""))
+        said.append(f"{name:<{max(map(len, kinds)) + 1}} {'  '.join(numbers)}" + (f"  ({who}: {beside:g} %)" if beside is not None else ""))
     return said
 
 
 def row(found: dict[str, dict[str, Any]], kinds: list[str], who: str, published: dict[str, float]) -> list[str]:
     """The sets of a suite side by side, as a line of a paper's table: the first figure of each, by kind of weights, and the published."""
-    names = [data.removeprefix("eval-") for data in found]
-    firsts = {name: next(iter(report[kinds[0]])) for name, report in zip(names, found.values(), strict=True)}
+    firsts = {name: next(iter(report[kinds[0]])) for name, report in found.items()}
     heads = [f"{name} ({UNITS[first]})" for name, first in firsts.items()]
     cells = {kind: [f"{report[kind][first]:.1f}" for report, first in zip(found.values(), firsts.values(), strict=True)] for kind in kinds}
     if published:
-        cells[who] = [f"{published[name]:.1f}" if name in published else "-" for name in names]
+        cells[who] = [f"{published[name]:.1f}" if name in published else "-" for name in found]
     rows = [("percent", heads), *cells.items()]
     return [f"{name:<10}" + "".join(f"{cell:>{len(head) + 3}}" for cell, head in zip(line, heads, strict=True)) for name, line in rows]
 

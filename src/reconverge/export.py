@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from reconverge import chance, checkpoint, config, jsonl, models, synsets
 from reconverge.data.files import sha256_of
 from reconverge.errors import Exit, Stop
-from reconverge.run import Opened
+from reconverge.opened import Opened
 from reconverge.settings import Train
 
 FORMAT = "reconverge-export-1"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import reconverge
 from reconverge import config, environment, jsonl, ranks
@@ -38,33 +38,6 @@ ADVICE = (
     "or data.window= with data.stage= where the disk is slow. `reconverge bench data` measures where the time goes."
 )
 OVERFLOWS = 30  # steps in a row that fp16 may skip while its loss scale settles
-
-
-class Opened(NamedTuple):
-    """A run's folder as eval.py reads it."""
-
-    folder: Path
-    cfg: Train
-    classes: list[str]
-
-
-def opened(path: Path) -> Opened:
-    """The run that `path`, its folder or one of its checkpoints, belongs to. Errors: Stop(MISSING)."""
-    for folder in (path, *path.parents[:2]):
-        if (folder / "config.yaml").exists() and (folder / "classes.txt").exists():
-            cfg = config.from_text((folder / "config.yaml").read_text(), Train)
-            return Opened(folder, cfg, (folder / "classes.txt").read_text().splitlines())
-    raise Stop(
-        Exit.MISSING,
-        f"{path} is no run and no checkpoint of one",
-        "runs/NAME or runs/NAME/checkpoints/step-..., and for eval.py what timm reads: timm:NAME, hf-hub:OWNER/NAME, a folder with config.json",
-        "the path",
-    )
-
-
-def is_timms(given: str) -> bool:
-    """Whether a checkpoint is meant that timm reads, and not a run."""
-    return given.startswith(("timm:", "hf-hub:")) or (Path(given).expanduser() / "config.json").exists()
 
 
 class Run:

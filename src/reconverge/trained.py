@@ -9,8 +9,8 @@ from torch import nn
 from reconverge import checkpoint, models, ranks, synsets
 from reconverge.errors import Exit, Stop
 from reconverge.models import pretrained
+from reconverge.opened import Opened
 from reconverge.progress import say
-from reconverge.run import Opened
 from reconverge.settings import Evaluate
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from reconverge.errors import Exit, Stop
+from reconverge.opened import Opened, opened
 from reconverge.progress import say
-from reconverge.run import Opened, opened
 
 DRAWN = 256  # images, at most, of one picture
 

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from reconverge.errors import Exit, Stop
+from reconverge.opened import opened
 from reconverge.progress import say
-from reconverge.run import opened
 
 FORMS = ("timm", "safetensors", "onnx", "pt2")
 

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from reconverge import config, jobs, jsonl
 from reconverge.errors import Exit, Stop
+from reconverge.opened import Opened, opened
 from reconverge.progress import say
-from reconverge.run import RUNS, Opened, differing, opened
+from reconverge.run import RUNS, differing
 from reconverge.settings import Train
 
 

@@ -214,21 +214,13 @@ def open_shards(root: Path, dataset: str | None, validation: bool = True) -> tup
     Errors: Stop(MISSING, PERMISSION, DAMAGED) with all problems in one list, Stop(USAGE) for another data set than `dataset`
     or one without the images that are asked for.
     """
-    about = load(root)
+    about = _in_place(root)
     if dataset is not None and about["dataset"] != dataset:
         raise Stop(
             Exit.USAGE,
             f"{root} was prepared as {about['dataset']}",
             f"a data set that was prepared as {dataset} (data.dataset)",
             "data=shards, which takes any; or data.root=",
-        )
-    if found := problems(root, about):
-        more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
-        raise Stop(
-            min(code for code, _ in found),
-            "; ".join(text for _, text in found[:20]) + more,
-            "every shard as it was prepared",
-            "copy these shards again, or prepare the data set again; reconverge check DIR reads every byte",
         )
     for split in ("train", "val") if validation else ("train",):
         if split not in about["splits"]:
@@ -239,6 +231,26 @@ def open_shards(root: Path, dataset: str | None, validation: bool = True) -> tup
                 "reconverge prepare with --hold-out PERCENT takes validation images from the others",
             )
     return Shards(root, about, "train"), Shards(root, about, "val") if validation else None
+
+
+def open_evaluation(root: Path) -> Shards:
+    """The validation split, or that of a data set which has one alone. Errors: Stop, as open_shards."""
+    about = _in_place(root)
+    return Shards(root, about, "val" if "val" in about["splits"] else next(iter(about["splits"])))
+
+
+def _in_place(root: Path) -> dict[str, Any]:
+    """What dataset.json says, once nothing is missing or damaged. Errors: Stop."""
+    about = load(root)
+    if found := problems(root, about):
+        more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
+        raise Stop(
+            min(code for code, _ in found),
+            "; ".join(text for _, text in found[:20]) + more,
+            "every shard as it was prepared",
+            "copy these shards again, or prepare the data set again; reconverge check DIR reads every byte",
+        )
+    return about
 
 
 def fingerprint(about: dict[str, Any], split: str) -> str:

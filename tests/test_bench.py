@@ -1,0 +1,65 @@
+"""reconverge bench model: what it says and writes, and where it ends."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from reconverge.commands import main
+from reconverge.models import MODELS, throughput
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    def bench(*arguments):
+        monkeypatch.setattr(sys, "argv", ["reconverge", "bench", "model", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out + said.err
+
+    return bench
+
+
+def test_both_phases_by_batch(bench):
+    code, said = bench("model=convnext_atto", "threads=1", "--batches", "1,4", "--seconds", "0.01", "--json", "found.json")
+    assert code == 0, said
+    found = json.loads(Path("found.json").read_text())
+    assert [(row["phase"], row["batch"], row["size"]) for row in found["measured"]] == [
+        ("inference", 1, 32), ("inference", 4, 32), ("training", 1, 32), ("training", 4, 32)
+    ]  # fmt: skip
+    for row in found["measured"]:
+        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["ms"])
+        assert 0.05 < row["peak_gb"] < 20
+    assert (found["model"]["name"], found["precision"], found["threads"]) == ("convnext_atto", "fp32", 1)
+    assert said.count("| training | 32 |") == 2
+
+
+def test_the_published_figures_stand_beside_and_a_batch_that_does_not_fit_ends_it(bench):
+    """2**40 images of noise are more than any machine's memory."""
+    code, said = bench(
+        "model=convnext_t", "recipe=in1k", "threads=1", "--batches", f"1,{2**40}", "--seconds", "0.01", "--phase", "inference"
+    )
+    assert code == 0, said
+    assert f"inference: a batch of {2**40} does not fit" in said
+    assert "published at 224 px: V100, images/s: 774.7" in said
+    assert "published at 224 px: A100 tf32 channels_last, images/s: 1943.5" in said
+
+
+def test_published_figures_are_of_models_that_exist():
+    for model, size in [*throughput.V100, *throughput.A100]:
+        assert size in [published.size for published in MODELS[model].published]
+    assert throughput.published("convnext_iso_l", 224) == {"V100, images/s": 94.4, "training at batch 32, GB": 20.4}
+    # Table 12 prints how much faster ConvNeXt is than Swin.
+    for pair, more in ((("swin_t", "convnext_t"), 47), (("swin_s", "convnext_s"), 49), (("swin_b", "convnext_b"), 46), (("swin_l", "convnext_l"), 40)):  # fmt: skip
+        swin, convnext = (throughput.A100[name, 224] for name in pair)
+        assert round(100 * (convnext / swin - 1)) == more
+
+
+def test_wrong_input(bench):
+    assert bench("--batches", "1,x")[0] == 2
+    assert bench("--batches", "0")[0] == 2
+    assert bench("--seconds", "0")[0] == 2
+    assert bench("model=nothing")[0] == 2
+    assert bench("--phase", "sleep")[0] == 2
