@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torchvision import transforms as tv
 
 from reconverge import evalsets, models
+from reconverge.errors import Stop
 from reconverge.prepare.make import Options, prepare
 from reconverge.settings import Evaluate, Model
 
@@ -232,6 +233,11 @@ def test_wrong_input(run, digits, evaluate, capsys, tmp_path):
         assert said in capsys.readouterr().err, arguments
     assert evaluate("checkpoint=timm:convnext_tiny.fb_in1k") == 2
     assert "data=imagenet1k" in capsys.readouterr().err
+
+
+def test_they_are_not_trained_on(compose):
+    with pytest.raises(Stop, match=r"for eval\.py only"):
+        compose("data=eval/a", "data.root=/path")
 
 
 def test_predictions_of_images_without_labels(run, digits, logits, evaluate):
