@@ -285,7 +285,7 @@ def test_one_run_is_its_own_page_and_is_opened(runs, command, monkeypatch):
     environment = json.loads((runs / "s0" / "environment.json").read_text())
     assert environment["starts"][0]["command"] in " ".join(page._text)
     assert f"torch {environment['packages']['torch']}" in page.text
-    assert "R2 resume: kept" in page.text
+    assert "R1 re-run, R2 resume, R3 data-elastic; not R4 weight-elastic" in page.text
     assert "recipe=demo reproduces no published number" in page.text
     assert not list((runs / "s0").glob(".report*"))
 
@@ -303,7 +303,7 @@ def test_the_images_are_the_best_and_the_worst(runs, command, digits):
     assert [title.partition(" (")[0] for title in titles[12:]] == [str(paths[image]) for image in order[::-1][:12]]
     worst = order[-1]
     assert predicted[worst] != labels[worst]
-    assert f"{predicted[worst]}, is {labels[worst]}" in Page("runs/s0/report.html").text
+    assert f"{predicted[worst]} , is {labels[worst]}" in Page("runs/s0/report.html").text
 
 
 HOSTILE = ["<script>alert(1)</script", '"><img src=x onerror=alert(1)>', "{{ 7*7 }}{% raw %}", "$\\frac{1}$&amp;", "' onload='alert(1)"]

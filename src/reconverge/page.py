@@ -112,25 +112,19 @@ def _images(run: Ran, newest: Newest, names: list[str]) -> tuple[list[tuple[str,
 def _environment(said: dict[str, Any]) -> list[tuple[str, str]]:
     """environment.json in a few rows."""
     facts, starts, git = said["facts"], said["starts"], said.get("git")
+    changed = f", changed since (sha256 of the difference: {git['diff'][:12]}...)" if git and git["diff"] else ""
+    given = {
+        of: ", ".join(f"{level} {name}" for level, name in PROMISES.items() if said["promises"].get(level) is of) for of in (True, False)
+    }
     rows = [("command", starts[-1]["command"])]
-    rows += [(f"started, after step {start['after_step']}", f"{start['time']} on {start.get('host')}, {start.get('processor')}, {start.get('ranks')} ranks") for start in starts]  # fmt: skip
-    rows += [(name, str(facts[name])) for name in ("hardware", "threads", "pixels", "reduce") if name in facts]
-    rows.append(
-        (
-            "git",
-            "not a checkout" if not git else git["commit"] + (f", changed (sha256 of the diff {git['diff'][:12]})" if git["diff"] else ""),
-        )
-    )
+    for start in starts:
+        where = f"{start.get('host')}, {start.get('processor')}, ranks: {start.get('ranks')}"
+        rows.append((f"started after step {start['after_step']}", f"{start['time']} on {where}"))
+    rows += [(name, str(facts[name])) for name in ("hardware", "threads", "pixels") if name in facts]
+    rows.append(("git", git["commit"] + changed if git else "not a checkout"))
     rows.append(("packages", ", ".join(f"{name} {version}" for name, version in said["packages"].items())))
-    kept = said["promises"]
-    rows.append(
-        (
-            "promises",
-            ", ".join(f"{level} {PROMISES[level]}: {'kept' if kept[level] else 'not kept'}" for level in PROMISES if level in kept),
-        )
-    )
-    rows += [
-        ("promise lost", f"{lost['promise']} at {lost['time']}, {lost['because']}: {lost['from']} -> {lost['to']}") for lost in said["lost"]
-    ]
+    rows.append(("promises", given[True] + (f"; not {given[False]}" if given[False] else "")))
+    for lost in said["lost"]:
+        rows.append(("promise lost", f"{lost['promise']} at {lost['time']}, {lost['because']}: {lost['from']} -> {lost['to']}"))
     rows += [("data", note) for note in said.get("data_notes", [])]
     return rows
