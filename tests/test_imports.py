@@ -33,7 +33,8 @@ FLOORS = {
     "reconverge.models": 2, "reconverge.models.drop_path": 2, "reconverge.models.isotropic": 2, "reconverge.models.roadmap": 2, "reconverge.models.batch_norm": 2, "reconverge.models.layers": 2, "reconverge.models.layouts": 2, "reconverge.models.pretrained": 2, "reconverge.models.weights": 2, "reconverge.models.throughput": 2, "reconverge.passes": 2, "reconverge.gradients": 2, "reconverge.record": 2, "reconverge.optim": 2, "reconverge.ema": 2, "reconverge.checkpoint": 2, "reconverge.compare": 2,
     "reconverge.prepare": 3, "reconverge.prepare.odd": 3, "reconverge.prepare.layouts": 3, "reconverge.prepare.scatter": 3, "reconverge.prepare.make": 3,
     "reconverge.evaluate": 3, "reconverge.outcomes": 3, "reconverge.state": 3, "reconverge.config": 3, "reconverge.checks": 3, "reconverge.estimate": 3, "reconverge.pictures": 4, "reconverge.opened": 4, "reconverge.run": 4, "reconverge.published": 4, "reconverge.evalsets": 4, "reconverge.predict": 4, "reconverge.trained": 4, "reconverge.export": 4, "reconverge.bench_data": 4, "reconverge.bench_model": 4, "reconverge.describe": 5, "reconverge.sweep": 4,
-    "reconverge.commands": 5, "reconverge.commands.models": 5, "reconverge.commands.prepare": 5, "reconverge.commands.check": 5, "reconverge.commands.batch": 5, "reconverge.commands.bench": 5, "reconverge.commands.plan": 5, "reconverge.commands.verify": 5, "reconverge.commands.selftest": 5, "reconverge.commands.export": 5,
+    "reconverge.report": 5, "reconverge.charts": 5, "reconverge.page": 5,
+    "reconverge.commands": 5, "reconverge.commands.models": 5, "reconverge.commands.prepare": 5, "reconverge.commands.check": 5, "reconverge.commands.batch": 5, "reconverge.commands.bench": 5, "reconverge.commands.plan": 5, "reconverge.commands.verify": 5, "reconverge.commands.selftest": 5, "reconverge.commands.export": 5, "reconverge.commands.report": 5,
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def save(path: Path, step: int, source: Source, results: dict[str, Result]) -> N
 
 def load(path: Path) -> tuple[int, str, dict[str, Outcomes]]:
     """Step, fingerprint of the validation images, and the outcomes by kind of weights: raw, ema."""
-    with np.load(path) as file:
+    with open(path, "rb") as opened, np.load(opened) as file:  # numpy would leave a damaged one open
         kinds = dict.fromkeys(name.partition("/")[0] for name in file if "/" in name)
         found = {kind: Outcomes(file["labels"], *(file[f"{kind}/{name}"] for name in Outcomes._fields[1:])) for kind in kinds}
         return int(file["step"]), str(file["fingerprint"]), found

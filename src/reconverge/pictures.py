@@ -91,7 +91,7 @@ def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) 
     series(accuracy, "raw_top1", "raw", "C0", "o")
     series(accuracy, "ema_top1", "EMA", "C1", "o")
     for axes, title in ((loss, "loss"), (rate, "learning rate"), (accuracy, "top-1, %")):
-        _named(axes, title, "epoch")
+        named(axes, title, "epoch")
         if axes is not rate and axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize=9)
     best = max([record.get("ema_top1", 0) for record in records] + [record.get("raw_top1", 0) for record in records], default=0)
@@ -105,15 +105,16 @@ def plan(path: Path, epochs: Sequence[float], rates: Sequence[float], layers: Ma
     figure = Figure(figsize=(10, 3.4), dpi=100, layout="constrained")
     schedule, *scales = figure.subplots(1, 1 + (len(layers) > 1), squeeze=False)[0]
     schedule.plot(epochs, rates, color="C2", linewidth=1.4)
-    _named(schedule, "learning rate of the head" if scales else "learning rate", "epoch")
+    named(schedule, "learning rate of the head" if scales else "learning rate", "epoch")
     for axes in scales:
         axes.bar(list(layers), list(layers.values()), color="C2")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _named(axes, "lr scale", "layer, from the stem to the head")
+        named(axes, "lr scale", "layer, from the stem to the head")
     figure.savefig(path)
 
 
-def _named(axes: Any, title: str, x: str) -> None:
+def named(axes: Any, title: str, x: str) -> None:
+    """The looks of a chart: its title, what is along x, a grid."""
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(x)
     axes.grid(alpha=0.3)

@@ -111,17 +111,17 @@ def table(results: Sequence[Result]) -> str:
     for group in groups.values():
         for run, _, code, top1 in group:
             rows.append(
-                f"{run:<{width}}{'-' if code is None else code:>4}"
-                + "".join(f"{_percent([top1.get(kind)]):>13}" for kind in ("raw", "ema"))
+                f"{run:<{width}}{'-' if code is None else code:>4}" + "".join(f"{percent([top1.get(kind)]):>13}" for kind in ("raw", "ema"))
             )
         finished = [result.top1 for result in group if result.top1]
         if len(finished) > 1:
             said = f"{'mean ± std of ' + str(len(finished)):<{width}}    "
-            rows.append(said + "".join(f"{_percent([top1.get(kind) for top1 in finished]):>13}" for kind in ("raw", "ema")))
+            rows.append(said + "".join(f"{percent([top1.get(kind) for top1 in finished]):>13}" for kind in ("raw", "ema")))
     return "\n".join(rows)
 
 
-def _percent(values: Sequence[float | None]) -> str:
+def percent(values: Sequence[float | None]) -> str:
+    """The mean, and of more than one value ± the sample standard deviation; of those that are known and finite."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return "-"

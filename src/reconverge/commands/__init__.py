@@ -13,6 +13,7 @@ COMMANDS = {
     "selftest": "try the promises on this machine, in a few minutes",
     "batch": "the images of one step of a run, with their keys",
     "bench": "measure the loader, or a model, by itself",
+    "report": "one page of one or several runs: results, curves, predictions, environment",
     "export": "a run's model as timm, ONNX and torch.export load it",
     "plan": "what a training will be, without training",
     "models": "the table of models: counted and published size, accuracy, recipes",
