@@ -103,6 +103,7 @@ EFFECTS = [
 ]  # fmt: skip
 EVALUATED = {"raw_loss", "evaluated", "evaluation calls"}
 ELSEWHERE = {
+    "data.labels": "test_evalsets.py: the labels of ReaL; eval.py's alone",
     "init": "test_init.py: a chain of runs",
     "init_strict": "test_weights.py: nothing partial without being told",
     "init_head": "test_init.py: the same classes keep their head, others are mapped or start afresh",
