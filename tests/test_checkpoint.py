@@ -86,9 +86,9 @@ def test_none_is_a_new_run(tmp_path):
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 4, 5)
-    checkpoint.prune(tmp_path, 5, 2, best=2)
+    checkpoint.prune(tmp_path, 5, 2, best=[2])
     assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
-    checkpoint.prune(tmp_path, 5, 1, best=None)
+    checkpoint.prune(tmp_path, 5, 1, best=[])
     assert names(tmp_path) == ["step-00000005"]
 
 
@@ -110,7 +110,7 @@ def in_a_process(work, *arguments):
 def save_without_end(folder):
     for step in range(1, 10_000):
         checkpoint.save(folder, step, {"model": {"w": torch.full((300_000,), float(step))}}, {})
-        checkpoint.prune(folder, step, 2, None)
+        checkpoint.prune(folder, step, 2, [])
 
 
 def test_kill_inside_a_save_leaves_a_valid_one(tmp_path):

@@ -36,7 +36,7 @@ REFUSED = [
     (["model=deit_s", "recipe=in1k"], "size deit_s) with recipe=in1k", "atto, t, s, b, l", "model.drop_path="),
     (["model=swin_b_384", "model.drop_path=0", "microbatch=2"], "augment.size=32 with model=swin_b_384", "the size that it is built for", "augment.size=384 evaluate.size=384"),
     (["model=vit_s", "model.drop_path=0", "microbatch=2", "evaluate.size=48"], "evaluate.size=48 with model=vit_s", "the size that it is built for", "augment.size=32"),
-    (["data=imagnet"], "data=imagnet", "digits, folder, imagenet1k, imagenet22k, shards, synthetic", "data=imagenet"),
+    (["data=imagnet"], "data=imagnet", "digits, eval/a, eval/c, eval/c_bar, eval/imagenet1k, eval/r, eval/real, eval/sketch, eval/v2, folder, imagenet1k, imagenet22k, shards, synthetic", "data=imagenet"),
     (["recipe=in2k"], "recipe=in2k", "ft_in1k_384, ft_in22k_in1k_224, ft_in22k_in1k_384, in1k, in1k_iso", "recipe=in"),
     (["tracker=wandbb"], "tracker=wandbb", "none, tensorboard, wandb", "tracker=wandb"),
     (["epochs=many"], "epochs", "int", "epochs="),
@@ -71,7 +71,7 @@ REFUSED = [
     (["data.val=null"], "data.val=null with evaluate_every=", "never", "evaluate_every=never"),
     (["recipe.dataset=imagenet2k"], "recipe.dataset=imagenet2k", "imagenet1k, imagenet22k", "recipe.dataset=imagenet"),
     (["evaluate_every=seldom"], "evaluate_every=seldom", "never: not at all", "evaluate_every"),
-    (["data.kind=trained"], "data=trained", "eval.py", "data=digits"),
+    (["data.kind=trained"], "data.kind=trained", "eval.py", "data=digits"),
 ]  # fmt: skip
 
 

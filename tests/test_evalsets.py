@@ -212,11 +212,11 @@ def test_published_figures_are_found():
 
 def test_wrong_input(run, digits, evaluate, capsys, tmp_path):
     for severity in range(4):
-        (tmp_path / "weather" / "fog" / str(severity)).mkdir(parents=True)
+        (tmp_path / "noise" / "gaussian_noise" / str(severity)).mkdir(parents=True)
     for arguments, code, said in (
         (["data=eval/a"], 2, "data.root"),
         (["data=eval/a", f"data.root={tmp_path}/nothing"], 66, "no folder"),
-        (["data=eval/c", f"data.root={tmp_path}"], 66, "fog (4 severities)"),
+        (["data=eval/c", f"data.root={tmp_path}"], 66, "gaussian_noise (4 severities)"),
         (["data=eval/nothing", f"data.root={digits}"], 2, "eval/sketch"),
         (["suite=robustness"], 2, "suite.root"),
         (["suite=robustness", f"suite.root={tmp_path}"], 66, "none of the sets"),

@@ -25,7 +25,7 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     assert train("steps=12", "run=a", "evaluate_every=6", "save_every=6", "log_every=2") == 0
     folder = Path("runs/a")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "record.jsonl", "status.json", "classes.txt", "checkpoints", "curves.png", "first_batch.png", "predictions.png"}  # fmt: skip
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "record.jsonl", "status.json", "classes.txt", "checkpoints", "curves.png", "first_batch.png", "predictions.png", "outcomes.npz"}  # fmt: skip
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000006", "step-00000012"]
     records = metrics("a")
     assert [record["step"] for record in records] == [2, 4, 6, 6, 8, 10, 12, 12]

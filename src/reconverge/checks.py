@@ -83,7 +83,7 @@ def check(cfg: Train) -> None:
     if cfg.data.kind in ("trained", "evaluation"):
         raise Stop(
             Exit.USAGE,
-            f"data={cfg.data.name}",
+            f"data={cfg.data.name} data.kind={cfg.data.kind}",
             "images to train on: this one is for eval.py only",
             "data=digits or data=folder data.root=...",
         )
