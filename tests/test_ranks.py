@@ -166,6 +166,7 @@ def test_another_forward_pass_in_mid_run_ends_r2_and_says_so(train, capsys):
     assert [entry["because"] for entry in json.loads(Path("runs/a/environment.json").read_text())["lost"]] == ["forward_images"]
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_fit_are_refused_once_with_those_that_do(torchrun):
     code, said = torchrun(3, "run=a")
     assert code == 1  # torchrun makes 1 of every failure
@@ -174,6 +175,7 @@ def test_ranks_that_do_not_fit_are_refused_once_with_those_that_do(torchrun):
     assert not Path("runs/a").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_a_refused_one_end_all_ranks(train, torchrun):
     """Rank 0 alone reads the folder."""
     assert alone(train, "run=a", "steps=1") == 0
