@@ -28,6 +28,11 @@ settings.register_profile("tests", deadline=None)  # two processes, and what the
 settings.load_profile("tests")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first: begun last, the other process would have nothing to do beside it."""
+    items.sort(key=lambda item: item.path.name != "test_transfer.py")
+
+
 def pytest_collection_finish():
     """What the imports have made stays for good: looking it through for garbage again and again would take a tenth of the time."""
     gc.collect()
