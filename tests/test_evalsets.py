@@ -126,6 +126,8 @@ def test_real_labels_are_sets_and_an_empty_one_does_not_count(run, digits, logit
     assert written(run, "real")["raw"]["real"] == pytest.approx(percent(label in those for label, those in counted))
     assert len(counted) == 22
     assert evaluate(*options) == 66
+    (tmp_path / "real.json").write_text(json.dumps([[]] * len(labels)))
+    assert evaluate(*options, f"data.labels={tmp_path}/real.json") == 65
     (tmp_path / "real.json").write_text("[[1], 2")
     assert evaluate(*options, f"data.labels={tmp_path}/real.json") == 65
     (tmp_path / "real.json").write_text(json.dumps(labels[:-1]))
@@ -190,8 +192,8 @@ def test_corruptions_and_the_row_of_the_paper(run, digits, logits, evaluate, tmp
     assert sets["c_bar"]["raw"]["mean_error"] == pytest.approx(sum(bars) / 10)
     assert sets["imagenet1k"]["raw"]["images"] == 30
     heads, raw = [line for line in said.splitlines() if line.startswith(("percent", "raw  "))][-2:]
-    assert heads.split()[1::2] == ["imagenet1k", "c", "c_bar"] or "c (mCE)" in heads
-    assert f"{expected:.1f}" in raw
+    assert heads == f"{'percent':<10}   imagenet1k (top-1)   c (mCE)   c_bar (mean error)"
+    assert raw.split()[1:] == [f"{sets['imagenet1k']['raw']['top1']:.1f}", f"{expected:.1f}", f"{sum(bars) / 10:.1f}"]
 
 
 def test_images_that_are_cropped_already_are_not_cropped_again():

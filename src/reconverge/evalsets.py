@@ -165,6 +165,8 @@ def _real(data: Data, parts: list[Part], results: list[Result]) -> dict[str, flo
             "one for each validation image, in the order of file names",
             "data.labels=, or data.root=",
         )
+    if not any(accepted[entry] for entry in order.tolist()):
+        raise Stop(Exit.DAMAGED, f"{path}: no image has a label", "a list of labels for each validation image", "download it again")
     return {"real": real_accuracy(accepted, order, result.predicted)}
 
 
