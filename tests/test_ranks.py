@@ -1,6 +1,7 @@
 """Many ranks train as one does: torchrun's real processes through the command line, and the arithmetic of sums by itself."""
 
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
@@ -137,6 +138,21 @@ def test_evaluation_counts_each_image_once_on_any_number_of_ranks(train, torchru
         reports.append(json.loads(path.read_text()))
     assert reports[1:] == reports[:1] * 2
     assert reports[0]["raw"]["images"] == 30
+
+
+@pytest.mark.slow
+def test_what_one_rank_cannot_read_stops_an_evaluation_with_its_name(train, torchrun, digits, tmp_path):
+    """The tenth of 30 images in batches of 7 is of rank 1: rank 0, which waits for it, says so, and not that a connection was closed."""
+    assert alone(train, "run=a", "steps=2", "evaluate_every=never") == 0
+    shutil.copytree(digits, tmp_path / "broken")
+    path = sorted((tmp_path / "broken" / "val").rglob("*.png"))[9]
+    path.write_bytes(b"no image")
+    where = ["data=folder", f"data.root={tmp_path}/broken", "batch=7", "threads=1", "workers=0"]
+    code, said = torchrun(2, "checkpoint=runs/a", *where, script="eval.py", settings=[])
+    assert code != 0
+    assert "reconverge stopped (exit 65)" in said
+    assert "given    rank 1: " in said
+    assert path.name in said
 
 
 @pytest.mark.parametrize("size", [4, 16])
