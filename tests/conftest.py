@@ -173,6 +173,22 @@ def evaluate(monkeypatch):
 
 
 @pytest.fixture
+def reconverge(monkeypatch, capsys):
+    """reconverge COMMAND in this process: exit code, and what it said."""
+    from reconverge.commands import main
+
+    def reconverge(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["reconverge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out + said.err
+
+    return reconverge
+
+
+@pytest.fixture
 def start(small):
     """train.py on a few digits with these arguments, as a process of its own."""
     processes = []

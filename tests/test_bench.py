@@ -1,25 +1,16 @@
 """reconverge bench model: what it says and writes, and where it ends."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from reconverge.commands import main
 from reconverge.models import MODELS, throughput
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys):
-    def bench(*arguments):
-        monkeypatch.setattr(sys, "argv", ["reconverge", "bench", "model", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out + said.err
-
-    return bench
+def bench(reconverge):
+    return lambda *arguments: reconverge("bench", "model", *arguments)
 
 
 def test_both_phases_by_batch(bench):

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from reconverge import checks, config
 from reconverge.commands import main, parsed
-from reconverge.settings import Eval, Train
+from reconverge.settings import Eval
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("python train.py", "python eval.py", "reconverge ", "torchrun ", "launch/local.sh ", "launch/seeds.sh ", "sbatch ")
@@ -68,7 +68,6 @@ def test_each_is_accepted(page, given, monkeypatch):
             checks.check(config.of_training([*combination, *more]))
     finally:
         GlobalHydra.instance().clear()
-    assert Train
 
 
 @pytest.fixture(scope="module")

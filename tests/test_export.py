@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from reconverge import export, models
-from reconverge.commands import main
 from reconverge.settings import Model
 
 
@@ -31,18 +30,6 @@ def three_epochs(digits, tmp_path_factory, cache):
 def run(three_epochs):
     shutil.copytree(three_epochs, "runs")
     return Path("runs/a")
-
-
-@pytest.fixture
-def reconverge(monkeypatch, capsys):
-    def reconverge(*arguments):
-        monkeypatch.setattr(sys, "argv", ["reconverge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out + said.err
-
-    return reconverge
 
 
 def net_of(run, kind="ema", step=-1):

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import tarfile
 import time
 from hashlib import sha256
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reconverge.commands import main
 from reconverge.data.shards import open_shards
 from reconverge.errors import Stop
 from reconverge.prepare import scatter
@@ -25,20 +23,6 @@ from reconverge.prepare.make import Options, prepare
 TRAIN = archives.pictures(archives.SYNSETS, 7, seed=1)
 VAL = archives.pictures(archives.SYNSETS, 3, seed=2, val=True, odd=False)
 GOOD = archives.pictures(archives.SYNSETS, 7, seed=1, odd=False)
-
-
-@pytest.fixture
-def reconverge(monkeypatch, capsys):
-    """reconverge COMMAND in this process: exit code, and what it said."""
-
-    def reconverge(*arguments):
-        monkeypatch.setattr(sys, "argv", ["reconverge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out + said.err
-
-    return reconverge
 
 
 def digests(folder):
