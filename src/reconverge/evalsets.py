@@ -20,6 +20,7 @@ from reconverge.data.shards import Shards, open_evaluation
 from reconverge.data.sources import Source, open_validation, root_of
 from reconverge.errors import Exit, Stop
 from reconverge.evaluate import Result
+from reconverge.outcomes import by_class
 from reconverge.progress import say
 from reconverge.settings import Data, Evaluate, Suite
 
@@ -309,9 +310,8 @@ UNITS = {"real": "ReaL", "mce": "mCE", "mean_error": "mean error", "top1": "top-
 
 def per_class(source: Source, predicted: np.ndarray) -> dict[str, float]:
     """Class -> percent of its images that are right; classes without images are left out."""
-    labels = source.labels(np.arange(len(source)))
-    counts, hits = (np.bincount(chosen, minlength=len(source.classes)) for chosen in (labels, labels[labels == predicted]))
-    return {name: 100 * int(hits[label]) / int(counts[label]) for label, name in enumerate(source.classes) if counts[label]}
+    images, right = by_class(source.labels(np.arange(len(source))), predicted, len(source.classes))
+    return {name: 100 * int(right[label]) / int(images[label]) for label, name in enumerate(source.classes) if images[label]}
 
 
 # ---- what is published ------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """What the models of a run said of each validation image: outcomes.npz, kept of the newest evaluation, for the report."""
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from reconverge.data import files
 from reconverge.data.sources import Source
 from reconverge.evaluate import Result
 
@@ -18,13 +20,17 @@ class Outcomes(NamedTuple):
     losses: np.ndarray  # float64, cross-entropy
 
 
+def by_class(labels: np.ndarray, predicted: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each class the images, and how many of them are right: int64 (classes,) each."""
+    return np.bincount(labels, minlength=classes), np.bincount(labels[labels == predicted], minlength=classes)
+
+
 def save(path: Path, step: int, source: Source, results: dict[str, Result]) -> None:
     """Replace the file whole."""
     arrays = {f"{kind}/{name}": getattr(result, name) for kind, result in results.items() for name in Outcomes._fields[1:]}
-    draft = path.with_name(f".{path.name}")
-    with open(draft, "wb") as file:
-        np.savez(file, step=step, fingerprint=source.fingerprint, labels=source.labels(np.arange(len(source))), **arrays)  # type: ignore[arg-type]
-    draft.rename(path)
+    file = io.BytesIO()
+    np.savez(file, step=step, fingerprint=source.fingerprint, labels=source.labels(np.arange(len(source))), **arrays)  # type: ignore[arg-type]
+    files.write_whole(path, file.getvalue())
 
 
 def load(path: Path) -> tuple[int, str, dict[str, Outcomes]]:

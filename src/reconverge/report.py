@@ -228,8 +228,7 @@ class OfClass(NamedTuple):
 
 def per_class(found: Outcomes) -> list[OfClass]:
     """Each class that has images, the worst first."""
-    images = np.bincount(found.labels)
-    right = np.bincount(found.labels[found.labels == found.predicted], minlength=len(images))
+    images, right = outcomes.by_class(found.labels, found.predicted, int(found.labels.max()) + 1)
     classes = [OfClass(label, int(images[label]), int(right[label])) for label in np.flatnonzero(images).tolist()]
     return sorted(classes, key=lambda of: (of.accuracy, of.label))
 

@@ -6,7 +6,6 @@ while a process trains, its lock. Rank 0 writes them; other ranks write nothing 
 
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import reconverge
 from reconverge import config, environment, jsonl, ranks
 from reconverge.clock import Clock
+from reconverge.data import files
 from reconverge.errors import Exit, Stop, explain
 from reconverge.lock import Lock
 from reconverge.progress import Progress, say
@@ -358,12 +358,7 @@ class Run:
         """Replace a file of the folder whole."""
         if not self.writes:
             return
-        new = self.folder / f".{name}.new"
-        with open(new, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(self.folder / name)
+        files.write_whole(self.folder / name, text)
 
 
 def differing(old: Any, new: Any) -> tuple[Any, Any]:

@@ -3,13 +3,12 @@ calibration, environment, and in what the runs differ. Runs that differ in their
 """
 
 import argparse
-import errno
 import webbrowser
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reconverge.data import files
 from reconverge.errors import Exit, Stop, explain
 from reconverge.progress import say
 from reconverge.sweep import percent
@@ -38,16 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all. Errors: Stop."""
-    draft = path.parent / f".{path.name}.new"
+    """Errors: Stop."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        draft.write_text(text, encoding="utf-8", errors="replace")
-        draft.replace(path)
+        files.write_whole(path, text)
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         stop = explain(error)
         raise Stop(
             stop.code if stop else Exit.USAGE,

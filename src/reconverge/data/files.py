@@ -1,10 +1,11 @@
-"""Reading files: by position, and with patience for a disk or network that fails for a moment."""
+"""Files: read by position, with patience for a disk or network that fails for a moment, and replaced whole."""
 
 import errno
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +39,24 @@ def patiently(job: Callable[[], Result], where: Callable[[], str]) -> Result:
             "a disk or network that answers",
             "see to it, then run the same command again: it goes on from the last checkpoint",
         ) from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Put a file in the place of `path` once it is on the disk: whatever is killed meanwhile, the old file or the new one is there.
+
+    Errors: OSError; no part of the new file is left then.
+    """
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        with open(draft, "wb") as file:
+            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
 
 
 def sha256_of(path: Path) -> str:

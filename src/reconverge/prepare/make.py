@@ -17,14 +17,13 @@ import numpy as np
 import xxhash
 
 from reconverge import synsets
-from reconverge.data import index, shards
-from reconverge.data.files import sha256_of
+from reconverge.data import files, index, shards
 from reconverge.errors import Exit, Stop
 from reconverge.lock import Lock
 from reconverge.prepare import layouts
 from reconverge.prepare.layouts import Layout, Taken
 from reconverge.prepare.odd import UNREADABLE, Bomb, oddities, shrunk, strict_exif
-from reconverge.prepare.scatter import Scatter, content, write_whole
+from reconverge.prepare.scatter import Scatter, content
 from reconverge.progress import Meter, say
 
 IN1K, IN22K = synsets.DATASETS["imagenet1k"], synsets.DATASETS["imagenet22k"]  # the latter as of fall 2011
@@ -62,7 +61,7 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
                 about = _in_place(found, to, work, dataset, threads, options)
             else:
                 about = _scattered(source, to, work, dataset, jobs, threads, options)
-        write_whole(to / "dataset.json", json.dumps(about, indent=1) + "\n")
+        files.write_whole(to / "dataset.json", json.dumps(about, indent=1) + "\n")
         shutil.rmtree(work)
         return about
     finally:
@@ -148,7 +147,7 @@ def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
         "expected": EXPECTED.get(layout.dataset) or EXPECTED.get(layout.kind) or {},
         "expected_classes": CLASSES.get(layout.dataset) or CLASSES.get(layout.kind),
     }
-    write_whole(path, json.dumps(plan))
+    files.write_whole(path, json.dumps(plan))
     return plan
 
 
@@ -347,7 +346,7 @@ def _about(to: Path, plan: dict[str, Any], parts: dict[str, dict[str, Any]], los
             "expected": expected,
             "index": table.name,
             "index_bytes": table.stat().st_size,
-            "index_sha256": sha256_of(table),
+            "index_sha256": files.sha256_of(table),
             "shards": [
                 {"name": name, "bytes": (to / name).stat().st_size, "images": images, "sha256": digest}
                 for name, images, digest in zip(part["names"], part["images"], part["sha256"], strict=True)

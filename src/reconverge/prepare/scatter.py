@@ -10,6 +10,8 @@ from typing import Any
 import xxhash
 from webdataset.writer import TarWriter
 
+from reconverge.data import files
+
 MEMORY = 256 << 20, 4 << 30  # bytes of samples that wait to be written: at least, at most
 PIECE = 1 << 20  # bytes that a shard is to grow by at a time: for 6,000 shards on a disk that seeks, a sample at a time would take weeks
 END = bytes(1024)  # end-of-archive blocks
@@ -84,7 +86,7 @@ class Scatter:
         self._waiting.clear()
         self._report.clear()
         self._buffered = 0
-        write_whole(self._work / "journal.json", json.dumps(self.state))
+        files.write_whole(self._work / "journal.json", json.dumps(self.state))
 
     def abandon(self) -> None:
         """Forget what waits."""
@@ -105,13 +107,3 @@ class Scatter:
 def content(key: str, data: bytes) -> int:
     """64 bits of a sample; those of a whole split are combined by exclusive or, in any order."""
     return xxhash.xxh3_64_intdigest(data, seed=xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape")))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file whole, so that a kill leaves the old one or the new one."""
-    draft = path.with_name(f".{path.name}.new")
-    with open(draft, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)
