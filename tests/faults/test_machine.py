@@ -110,3 +110,22 @@ def test_a_killed_data_worker_stops_with_its_code_and_the_run_goes_on(start, tra
     assert train("run=whole", *settings) == 0
     assert [weights("a", kind) for kind in KINDS] == [weights("whole", kind) for kind in KINDS]
     assert record.read_text() == Path("runs/whole/record.jsonl").read_text()
+
+
+@pytest.mark.parametrize("fault", [ConnectionResetError(104, "reset"), ConnectionRefusedError(111, "refused"), EOFError()], ids=repr)
+def test_a_data_worker_killed_while_it_hands_a_batch_over_is_told_as_such(fault):
+    """What Python's connections say then: torch leaves that as it is while it does not know yet that the worker is dead."""
+    import torch
+
+    from reconverge.data.loader import Feed
+    from reconverge.errors import Exit, explain
+
+    def cut_off():
+        raise fault
+        yield
+
+    with pytest.raises(RuntimeError) as raised:
+        Feed([], [], 0, torch.device("cpu"), ahead=False)._next(cut_off())
+    stop = explain(raised.value)
+    assert stop.code == Exit.OUT_OF_MEMORY
+    assert "a data worker died" in str(stop)

@@ -23,7 +23,7 @@ from reconverge.data.decode import Undecodable
 from reconverge.data.order import Microbatch
 from reconverge.data.sources import Source
 from reconverge.data.transforms import Transform
-from reconverge.errors import Exit, Stop
+from reconverge.errors import Exit, Stop, reason
 from reconverge.signals import CAUGHT
 from reconverge.world import World
 
@@ -177,6 +177,8 @@ class Feed:
         started = time.perf_counter()
         try:
             arrived = next(loaded, None)
+        except (ConnectionError, EOFError) as error:  # torch says so itself of all but a worker that dies while it hands a batch over
+            raise RuntimeError(f"DataLoader worker Killed while it handed a batch over ({reason(error)})") from error
         finally:
             self.waited += time.perf_counter() - started
         if isinstance(arrived, Stop):
