@@ -74,7 +74,7 @@ def compare_moving(library, count, monkeypatch):
     ]
     operations = [operation for policy in policies for operation in policy.ops if operation.name in transforms.AFFINE]
     assert len(operations) == 20
-    pictures = [picture(*size, number) for number, size in enumerate([(224, 224), (384, 384), (97, 161), (32, 32), (224, 224)])]
+    pictures = [picture(*size, number) for number, size in enumerate([(224, 224), (64, 64), (97, 161), (32, 32), (130, 50)])]
     moved = 0
     for number in range(count):
         operation, image = copy(operations[number % 20]), pictures[number % 7 % 5]

@@ -100,16 +100,14 @@ def test_other_worlds_by_ddp_see_the_same_images_and_stay_close(train, torchrun,
     """Gradient norms too, with clipping on: AdamW forgives a wrong scale of the gradient, and weights alone would hide it."""
     given = ["epochs=20", f"steps={steps}", "evaluate_every=never", *model]
     assert alone(train, "run=one", *given) == 0
-    assert torchrun(2, "run=two", *given)[0] == 0
     assert torchrun(4, "run=changed", *given, f"steps={steps // 2}")[0] == 0
     code, said = torchrun(2, "run=changed", *given)
     assert code == 0
     assert "promise R2 is lost" in said
-    for run in ("two", "changed"):
-        assert [step["images"] for step in record(run)] == [step["images"] for step in record("one")]
-        for key in ("grad_norm", "loss"):
-            assert [step[key] for step in record(run)] == pytest.approx([step[key] for step in record("one")], rel=10 * bound)
-        assert max(apart("one", run, steps).values()) < bound
+    assert [step["images"] for step in record("changed")] == [step["images"] for step in record("one")]
+    for key in ("grad_norm", "loss"):
+        assert [step[key] for step in record("changed")] == pytest.approx([step[key] for step in record("one")], rel=10 * bound)
+    assert max(apart("one", "changed", steps).values()) < bound
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def kill_until_done(start, arguments, kills, seed):
     assert "took over from process" in said
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(1, 30), pytest.param(10, 70, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(1, 30), pytest.param(6, 42, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_ends_with_the_same_bits(start, train, kills, steps):
     arguments = [*CHANCE, f"steps={steps}", "epochs=10", "save_every=2", "keep=2", "evaluate_every=20", "log_every=1"]
     assert train(*arguments, "run=uninterrupted") == 0
