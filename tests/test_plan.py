@@ -37,7 +37,7 @@ def test_the_published_run_of_convnext_t(plan, tmp_path):
     command = "model=convnext_t recipe=in1k --world 8 --images-per-second 400"
     code, rows, said = plan(*command.split())
     assert code == 0
-    shown = (ROOT / "README.md").read_text().partition(f"$ reconverge plan {command}\n")[2].partition("```")[0].splitlines()
+    shown = (ROOT / "docs/recipes.md").read_text().partition(f"$ reconverge plan {command}\n")[2].partition("```")[0].splitlines()
     assert len(shown) == 6
     assert set(shown) - {"..."} <= set(said.out.splitlines())
     assert rows["data"] == "imagenet1k as published: 1,281,167 training images of 1,000 classes (no data= was given)"
