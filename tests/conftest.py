@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait stand in the way of the other processes: tenfold
+
 import numpy as np
 import pytest
 import torch

@@ -63,7 +63,9 @@ def test_a_dead_server_neither_delays_nor_breaks_the_run(start):
     status = json.loads(Path("runs/a/status.json").read_text())
     assert status["reason"] == "done"
     began = json.loads(Path("runs/a/environment.json").read_text())["starts"][0]["time"]
-    assert (datetime.fromisoformat(status["time"]) - datetime.fromisoformat(began)).total_seconds() < 20
+    assert (
+        datetime.fromisoformat(status["time"]) - datetime.fromisoformat(began)
+    ).total_seconds() < 60  # seconds of work; wandb itself would wait for minutes
     for _ in range(100):  # the mirror goes on by itself
         if list(Path("runs/a/wandb").glob("offline-run-*")):
             break

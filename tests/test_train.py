@@ -267,8 +267,8 @@ def test_a_reader_that_goes_away_does_not_end_the_training(small):
 
 @pytest.mark.slow
 def test_convnext_t_trains_at_224_pixels_as_the_readme_says(monkeypatch, photographs):
-    arguments = ["model=convnext_t", "recipe=in1k", "data=folder", f"data.root={photographs}", "batch=16", "microbatch=8", "steps=3"]
-    assert _main("train", [*arguments, "run=a", "threads=2", "workers=0"], monkeypatch) == 0
+    arguments = ["model=convnext_t", "recipe=in1k", "data=folder", f"data.root={photographs}", "batch=8", "microbatch=4", "steps=2"]
+    assert _main("train", [*arguments, "run=a", "threads=1", "workers=0"], monkeypatch) == 0
 
 
 @pytest.mark.slow

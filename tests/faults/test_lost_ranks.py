@@ -8,12 +8,23 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import weights, workers_of
+from conftest import JOB, SMALL, trained, weights, workers_of
 
 pytestmark = pytest.mark.slow
 
 KINDS = ("model", "ema", "optimizer")
-LONG = ["model=timm", "model.timm=test_resnet", "steps=60", "epochs=60", "save_every=5", "keep=99", "evaluate_every=never", "batch=32"]
+LONG = [
+    "model=timm",
+    "model.timm=test_resnet",
+    "steps=60",
+    "epochs=60",
+    "save_every=5",
+    "keep=99",
+    "evaluate_every=never",
+    "batch=32",
+    "reduce=tree",
+]
+ALONE = [setting for setting in JOB if setting not in SMALL]
 
 
 def bits(run):
@@ -34,24 +45,12 @@ def reached(run, step, process, seconds=120):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, digits):
-    """The bits of the same job on two ranks, uninterrupted."""
-    import subprocess
-    import sys
-
-    from conftest import JOB, ROOT
-
+def whole(tmp_path_factory, digits, cache):
+    """The bits of the same job, uninterrupted, and by one rank: by tree they are the same."""
     folder = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"), *JOB, *LONG]
-    subprocess.run(
-        [*command, f"data.root={digits}", f"data.cache={folder}", "run=whole"], check=True, cwd=folder, stdout=subprocess.DEVNULL
-    )
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained(folder, cache, f"data.root={digits}", *ALONE, *LONG, "run=whole").parent)
         return bits("whole")
-    finally:
-        os.chdir(before)
 
 
 def test_a_killed_rank_is_restarted_by_torchrun_and_ends_with_the_same_bits(launch, whole):
@@ -64,7 +63,7 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_ends_with_the_same_bits(laun
     assert len(json.loads(Path("runs/a/environment.json").read_text())["starts"]) == 2
 
 
-def test_a_killed_rank_ends_the_others_with_its_name(launch, torchrun, whole):
+def test_a_killed_rank_ends_the_others_with_its_name(launch, train, whole):
     process = launch(2, *LONG, "run=a")
     reached("a", 3, process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
@@ -73,11 +72,11 @@ def test_a_killed_rank_ends_the_others_with_its_name(launch, torchrun, whole):
     assert status("a")["exit_code"] == 69
     assert "rank 1 of 2 was lost" in status("a")["summary"]
     assert "run the same command again" in said
-    assert torchrun(2, *LONG, "run=a")[0] == 0
+    assert train(*ALONE, *LONG, "run=a") == 0
     assert bits("a") == whole
 
 
-def test_a_rank_that_stands_still_is_named_after_the_timeout(launch, torchrun, whole):
+def test_a_rank_that_stands_still_is_named_after_the_timeout(launch, train, whole):
     """SIGSTOP, as of a host that hangs: the other one says who, where it stood, and ends."""
     process = launch(2, *LONG, "run=a", "world_timeout=0.1")
     reached("a", 3, process)
@@ -93,11 +92,11 @@ def test_a_rank_that_stands_still_is_named_after_the_timeout(launch, torchrun, w
     assert "Traceback" in said
     assert "exit 69" in said
     assert status("a")["exit_code"] == 69
-    assert torchrun(2, *LONG, "run=a")[0] == 0
+    assert train(*ALONE, *LONG, "run=a") == 0
     assert bits("a") == whole
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch, torchrun, whole):
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch, train, whole):
     """75 in status.json; 0 to torchrun, which would else start the ranks again. To all ranks: test_launch."""
     process = launch(2, *LONG, "run=a", options=["--max-restarts=2"])
     reached("a", 2 + random.randrange(5), process)
@@ -106,7 +105,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch, torchrun, whole
     assert process.returncode == 0, said
     assert (status("a")["reason"], status("a")["exit_code"]) == ("preempted", 75)
     assert "a signal to another rank: step" in said
-    assert torchrun(2, *LONG, "run=a")[0] == 0
+    assert train(*ALONE, *LONG, "run=a") == 0
     assert bits("a") == whole
 
 
