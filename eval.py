@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def evaluated(cfg: Eval, run: Opened | None, data: Data) -> int:
-    from reconverge import evalsets, trained
+    from reconverge import evalsets, models, trained
     from reconverge.data import native
     from reconverge.data.mix import Normalise
     from reconverge.evaluate import Among, Result, evaluate
@@ -42,10 +42,13 @@ def evaluated(cfg: Eval, run: Opened | None, data: Data) -> int:
     model = trained.of_run(run, Path(cfg.checkpoint)) if run else trained.of_timm(cfg.checkpoint)
     asked = {name: value for name in ("size", "crop_ratio", "mode", "interpolation", "batch") if (value := getattr(cfg, name)) is not None}
     settings = model.resized(asked)
+    for net in model.nets.values():
+        models.refuse_sizes(net, {"size": settings.size})
     data = checks.normalised_as(data, model.mean, model.std)
     normalise = Normalise(data.mean, data.std, world.device, cfg.channels_last)
     nets = {name: world.place(net, cfg.channels_last) for name, net in model.nets.items()}
     folder, name = (run.folder, f"{cfg.precision}-step-{model.step:08d}") if run else (Path(), f"{model.name}-{cfg.precision}")
+    name += "".join(f"-{option}-{value}" for option, value in asked.items() if option != "batch")  # each way of evaluating its own file
     say(f"{model.title}; decoder: {decoder}")
 
     if cfg.images is not None:

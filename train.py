@@ -23,6 +23,7 @@ def main() -> int:
     cfg = config.from_command_line(Path(__file__).parent / "conf", "config", Train)
     checks.check(cfg)
     if only_check:
+        say(f"{cfg.run}: the settings fit together; neither images nor devices were looked at")
         return 0
     with ranks.joined(cfg.world_timeout), Run(cfg) as run, ranks.losses_named():
         if summary := run.finished():
@@ -79,6 +80,7 @@ def train(cfg: Train, run: Run) -> int:
     mix = Mix(cfg.augment.erase, cfg.mix, len(training.classes))
 
     net = world.place(models.build(cfg.model, len(training.classes), cfg.seed), cfg.channels_last)
+    models.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
     refuse_other_passes(net, cfg.microbatch, cfg.forward_images)
     rates = drop_path.rates(net)
     if cfg.checkpointing:

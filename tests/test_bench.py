@@ -54,3 +54,4 @@ def test_wrong_input(bench):
     assert bench("--seconds", "0")[0] == 2
     assert bench("model=nothing")[0] == 2
     assert bench("--phase", "sleep")[0] == 2
+    assert bench("augment.size=8", "evaluate.size=32")[0] == 2

@@ -137,7 +137,8 @@ def test_help_shows_groups_choices_and_examples():
     for part in ("model: convnext_atto, convnext_b", "model/roadmap: 00_resnet50, 01_stage_ratio", "deit_b, deit_s", "recipe: deit, demo, finetune", "data: digits, folder", "tracker: none, tensorboard, wandb", "debug: overfit, profile, short, synthetic"):  # fmt: skip
         assert part in done.stdout
     assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 7
-    assert "runs/NAME" in process("--help", script="eval.py").stdout
+    said = process("--help", script="eval.py").stdout
+    assert all(word in said for word in ("runs/NAME", "size=", *(path.stem for path in (ROOT / "conf/data/eval").iterdir())))
 
 
 def test_cfg_job_prints_what_would_run(compose):

@@ -106,11 +106,13 @@ def test_a_damaged_checkpoint_is_named(run, evaluate, capsys):
         (["checkpoint=runs/none"], 66, "no run"),
         (["checkpoint=runs/a", "data=folder"], 2, "data.root"),
         (["checkpoint=runs/a", "data.root=/nowhere"], 66, "/nowhere"),
-        (["checkpoint=runs/a", "data=folder", "data.root=PHOTOGRAPHS"], 2, "3 classes that the training images lack"),
+        (["checkpoint=runs/a", "data=folder", "data.root=PHOTOGRAPHS"], 2, "3 folders that are no classes"),
         (["checkpoint=runs/a", "data=synthetic", "data.images=20"], 78, "1000 classes"),
         (["checkpoint=runs/a", "data.val=nonexistent"], 66, "nonexistent"),
         (["checkpoint=runs/a", "precision=int8"], 2, "fp32, tf32, bf16, fp16"),
         (["checkpoint=runs/a", "+x=1"], 2, "+x=1"),
+        (["runs/a"], 2, "checkpoint=runs/a"),
+        (["checkpoint=runs/a", "size=16"], 2, "change   size=32"),
     ],
 )
 def test_wrong_input(run, evaluate, photographs, capsys, arguments, code, said):
@@ -123,6 +125,23 @@ def test_a_run_without_a_checkpoint(run, evaluate, capsys):
     shutil.rmtree(run / "checkpoints")
     assert evaluate("checkpoint=runs/a") == 66
     assert "no checkpoint yet" in capsys.readouterr().err
+
+
+def test_an_export_for_other_tools_is_no_checkpoint(run, evaluate, capsys):
+    (run / "export-onnx").mkdir()
+    (run / "export-onnx" / "export.json").write_text("{}")
+    assert evaluate("checkpoint=runs/a/export-onnx") == 66
+    assert "an export for other tools" in capsys.readouterr().err
+
+
+def test_each_way_of_evaluating_has_a_file_of_its_own(run, evaluate):
+    assert (
+        evaluate("checkpoint=runs/a")
+        == evaluate("checkpoint=runs/a", "size=48", "mode=squash")
+        == evaluate("checkpoint=runs/a", "batch=7")
+        == 0
+    )
+    assert sorted(json.loads(path.read_text())["evaluate"]["size"] for path in run.glob("eval-*.json")) == [32, 48]
 
 
 def test_every_data_setting_of_the_command_line_counts(run, evaluate, digits):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import trained
+from conftest import ROOT, trained
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms as tv
@@ -226,7 +226,7 @@ def test_wrong_input(run, digits, evaluate, capsys, tmp_path):
         (["suite=robustness", f"suite.root={digits}", "images=x.png"], 2, "one of data=, suite= and images="),
         (["images=nothing"], 66, "does not exist"),
         (["images=3"], 2, "images=FOLDER"),
-        (["data=eval/sketch", f"data.root={tmp_path}/strange"], 2, "classes that the training images lack"),
+        (["data=eval/sketch", f"data.root={tmp_path}/strange"], 2, "folders that are no classes"),
         (["data=eval/a", f"data.root={tmp_path}/strange"], 78, "that the model lacks"),
     ):
         (tmp_path / "strange" / "cat").mkdir(parents=True, exist_ok=True)
@@ -263,3 +263,8 @@ def test_predictions_of_images_without_labels(run, digits, logits, evaluate):
     assert len((run / "predictions.csv").read_text().splitlines()) == 4
     Path("broken.png").write_bytes(b"no image")
     assert evaluate("checkpoint=runs/a", "images=broken.png", "workers=0") == 65
+
+
+def test_the_docs_name_every_corruption():
+    text = (ROOT / "docs" / "evaluate.md").read_text()
+    assert all(f"`{name}`" in text for name in (*evalsets.ALEXNET, *evalsets.C_BAR))

@@ -295,6 +295,10 @@ def test_wrong_input(reconverge, tmp_path):
     assert reconverge("prepare", tmp_path / "empty", "--to", tmp_path / "a")[0] == 66
     assert reconverge("prepare", tmp_path / "nowhere", "--to", tmp_path / "a")[0] == 66
     assert reconverge("prepare", source, "--to", tmp_path / "a", "--jobs", "0")[0] == 2
+    assert reconverge("prepare", source, "--to", tmp_path / "a", "--shard-mb", "0")[0] == 2
+    before = sorted(source.iterdir())
+    code, said = reconverge("prepare", source, "--to", source)
+    assert (code, "which is the source" in said, sorted(source.iterdir())) == (2, True, before)
     assert reconverge("prepare", source, "--to", tmp_path / "b")[0] == 0
     code, said = reconverge("prepare", source, "--to", tmp_path / "b")
     assert (code, "finished data set" in said) == (2, True)

@@ -188,6 +188,23 @@ def test_torchs_cpu_allocator_raises_what_is_expected():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+@pytest.mark.parametrize("name", ["augment.size", "evaluate.size"])
+def test_images_of_which_the_model_leaves_nothing_are_refused_before_the_first_step(train, capsys, name):
+    assert train(f"{name}=31", "run=a") == 2
+    said = capsys.readouterr()
+    assert f"{name}=31: " in said.err
+    assert f"change   {name}=32" in said.err
+    assert "step 1" not in said.out
+    assert train(f"{name}=32", "run=a", "steps=1") == 0
+
+
+def test_check_says_what_it_looked_at(train, capsys):
+    assert train("--check", "run=a", "data.root=/nowhere") == 0
+    assert "a: the settings fit together; neither images nor devices were looked at" in capsys.readouterr().out
+    assert train("--check", "microbatch=7") == 2
+    assert not Path("runs").exists()
+
+
 def test_a_gpu_that_is_not_there_is_refused(train, capsys):
     assert train("run=a", "device=cuda") == 2
     assert "device=cpu" in capsys.readouterr().err

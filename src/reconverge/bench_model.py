@@ -30,6 +30,7 @@ def bench(cfg: Train, batches: list[int], seconds: float, phases: list[str], jso
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     world.set_threads(cfg.threads or default_threads(world.device, 0))
     sizes = {"inference": cfg.evaluate.size, "training": cfg.augment.size}
+    models.refuse_sizes(models.on_meta(cfg.model, CLASSES), {"evaluate.size": cfg.evaluate.size, "augment.size": cfg.augment.size})
     say(f"{cfg.model.name} on {world.hardware()}; {_how(cfg, world)}")
     say("")
     say("| | px | batch | images/s | ms a batch | peak memory, GB |")

@@ -150,6 +150,8 @@ def _refuse_override(argument: str) -> None:
             raise Stop(Exit.USAGE, argument, f"key=value, or {' '.join(FLAGS)}", "python train.py --help")
     elif argument.startswith(("+", "~")):
         raise Stop(Exit.USAGE, argument, "key=value, with a key that exists: none can be added or removed", argument.lstrip("+~"))
+    elif "/" in argument and "=" not in argument:
+        raise Stop(Exit.USAGE, argument, "key=value", f"a key before it, such as init={argument} or, to evaluate, checkpoint={argument}")
     elif "/" in (group := argument.partition("=")[0]):
         group, _, folder = group.partition("/")
         name = argument.partition("=")[2] or "NAME"
@@ -243,6 +245,10 @@ def notices(cfg: Train) -> list[str]:
         found.append(
             f"batch={cfg.batch} is not the recipe's {cfg.recipe.batch}: the learning rate is not rescaled and stays {cfg.optim.lr:g}; "
             f"the linear rule would give optim.lr={cfg.optim.lr * cfg.batch / cfg.recipe.batch:g}"
+        )
+    if cfg.evaluate.size != cfg.augment.size:
+        found.append(
+            f"trained at augment.size={cfg.augment.size} and evaluated at evaluate.size={cfg.evaluate.size}, which is set by itself"
         )
     if cfg.init is None:
         if cfg.recipe.starts_from:

@@ -18,6 +18,10 @@ class Opened(NamedTuple):
 
 def opened(path: Path) -> Opened:
     """The run that `path`, its folder or one of its checkpoints, belongs to. Errors: Stop(MISSING)."""
+    if (path / "export.json").exists():  # one that timm reads does not come here
+        raise Stop(
+            Exit.MISSING, f"{path} is an export for other tools", "a run, one of its checkpoints, or an export --to timm", "the path"
+        )
     for folder in (path, *path.parents[:2]):
         if (folder / "config.yaml").exists() and (folder / "classes.txt").exists():
             cfg = config.from_text((folder / "config.yaml").read_text(), Train)

@@ -27,7 +27,9 @@ def main() -> None:
 
 def parsed(given: list[str]) -> argparse.Namespace:
     """What a command line says. Ends the process (exit 2) where argparse does not understand it."""
-    parser = argparse.ArgumentParser(prog="reconverge", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="reconverge", description="Everything but training and evaluating, which are python train.py and python eval.py."
+    )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, help in COMMANDS.items():
         command = import_module(f"reconverge.commands.{name}")  # light: what takes seconds to import, a command imports as it runs

@@ -15,6 +15,8 @@ from reconverge.progress import panel
 from reconverge.settings import Train
 from reconverge.synsets import DATASETS
 
+PICTURES = (".png", ".pdf", ".svg")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py: model=NAME recipe=NAME data=NAME ...")
@@ -26,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     cfg = config.of_training(arguments.overrides)
     checks.check(replace(cfg, data=replace(cfg.data, root=cfg.data.root or ".")))  # images need not be here yet
+    picture, speed = arguments.picture or Path(f"plan-{cfg.model.name}-{cfg.recipe.name}.png"), arguments.images_per_second
+    if speed is not None and not 0 < speed < float("inf"):
+        raise Stop(Exit.USAGE, f"--images-per-second {speed:g}", "more than 0", "what a run prints")
+    if picture.suffix not in PICTURES or not picture.parent.is_dir():
+        raise Stop(
+            Exit.USAGE, f"--picture {picture}", f"a file in a folder that exists, ending in {', '.join(PICTURES)}", "--picture plan.png"
+        )
 
     from reconverge import describe, estimate, models, optim, pictures
     from reconverge.gradients import copies
@@ -37,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     world, tree = arguments.world, cfg.reduce == "tree"
     passes = Passes(len(block(clock.microbatches, 0, world, tree)), cfg.microbatch, cfg.forward_images, tree)
     net = models.on_meta(cfg.model, classes)
+    models.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
     groups = optim.parameter_groups(net, cfg.optim)
     rows = describe.job(cfg, clock, net, groups, data) | {
         "worlds": "; ".join(f"{size} x {clock.microbatches // size}" for size in worlds(clock.microbatches, tree))
@@ -59,9 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     memory = estimate.memory(net, passes.images, cfg.augment.size, classes, dtype, ema, gradients)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory._asdict().items() if size)
     rows["memory"] = f"{memory.total / 1e9:.2f} GB a rank, and what kernels and the device take for themselves: {parts}"
-    rows["time"] = _time(arguments.images_per_second, world, cfg.batch * clock.end)
+    rows["time"] = _time(speed, world, cfg.batch * clock.end)
 
-    picture = arguments.picture or Path(f"plan-{cfg.model.name}-{cfg.recipe.name}.png")
     steps = _spread(clock.total, 2000)
     rates = [optim.learning_rate(cfg.optim, step, clock) for step in steps]
     pictures.plan(picture, [step / clock.steps_per_epoch for step in steps], rates, layers)

@@ -37,7 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         if not good:
             raise Stop(
-                Exit.USAGE, f"--{name} {value}", "jobs from 1, hold-out 0 to 100, resize from 16, quality 1 to 100", f"another --{name}"
+                Exit.USAGE,
+                f"--{name} {value}",
+                "jobs from 1, hold-out 0 to 100, resize from 16, quality 1 to 100, shard-mb above 0",
+                f"another --{name}",
             )
     options = Options(arguments.shard_mb, arguments.hold_out, arguments.resize, arguments.quality, arguments.drop_unreadable)
     about = prepare(arguments.source.expanduser(), arguments.to.expanduser(), arguments.dataset, jobs, options)

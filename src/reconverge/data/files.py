@@ -46,6 +46,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
     Errors: OSError; no part of the new file is left then.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
     draft = path.with_name(f".{path.name}.new")
     try:
         with open(draft, "wb") as file:

@@ -108,9 +108,9 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
     if strangers := sorted(set(found) - set(known)):
         raise Stop(
             Exit.USAGE,
-            f"{root}: {len(strangers)} classes that the training images lack: {', '.join(strangers[:5])}",
-            f"the {len(known)} folder names of the training images",
-            "the folder names, or data.val=",
+            f"{root}: {len(strangers)} folders that are no classes: {', '.join(strangers[:5])}",
+            f"the {len(known)} classes of the training images or of the model: {', '.join(known[:5])}{', ...' if len(known) > 5 else ''}",
+            "the folder names, or data.root=, data.val=",
         )
     images = suffixes()
     labels = {name: label for label, name in enumerate(known)}

@@ -83,7 +83,8 @@ class Images(Dataset):
                 Exit.DAMAGED,
                 f"{self.source.where(sample)}: {error}",
                 "images that Pillow can decode whole",
-                "data.on_bad_image=substitute; or a new run without it: remove the file, or reconverge prepare --drop-unreadable",
+                "mend or remove the file, or reconverge prepare --drop-unreadable; a training image, which the run then goes on without: "
+                "data.on_bad_image=substitute",
             ) from None
 
     def _good(self, epoch: int, sample: int, repeat: int, bad: list[Bad]) -> tuple[np.ndarray, int]:

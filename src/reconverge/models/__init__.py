@@ -76,6 +76,31 @@ def on_meta(model: settings.Model, classes: int) -> nn.Module:
     return net
 
 
+def refuse_sizes(net: nn.Module, sizes: dict[str, int]) -> None:
+    """Where the model leaves nothing of an image of these sides, setting -> pixels: its forward pass is tried on the meta device.
+
+    Errors: Stop(USAGE).
+    """
+    weights = {name: tensor.to("meta") for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
+    trained = net.training
+
+    def fault(size: int) -> str:
+        try:
+            torch.func.functional_call(net, weights, (torch.empty(1, 3, size, size, device="meta"),))
+        except (RuntimeError, AssertionError) as error:
+            return str(error).partition("\n")[0]
+        return ""
+
+    net.eval()
+    with torch.no_grad():
+        for setting, size in sizes.items():
+            if said := fault(size):
+                fitting = next((larger for larger in range(size + 1, 513) if not fault(larger)), None)
+                allowed = f"{fitting} or more: each stage halves what is left" if fitting else "what the model was built for"
+                raise Stop(Exit.USAGE, f"{setting}={size}: {said}", allowed, f"{setting}={fitting or '...'}")
+    net.train(trained)
+
+
 def find(model: settings.Model) -> Spec:
     """The entry of MODELS, or one made for a model of timm's that is none. Errors: Stop(USAGE)."""
     if model.timm is not None:

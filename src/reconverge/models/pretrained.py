@@ -182,7 +182,7 @@ def _unreadable(init: str, error: Exception) -> Stop:
         reason = "not what torch.save writes"
     else:
         reason = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
-    return Stop(Exit.DAMAGED, f"init={init}: {reason}", "a whole file of tensors and plain values; nothing of this one was run", "the file")
+    return Stop(Exit.DAMAGED, f"{init}: {reason}", "a whole file of tensors and plain values; nothing of this one was run", "the file")
 
 
 # ---- downloads, which the libraries keep in their own caches ----
@@ -203,9 +203,9 @@ def _downloading(init: str) -> Iterator[None]:
             raise
         raise Stop(
             Exit.MISSING,
-            f"init={init}: {type(error).__name__} {str(error).partition(chr(10))[0]}",
+            f"{init}: {type(error).__name__} {str(error).partition(chr(10))[0]}",
             "a network, or weights that this machine downloaded before",
-            "try again; or download them elsewhere and give the file or folder: init=PATH",
+            "try again; or download them elsewhere and give the file or folder",
         ) from error
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]

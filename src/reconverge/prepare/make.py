@@ -53,11 +53,16 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
             "a new folder, an empty one, or one that this command began: files in it are replaced",
             "another --to",
         )
+    found = _shards_below(source)
+    if not found and to.resolve() == source.resolve():
+        raise Stop(
+            Exit.USAGE, f"--to {to}, which is the source", "a folder of its own; only shards are indexed where they are", "another --to"
+        )
     work.mkdir(parents=True, exist_ok=True)
     lock = Lock(to / ".lock")
     try:
         with strict_exif(), ThreadPoolExecutor(jobs) as threads:
-            if found := _shards_below(source):
+            if found:
                 about = _in_place(found, to, work, dataset, threads, options)
             else:
                 about = _scattered(source, to, work, dataset, jobs, threads, options)
