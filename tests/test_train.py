@@ -187,7 +187,6 @@ def test_torchs_cpu_allocator_raises_what_is_expected():
     assert explain(raised.value).code == Exit.OUT_OF_MEMORY
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
 @pytest.mark.parametrize("name", ["augment.size", "evaluate.size"])
 def test_images_of_which_the_model_leaves_nothing_are_refused_before_the_first_step(train, capsys, name):
     assert train(f"{name}=31", "run=a") == 2
@@ -205,6 +204,7 @@ def test_check_says_what_it_looked_at(train, capsys):
     assert not Path("runs").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
 def test_a_gpu_that_is_not_there_is_refused(train, capsys):
     assert train("run=a", "device=cuda") == 2
     assert "device=cpu" in capsys.readouterr().err
