@@ -1,7 +1,4 @@
-"""Pictures of what goes in and what comes out, drawn without being asked: first_batch.png, curves.png, predictions.png.
-
-matplotlib is imported where it draws: of many ranks one does.
-"""
+"""Pictures of what goes in and what comes out, drawn without being asked: first_batch.png, curves.png, predictions.png."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from reconverge.data import transforms
@@ -57,8 +55,6 @@ CELL, CAPTION, COLUMNS = 128, 34, 8  # pixels of an image's side, pixels for the
 
 def sheet(path: Path, images: Tensor, captions: Sequence[str], title: str, colours: Sequence[str] | None = None) -> None:
     """Images (N, 3, H, W) in 0..1 as one picture in one pair of axes: a pair for each image would take a second to draw."""
-    from matplotlib.figure import Figure
-
     colours = colours or ["black"] * len(images)
     cells = torch.nn.functional.interpolate(images.clamp(0, 1), size=(CELL, CELL), mode="nearest-exact")
     rows = -(-len(cells) // COLUMNS)
@@ -79,8 +75,6 @@ def sheet(path: Path, images: Tensor, captions: Sequence[str], title: str, colou
 
 def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) -> None:
     """Loss, learning rate, top-1 of raw and EMA weights, over epochs, from the lines of metrics.jsonl."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
     loss, rate, accuracy = figure.subplots(1, 3)
 
@@ -108,8 +102,6 @@ def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) 
 
 def plan(path: Path, epochs: Sequence[float], rates: Sequence[float], layers: Mapping[int, float]) -> None:
     """The learning rate over the epochs, and, of more than one layer, the share of it that each takes (layer -> lr scale)."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 3.4), dpi=100, layout="constrained")
     schedule, *scales = figure.subplots(1, 1 + (len(layers) > 1), squeeze=False)[0]
     schedule.plot(epochs, rates, color="C2", linewidth=1.4)
