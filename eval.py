@@ -42,8 +42,7 @@ def evaluated(cfg: Eval, run: Opened | None, data: Data) -> int:
     model = trained.of_run(run, Path(cfg.checkpoint)) if run else trained.of_timm(cfg.checkpoint)
     asked = {name: value for name in ("size", "crop_ratio", "mode", "interpolation", "batch") if (value := getattr(cfg, name)) is not None}
     settings = model.resized(asked)
-    for net in model.nets.values():
-        models.refuse_sizes(net, {"size": settings.size})
+    models.refuse_sizes(next(iter(model.nets.values())), {"size": settings.size})  # raw and EMA: one architecture
     data = checks.normalised_as(data, model.mean, model.std)
     normalise = Normalise(data.mean, data.std, world.device, cfg.channels_last)
     nets = {name: world.place(net, cfg.channels_last) for name, net in model.nets.items()}

@@ -89,7 +89,7 @@ def test_a_plan_says_what_the_run_will_say(plan, train, small, capsys):
     [(["--world", "3"], ["3 ranks for 2 microbatches", "1, 2", "2 ranks"]), (["--world", "0"], ["0 ranks", "1 ranks"]),
      (["--wrold", "3"], ["--wrold"]), (["model=convnext_b", "oops"], ["oops"]), (["optim.lrr=1"], ["optim.lrr", "optim.lr"]),
      (["model=convnext_xl", "recipe=in1k"], ["size xl", "atto, t, s, b, l"]), (["microbatch=7"], ["microbatch=7"]),
-     (["data=folder", "data.root=nowhere"], ["nowhere"]), (["augment.size=8"], ["augment.size=8", "32 or more"]),
+     (["data=folder", "data.root=nowhere"], ["nowhere"]), (["augment.size=8"], ["augment.size=8", "such as 32"]),
      (["--images-per-second", "0"], ["--images-per-second 0", "more than 0"]), (["--images-per-second", "-5"], ["more than 0"]),
      (["--picture", "p.docx"], ["p.docx", ".png"]), (["--picture", "nowhere/p.png"], ["nowhere/p.png", "a folder that exists"])],
 )  # fmt: skip

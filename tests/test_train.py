@@ -197,6 +197,16 @@ def test_images_of_which_the_model_leaves_nothing_are_refused_before_the_first_s
     assert train(f"{name}=32", "run=a", "steps=1") == 0
 
 
+def test_a_model_that_the_meta_device_cannot_run_is_not_refused_for_its_size():
+    from reconverge import models
+
+    class Odd(torch.nn.Module):
+        def forward(self, images):
+            return images.sum().item()  # a number, which meta tensors have not
+
+    models.refuse_sizes(Odd(), {"augment.size": 32})
+
+
 def test_check_says_what_it_looked_at(train, capsys):
     assert train("--check", "run=a", "data.root=/nowhere") == 0
     assert "a: the settings fit together; neither images nor devices were looked at" in capsys.readouterr().out

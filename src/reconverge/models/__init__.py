@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from reconverge import chance, settings
-from reconverge.errors import Exit, Stop
+from reconverge.errors import Exit, Stop, reason
 from reconverge.models import drop_path, roadmap
 from reconverge.models.isotropic import Isotropic
 
@@ -79,7 +79,7 @@ def on_meta(model: settings.Model, classes: int) -> nn.Module:
 def refuse_sizes(net: nn.Module, sizes: dict[str, int]) -> None:
     """Where the model leaves nothing of an image of these sides, setting -> pixels: its forward pass is tried on the meta device.
 
-    Errors: Stop(USAGE).
+    Errors: Stop(USAGE). A model that the meta device cannot run at any size is let pass: its size is not what is wrong.
     """
     weights = {name: tensor.to("meta") for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
     trained = net.training
@@ -88,16 +88,18 @@ def refuse_sizes(net: nn.Module, sizes: dict[str, int]) -> None:
         try:
             torch.func.functional_call(net, weights, (torch.empty(1, 3, size, size, device="meta"),))
         except (RuntimeError, AssertionError) as error:
-            return str(error).partition("\n")[0]
+            return reason(error).partition("\n")[0]
         return ""
 
     net.eval()
     with torch.no_grad():
         for setting, size in sizes.items():
-            if said := fault(size):
-                fitting = next((larger for larger in range(size + 1, 513) if not fault(larger)), None)
-                allowed = f"{fitting} or more: each stage halves what is left" if fitting else "what the model was built for"
-                raise Stop(Exit.USAGE, f"{setting}={size}: {said}", allowed, f"{setting}={fitting or '...'}")
+            if (said := fault(size)) and (
+                fitting := next((other for other in (16, 32, 64, 96, 128, 224, 256, 384, 512) if not fault(other)), 0)
+            ):
+                raise Stop(
+                    Exit.USAGE, f"{setting}={size}: {said}", f"a size that the model takes, such as {fitting}", f"{setting}={fitting}"
+                )
     net.train(trained)
 
 
