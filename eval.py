@@ -1,4 +1,7 @@
-"""Evaluate a trained model: python eval.py checkpoint=runs/NAME [data=... | suite=... | images=...]. The same pieces as train.py without the loop."""
+"""Evaluate a trained model: python eval.py checkpoint=runs/NAME [data=... | suite=... | images=...].
+
+The same pieces as train.py without the loop.
+"""
 
 import json
 import sys
@@ -40,14 +43,26 @@ def evaluated(cfg: Eval, run: Opened | None, data: Data) -> int:
     decoder = native.choose(data.native)
 
     model = trained.of_run(run, Path(cfg.checkpoint)) if run else trained.of_timm(cfg.checkpoint)
-    asked = {name: value for name in ("size", "crop_ratio", "mode", "interpolation", "batch") if (value := getattr(cfg, name)) is not None}
+    asked = {
+        name: value
+        for name in ("size", "crop_ratio", "mode", "interpolation", "batch")
+        if (value := getattr(cfg, name)) is not None
+    }
     settings = model.resized(asked)
-    models.refuse_sizes(next(iter(model.nets.values())), {"size": settings.size})  # raw and EMA: one architecture
+    models.refuse_sizes(
+        next(iter(model.nets.values())), {"size": settings.size}
+    )  # raw and EMA: one architecture
     data = checks.normalised_as(data, model.mean, model.std)
     normalise = Normalise(data.mean, data.std, world.device, cfg.channels_last)
     nets = {name: world.place(net, cfg.channels_last) for name, net in model.nets.items()}
-    folder, name = (run.folder, f"{cfg.precision}-step-{model.step:08d}") if run else (Path(), f"{model.name}-{cfg.precision}")
-    name += "".join(f"-{option}-{value}" for option, value in asked.items() if option != "batch")  # each way of evaluating its own file
+    folder, name = (
+        (run.folder, f"{cfg.precision}-step-{model.step:08d}")
+        if run
+        else (Path(), f"{model.name}-{cfg.precision}")
+    )
+    name += "".join(
+        f"-{option}-{value}" for option, value in asked.items() if option != "batch"
+    )  # each way of evaluating its own file
     say(f"{model.title}; decoder: {decoder}")
 
     if cfg.images is not None:
@@ -60,7 +75,10 @@ def evaluated(cfg: Eval, run: Opened | None, data: Data) -> int:
         how = evalsets.settings_of(images, settings, asked)
         results: dict[str, list[Result]] = {weights: [] for weights in nets}
         for part in parts:
-            answering = {weights: net if part.among is None else Among(net, part.among) for weights, net in nets.items()}
+            answering = {
+                weights: net if part.among is None else Among(net, part.among)
+                for weights, net in nets.items()
+            }
             answers = evaluate(answering, part.source, how, normalise, world, workers, told_to_stop)
             if answers is None:
                 say("stopped before the end: nothing is written")
@@ -71,7 +89,13 @@ def evaluated(cfg: Eval, run: Opened | None, data: Data) -> int:
         for line in evalsets.lines(images, found[images.name], list(nets), who, published):
             say(line)
 
-    of_model = {"checkpoint": model.path, "model": model.name, "step": model.step, "precision": cfg.precision, "decoder": decoder}
+    of_model = {
+        "checkpoint": model.path,
+        "model": model.name,
+        "step": model.step,
+        "precision": cfg.precision,
+        "decoder": decoder,
+    }
     if cfg.suite.name == "none":
         output = folder / f"eval-{data.name}-{found[data.name]['fingerprint'][:8]}-{name}.json"
         written = of_model | {"data": data.name, "evaluate": asdict(how)} | found[data.name]

@@ -1,4 +1,7 @@
-"""Builds native/ where there are a C compiler and libjpeg-turbo's headers, and installs without it where not. See native/README.md."""
+"""Builds native/ where there are a C compiler and libjpeg-turbo's headers, and installs without it where not.
+
+See native/README.md.
+"""
 
 from hashlib import sha256
 from pathlib import Path

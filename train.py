@@ -1,4 +1,5 @@
-"""Train an image classifier: python train.py model=convnext_t recipe=in1k data=folder data.root=/path. See README.md.
+"""Train an image classifier: python train.py model=convnext_t recipe=in1k data=folder data.root=/path. See
+README.md.
 
 The job from top to bottom: compose, build, loop. The loop is here and nowhere else.
 """
@@ -54,24 +55,35 @@ def train(cfg: Train, run: Run) -> int:
 
     # ---- build: the machine, the images, the model ----
     tree = cfg.reduce == "tree"
-    mine = block(cfg.batch // cfg.microbatch, ranks.HERE.rank, ranks.HERE.size, tree)  # of the microbatches of a step
+    mine = block(
+        cfg.batch // cfg.microbatch, ranks.HERE.rank, ranks.HERE.size, tree
+    )  # of the microbatches of a step
     passes = Passes(len(mine), cfg.microbatch, cfg.forward_images, tree)
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     run.fact("code", world.agree("code", environment.code_hash()))
     run.fact("versions", world.agree("versions", environment.decisive_versions()))
     workers = default_workers(world.device) if cfg.workers is None else cfg.workers
     threads = cfg.threads or run.recorded("threads") or default_threads(world.device, workers)
-    world.set_threads(min(world.gather_objects(threads)))  # where nobody says how many, of the host with the fewest cores
+    world.set_threads(
+        min(world.gather_objects(threads))
+    )  # where nobody says how many, of the host with the fewest cores
     run.fact("threads", world.threads)
     run.fact("hardware", " and ".join(sorted(set(world.gather_objects(world.hardware())))))
     run.fact("ranks", "a power of two" if tree else world.size, free=True)
     run.fact("forward_images", cfg.forward_images or cfg.microbatch, free=True)
     decoder = " and ".join(sorted(set(world.gather_objects(native.choose(cfg.data.native)))))
     fast = cfg.data.decode == "fast"  # exact has the same pixels with native/ and without
-    run.fact("pixels", world.agree("pixels", f"fast, {'native' if native.chosen() else 'torch'} first" if fast else "exact"))
+    run.fact(
+        "pixels",
+        world.agree("pixels", f"fast, {'native' if native.chosen() else 'torch'} first" if fast else "exact"),
+    )
 
     training, validation = world.rank_0_first(lambda: sources.open_sources(cfg.data))
-    fingerprints = {"train": training.fingerprint, "val": validation.fingerprint if validation else None, "order": order.VERSION}
+    fingerprints = {
+        "train": training.fingerprint,
+        "val": validation.fingerprint if validation else None,
+        "order": order.VERSION,
+    }
     run.fact("data", world.agree("data", fingerprints))
     clock = Clock.of(cfg, len(training))
     batch_order = order.Order.of(cfg, training)
@@ -91,26 +103,46 @@ def train(cfg: Train, run: Run) -> int:
     scaler = world.scaler()
     gradients = Gradients(net, world, passes)
 
-    # ---- where to start: the run's own newest valid checkpoint, else the weights of init=, else from scratch ----
+    # ---- where to start: the run's own newest valid checkpoint, else the weights of init=, else from scratch
     state = State(net, ema, optimizer, scaler)
     start, skipped = state.restore(run.checkpoints)
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
     if start == 0 and (init := cfg.init) is not None:
-        run.fact("init", ranks.from_rank_0(lambda: weights.load(net, init, cfg.init_strict, cfg.init_head, training.classes)))
+        run.fact(
+            "init",
+            ranks.from_rank_0(
+                lambda: weights.load(net, init, cfg.init_strict, cfg.init_head, training.classes)
+            ),
+        )
     world.broadcast(tensor for model in state.models().values() for tensor in model.state_dict().values())
     if start == 0 and ema is not None:
         ema.model.load_state_dict(net.state_dict())
     statistics = RunningStatistics(net)  # as restored or loaded
-    run.start(start, clock, training.classes, training.notes + (validation.notes if validation else []), decoder)
+    run.start(
+        start, clock, training.classes, training.notes + (validation.notes if validation else []), decoder
+    )
     job = describe.job(cfg, clock, net, optimizer.param_groups, describe.images(cfg, training, validation))
     machine = describe.machine(cfg, world, workers, decoder, run)
-    panel(cfg.run, job | describe.origin(cfg, run) | machine | describe.numbered("notice", config.notices(cfg)))
+    panel(
+        cfg.run, job | describe.origin(cfg, run) | machine | describe.numbered("notice", config.notices(cfg))
+    )
 
-    augmented = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed, cfg.data.on_bad_image)
+    augmented = Images(
+        training,
+        transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode),
+        cfg.seed,
+        cfg.data.on_bad_image,
+    )
     microbatches = batch_order.steps(start, clock.end, world.rank, world.size)
     if cfg.data.stage is not None:
-        stage = Stage(training, batch_order.windows, Path(cfg.data.stage).expanduser() / cfg.run, cfg.data.stage_gb, world.local_rank == 0)
+        stage = Stage(
+            training,
+            batch_order.windows,
+            Path(cfg.data.stage).expanduser() / cfg.run,
+            cfg.data.stage_gb,
+            world.local_rank == 0,
+        )
         microbatches = run.closing.enter_context(stage).follow(microbatches)
     quarantine = Quarantine(run.folder / "quarantine.jsonl", cfg.data.max_substitutes)
     feed = Feed(augmented, microbatches, workers, world.device, cfg.copy_ahead, quarantine)
@@ -121,11 +153,20 @@ def train(cfg: Train, run: Run) -> int:
         """Evaluate both sets of weights after `step`: metrics.jsonl, curves.png, predictions.png."""
         assert validation is not None, "without validation images evaluate_every is never"
         net.eval()
-        results = evaluate(state.models(), validation, cfg.evaluate, normalise, world, workers, stop=told_to_stop)
+        results = evaluate(
+            state.models(), validation, cfg.evaluate, normalise, world, workers, stop=told_to_stop
+        )
         net.train()
         if results is not None:
             numbers = ("top1", "top5", "loss", "ece")
-            run.log(step, **{f"{name}_{key}": getattr(result, key) for name, result in results.items() for key in numbers})
+            run.log(
+                step,
+                **{
+                    f"{name}_{key}": getattr(result, key)
+                    for name, result in results.items()
+                    for key in numbers
+                },
+            )
             if run.writes:
                 outcomes.save(run.folder / "outcomes.npz", step, validation, results)
                 pictures.curves(run.folder / "curves.png", run.records(), clock.steps_per_epoch)
@@ -153,8 +194,12 @@ def train(cfg: Train, run: Run) -> int:
             images, targets = mix(normalise(images), labels, key)
             masks = drop_path.draw(rates, len(images), key, world.device)
             if step == microbatch == 0:
-                pictures.first_batch(run.folder / "first_batch.png", images, targets, training.classes, cfg.data)
-            for x, y, drops in passes(images, targets, masks):  # one forward pass, unless forward_images says otherwise
+                pictures.first_batch(
+                    run.folder / "first_batch.png", images, targets, training.classes, cfg.data
+                )
+            for x, y, drops in passes(
+                images, targets, masks
+            ):  # one forward pass, unless forward_images says otherwise
                 with world.autocast():
                     loss = cross_entropy(masked(x, drops).float(), y, reduction="sum") / cfg.batch
                 if not losses:
@@ -165,10 +210,14 @@ def train(cfg: Train, run: Run) -> int:
 
         gradients.reduce()
         scaler.unscale_(optimizer)
-        norm = get_total_norm([parameter.grad for parameter in net.parameters() if parameter.grad is not None])
+        norm = get_total_norm(
+            [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+        )
         if cfg.optim.clip is not None:
             clip_grads_with_norm_(net.parameters(), cfg.optim.clip, norm)
-        skip = (~norm.isfinite()).float()  # on the device: a gradient that is not finite never reaches the weights
+        skip = (
+            ~norm.isfinite()
+        ).float()  # on the device: a gradient that is not finite never reaches the weights
         optim.update(optimizer, skip)
         gradients.clear()
         statistics.settle(skip)
@@ -184,7 +233,9 @@ def train(cfg: Train, run: Run) -> int:
             if clock.due(clock.evaluate_every, step + 1) and not stopping:
                 run.flush()
                 measure(step + 1)
-                stopping = world.any(told_to_stop())  # a signal cuts the evaluation short: it comes again on resume
+                stopping = world.any(
+                    told_to_stop()
+                )  # a signal cuts the evaluation short: it comes again on resume
             if clock.due(clock.save_every, step + 1) or step + 1 in run.best_steps().values() or stopping:
                 run.flush()  # stops here, before anything is saved, if a step was not finite
                 run.still_mine()

@@ -35,7 +35,10 @@ def main() -> None:
     seen["opening reads"] = read() - before
     seen["rows"] = rows = len(index)
     random = np.random.default_rng(0)
-    for name, windows in (("all", None), ("windows of 8", Windows(np.full(shards, rows // shards), 8, seed=0))):
+    for name, windows in (
+        ("all", None),
+        ("windows of 8", Windows(np.full(shards, rows // shards), 8, seed=0)),
+    ):
         order = Order(rows, 4096, 32, seed=0, windows=windows)
         times = []
         for step in random.integers(0, 90 * (rows // 4096), 30):

@@ -1,12 +1,15 @@
-"""Images/s of whole training loaders on the same JPEGs, with the same transform and the same number of workers.
+"""Images/s of whole training loaders on the same JPEGs, with the same transform and the same number of
+workers.
 
-    python benchmarks/loaders.py [--images 400] [--copies 4] [--rounds 5] [--workers 2] [--only PART-OF-A-NAME]
+    python benchmarks/loaders.py [--images 400] [--copies 4] [--rounds 5] [--workers 2] [--only
+    PART-OF-A-NAME]
 
-Two forms: "float" is what each loader hands to a training loop by default, normalised and erased float32 (ours ships bytes and
-normalises and erases in the main process, which is counted); "uint8" is raw bytes delivered to the main process. All take turns,
-in each round in another order; the table gives medians, and ratios to timm's loader in the same form. Before anything is
-measured, our exact pixels are compared with timm's, sample by sample. A second table says what decoding, cropping and resizing alone
-cost one core, with Pillow and natively, in one thread and in two: the native one is what a whole loader could reach at most.
+Two forms: "float" is what each loader hands to a training loop by default, normalised and erased float32
+(ours ships bytes and normalises and erases in the main process, which is counted); "uint8" is raw bytes
+delivered to the main process. All take turns, in each round in another order; the table gives medians, and
+ratios to timm's loader in the same form. Before anything is measured, our exact pixels are compared with
+timm's, sample by sample. A second table says what decoding, cropping and resizing alone cost one core, with
+Pillow and natively, in one thread and in two: the native one is what a whole loader could reach at most.
 """
 
 import argparse
@@ -55,15 +58,20 @@ CPU = torch.device("cpu")
 
 def timms(workers: int, folder: Path, uint8: bool, prefetcher: bool = False) -> Iterable[torch.Tensor]:
     loader = timm.data.create_loader(
-        timm.data.create_dataset("", folder / "train", is_training=True), (3, SIZE, SIZE), BATCH, is_training=True, use_prefetcher=uint8 or prefetcher,
-        re_prob=AUGMENT.erase, re_mode="pixel", scale=AUGMENT.scale, ratio=AUGMENT.ratio, hflip=AUGMENT.flip, color_jitter=0.4,
-        auto_augment=AUGMENT.auto, interpolation="bicubic", mean=MEAN, std=STD, num_workers=workers, pin_memory=False, device=CPU,
+        timm.data.create_dataset("", folder / "train", is_training=True), (3, SIZE, SIZE), BATCH,
+        is_training=True, use_prefetcher=uint8 or prefetcher,
+        re_prob=AUGMENT.erase, re_mode="pixel", scale=AUGMENT.scale, ratio=AUGMENT.ratio, hflip=AUGMENT.flip,
+        color_jitter=0.4,
+        auto_augment=AUGMENT.auto, interpolation="bicubic", mean=MEAN, std=STD, num_workers=workers,
+        pin_memory=False, device=CPU,
     )  # fmt: skip
     return (images for images, _ in (loader.loader if uint8 else loader))
 
 
 def timms_prefetcher(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tensor]:
-    """As timm's train.py builds it unless told otherwise: bytes from the workers, normalised and erased in the main process."""
+    """As timm's train.py builds it unless told otherwise: bytes from the workers, normalised and erased in
+    the main process.
+    """
     return timms(workers, folder, uint8, prefetcher=True)
 
 
@@ -77,36 +85,63 @@ def randaugment() -> Callable[[Image.Image], Image.Image]:
 
 
 def torchvision_transform(uint8: bool) -> tv.Compose:
-    """As references/classification/presets.py builds it, with timm's RandAugment in the place of its own: the same transform."""
-    parts = [tv.RandomResizedCrop(SIZE, interpolation=tv.InterpolationMode.BICUBIC), tv.RandomHorizontalFlip(AUGMENT.flip), randaugment()]
+    """As references/classification/presets.py builds it, with timm's RandAugment in the place of its own: the
+    same transform.
+    """
+    parts = [
+        tv.RandomResizedCrop(SIZE, interpolation=tv.InterpolationMode.BICUBIC),
+        tv.RandomHorizontalFlip(AUGMENT.flip),
+        randaugment(),
+    ]
     parts += (
         [tv.PILToTensor()]
         if uint8
-        else [tv.PILToTensor(), tv.ConvertImageDtype(torch.float), tv.Normalize(MEAN, STD), tv.RandomErasing(AUGMENT.erase)]
+        else [
+            tv.PILToTensor(),
+            tv.ConvertImageDtype(torch.float),
+            tv.Normalize(MEAN, STD),
+            tv.RandomErasing(AUGMENT.erase),
+        ]
     )
     return tv.Compose(parts)
 
 
 def torchvisions(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tensor]:
     dataset = ImageFolder(str(folder / "train"), torchvision_transform(uint8))
-    return (images for images, _ in DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, drop_last=True))
+    return (
+        images for images, _ in DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, drop_last=True)
+    )
 
 
 def webdatasets(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tensor]:
-    """As its documentation trains ImageNet: samples decoded by Pillow, shuffled in a buffer, batched in the workers."""
+    """As its documentation trains ImageNet: samples decoded by Pillow, shuffled in a buffer, batched in the
+    workers.
+    """
     urls = [str(path) for path in sorted((folder / "shards").glob("train-*.tar"))]
-    dataset = webdataset.WebDataset(urls, shardshuffle=100, nodesplitter=None).shuffle(1000).decode("pil").to_tuple("jpg", "cls")
+    dataset = (
+        webdataset.WebDataset(urls, shardshuffle=100, nodesplitter=None)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+    )
     dataset = dataset.map_tuple(torchvision_transform(uint8), int).batched(BATCH, partial=False)
     return (images for images, _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
 
 
-def ours(workers: int, folder: Path, uint8: bool, way: str = "exact", library: str = "off") -> Iterable[torch.Tensor]:
+def ours(
+    workers: int, folder: Path, uint8: bool, way: str = "exact", library: str = "off"
+) -> Iterable[torch.Tensor]:
     keep_freed_memory()  # as train.py does on a CPU
     native.choose(library)
     source, _ = sources.open_sources(Data("shards", "shards", root=str(folder / "shards")))
-    order, normalise = Order(len(source), BATCH, BATCH, seed=0), Normalise(list(MEAN), list(STD), CPU, channels_last=False)
+    order, normalise = (
+        Order(len(source), BATCH, BATCH, seed=0),
+        Normalise(list(MEAN), list(STD), CPU, channels_last=False),
+    )
     images = Images(source, transforms.training(AUGMENT, list(MEAN), way), seed=0)
-    for number, batch in enumerate(Feed(images, order.steps(0, len(source) // BATCH), workers, CPU, ahead=True)):
+    for number, batch in enumerate(
+        Feed(images, order.steps(0, len(source) // BATCH), workers, CPU, ahead=True)
+    ):
         if uint8:
             yield batch.images
         else:
@@ -143,7 +178,9 @@ def resized(data: bytes, box: decode.Box, library: str) -> None:
 
 PARTS = {
     "decode whole": lambda data, box: simplejpeg.decode_jpeg(data, "RGBX"),
-    "decode, crop, resize: Pillow": lambda data, box: Image.open(io.BytesIO(data)).convert("RGB").crop(box).resize((SIZE, SIZE), 3),
+    "decode, crop, resize: Pillow": lambda data, box: (
+        Image.open(io.BytesIO(data)).convert("RGB").crop(box).resize((SIZE, SIZE), 3)
+    ),
     "decode, crop, resize: simplejpeg and Pillow": partial(resized, library="off"),
     "decode, crop: native": cropped,
     "decode, crop, resize: native": partial(resized, library="on"),
@@ -158,7 +195,9 @@ def measure_parts(folder: Path, count: int) -> dict[str, tuple[float, float, flo
     boxes = []
     for data in files:
         width, height = decode.dimensions(data)
-        top, left, rows, columns = tv.RandomResizedCrop.get_params(torch.empty(height, width), list(AUGMENT.scale), list(AUGMENT.ratio))
+        top, left, rows, columns = tv.RandomResizedCrop.get_params(
+            torch.empty(height, width), list(AUGMENT.scale), list(AUGMENT.ratio)
+        )
         boxes.append((left, top, left + columns, top + rows))
     for name, part in PARTS.items():
         cpu, began = time.process_time(), time.perf_counter()
@@ -172,8 +211,13 @@ def measure_parts(folder: Path, count: int) -> dict[str, tuple[float, float, flo
     return results
 
 
-def measure(make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: Path, uint8: bool) -> tuple[float, float]:
-    """Images/s from the first batch on, and CPU milliseconds an image of all processes. In a process of its own: each loader as it ships."""
+def measure(
+    make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: Path, uint8: bool
+) -> tuple[float, float]:
+    """Images/s from the first batch on, and CPU milliseconds an image of all processes.
+
+    In a process of its own: each loader as it ships.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, make, workers, folder, uint8))
@@ -183,7 +227,9 @@ def measure(make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: P
     return result
 
 
-def _measure(sender: Connection, make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: Path, uint8: bool) -> None:
+def _measure(
+    sender: Connection, make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: Path, uint8: bool
+) -> None:
     count, began = 0, 0.0
     for images in make(workers, folder, uint8):
         assert images.shape == (BATCH, 3, SIZE, SIZE)
@@ -193,7 +239,9 @@ def _measure(sender: Connection, make: Callable[..., Iterable[torch.Tensor]], wo
         count += len(images)
     seconds = time.perf_counter() - began
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    sender.send(((count - BATCH) / seconds, sum(used.ru_utime + used.ru_stime for used in usage) / count * 1000))
+    sender.send(
+        ((count - BATCH) / seconds, sum(used.ru_utime + used.ru_stime for used in usage) / count * 1000)
+    )
 
 
 def assert_equal(folder: Path, count: int, library: str) -> None:
@@ -201,7 +249,8 @@ def assert_equal(folder: Path, count: int, library: str) -> None:
     native.choose(library)
     source, _ = sources.open_sources(Data("shards", "shards", root=str(folder / "shards")))
     mine, theirs = transforms.training(AUGMENT, list(MEAN)), timm.data.create_transform(
-        SIZE, is_training=True, color_jitter=0.4, auto_augment=AUGMENT.auto, interpolation="bicubic", mean=MEAN, std=STD, use_prefetcher=True
+        SIZE, is_training=True, color_jitter=0.4, auto_augment=AUGMENT.auto, interpolation="bicubic",
+        mean=MEAN, std=STD, use_prefetcher=True
     )  # fmt: skip
     for sample in range(count):
         data = source.read(sample)
@@ -212,7 +261,9 @@ def assert_equal(folder: Path, count: int, library: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=400, help="different pictures")
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
@@ -226,16 +277,33 @@ def main() -> None:
         folder = Path(name)
         pictures.write(folder / "images", arguments.images, 4, copies=arguments.copies)
         sizes = [path.stat().st_size for path in (folder / "images" / "train").rglob("*_0.jpg")]
-        print(f"{len(sizes)} JPEGs of {statistics.mean(sizes) / 1000:.0f} KB on average, each {arguments.copies} times")
+        print(
+            f"{len(sizes)} JPEGs of {statistics.mean(sizes) / 1000:.0f} KB on average, each"
+            f" {arguments.copies} times"
+        )
         prepare(
-            folder / "images", folder / "shards", None, 2, Options(shard_mb=10, hold_out=0, resize=None, quality=90, drop_unreadable=False)
+            folder / "images",
+            folder / "shards",
+            None,
+            2,
+            Options(shard_mb=10, hold_out=0, resize=None, quality=90, drop_unreadable=False),
         )
         (folder / "train").symlink_to(folder / "images" / "train")
         for library in ("off", "on"):
             assert_equal(folder, arguments.images, library)
-            print(f"exact, data.native={library}: bit-equal to timm's transform on {arguments.images} of {arguments.images} samples")
-        contest = [(name, uint8) for uint8 in (False, True) for name in LOADERS if name == "timm" or arguments.only in name]
-        contest = [entry for entry in contest if entry != ("timm, prefetcher", True)]  # which is timm's other form
+            print(
+                f"exact, data.native={library}: bit-equal to timm's transform on {arguments.images} of"
+                f" {arguments.images} samples"
+            )
+        contest = [
+            (name, uint8)
+            for uint8 in (False, True)
+            for name in LOADERS
+            if name == "timm" or arguments.only in name
+        ]
+        contest = [
+            entry for entry in contest if entry != ("timm, prefetcher", True)
+        ]  # which is timm's other form
         results: dict[tuple[str, bool], list[tuple[float, float]]] = {entry: [] for entry in contest}
         parts: list[dict[str, tuple[float, float, float]]] = []
         for round in range(arguments.rounds):
@@ -244,13 +312,18 @@ def main() -> None:
             for name, uint8 in contest:
                 results[name, uint8].append(measure(LOADERS[name], arguments.workers, folder, uint8))
     print(
-        f"\n{os.cpu_count()} cores, {arguments.workers} workers, Pillow {PIL.__version__}, timm {timm.__version__}, torch {torch.__version__}; medians of {arguments.rounds} rounds"
+        f"\n{os.cpu_count()} cores, {arguments.workers} workers, Pillow {PIL.__version__}, timm"
+        f" {timm.__version__}, torch {torch.__version__}; medians of {arguments.rounds} rounds"
     )
     print("| part | CPU ms an image | images/s, 1 thread | 2 threads |\n|---|---|---|---|")
     for name in PARTS:
-        cpu, one, two = (statistics.median(values) for values in zip(*(part[name] for part in parts), strict=True))
+        cpu, one, two = (
+            statistics.median(values) for values in zip(*(part[name] for part in parts), strict=True)
+        )
         print(f"| {name} | {cpu:.2f} | {one:.0f} | {two:.0f} |")
-    print("\n| loader | form | images/s | ratio to timm | CPU ms an image | ratio |\n|---|---|---|---|---|---|")
+    print(
+        "\n| loader | form | images/s | ratio to timm | CPU ms an image | ratio |\n|---|---|---|---|---|---|"
+    )
     for uint8 in (False, True):
         for name in LOADERS:
             if (name, uint8) in results:
@@ -258,7 +331,10 @@ def main() -> None:
                     tuple(map(statistics.median, zip(*results[key, uint8], strict=True)))
                     for key in (name, "timm" if ("timm", uint8) in results else name)
                 )
-                print(f"| {name} | {'uint8' if uint8 else 'float'} | {speed:.0f} | {speed / base:.2f} | {cpu:.2f} | {base_cpu / cpu:.2f} |")
+                print(
+                    f"| {name} | {'uint8' if uint8 else 'float'} | {speed:.0f} | {speed / base:.2f} |"
+                    f" {cpu:.2f} | {base_cpu / cpu:.2f} |"
+                )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""JPEGs shaped like ImageNet's: 482 x 413 pixels and 100 KB on average, half 4:2:0 and half 4:4:4, 3 % progressive.
+"""JPEGs shaped like ImageNet's: 482 x 413 pixels and 100 KB on average, half 4:2:0 and half 4:4:4, 3 %
+progressive.
 
-Their content has the spectrum of photographs (amplitude falls as 1 / frequency, colours go together) and some grain, so that
-entropy decoding, which takes most of the time, has as much to do.
+Their content has the spectrum of photographs (amplitude falls as 1 / frequency, colours go together) and some
+grain, so that entropy decoding, which takes most of the time, has as much to do.
 """
 
 from pathlib import Path
@@ -11,14 +12,18 @@ from PIL import Image
 
 
 def write(root: Path, train: int, val: int, classes: int = 4, copies: int = 1) -> None:
-    """Class folders root/train and root/val; each training picture stands there `copies` times (as links: the disk cache is warm anyway)."""
+    """Class folders root/train and root/val; each training picture stands there `copies` times (as links: the
+    disk cache is warm anyway).
+    """
     random = np.random.Generator(np.random.PCG64(0))
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
             path = root / split / f"n{number % classes:08d}" / f"{number:05d}_0.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             quality = int(random.integers(76, 92))
-            picture(random).save(path, quality=quality, subsampling=2 * (number // classes % 2), progressive=number % 33 == 0)
+            picture(random).save(
+                path, quality=quality, subsampling=2 * (number // classes % 2), progressive=number % 33 == 0
+            )
             for copy in range(1, copies if split == "train" else 1):
                 path.with_name(f"{number:05d}_{copy}.jpg").hardlink_to(path)
 
@@ -33,5 +38,7 @@ def picture(random: np.random.Generator) -> Image.Image:
         return wave / wave.std()
 
     light = noise()
-    pixels = np.stack([128 + 45 * (0.8 * light + 0.6 * noise()) for _ in range(3)], axis=-1) + random.normal(0, 3, (height, width, 1))
+    pixels = np.stack([128 + 45 * (0.8 * light + 0.6 * noise()) for _ in range(3)], axis=-1) + random.normal(
+        0, 3, (height, width, 1)
+    )
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

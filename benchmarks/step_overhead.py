@@ -2,9 +2,9 @@
 
     python benchmarks/step_overhead.py [--steps 20] [override ...]
 
-Runs train.py itself, with the clock of the main process (all its threads) read around these four; the rest is what the loop,
-the preparation of the images, the gradient norm and the logging cost. Data workers are separate processes and told apart.
-Default: convnext_t at 224 px on JPEGs made here, batch=16 microbatch=8.
+Runs train.py itself, with the clock of the main process (all its threads) read around these four; the rest is
+what the loop, the preparation of the images, the gradient norm and the logging cost. Data workers are
+separate processes and told apart. Default: convnext_t at 224 px on JPEGs made here, batch=16 microbatch=8.
 """
 
 import argparse
@@ -32,9 +32,13 @@ def photographs(root: Path, count: int) -> None:
         for number in range(images):
             folder = root / split / str(number % 2)
             folder.mkdir(parents=True, exist_ok=True)
-            coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((500, 400), Image.Resampling.BICUBIC)
+            coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(
+                (500, 400), Image.Resampling.BICUBIC
+            )
             grain = random.normal(0, 6, (400, 500, 3))
-            Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=92)
+            Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).save(
+                folder / f"{number}.jpg", quality=92
+            )
 
 
 def worker_seconds() -> float:
@@ -51,7 +55,9 @@ def worker_seconds() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20)
     arguments, overrides = parser.parse_known_args()
 
@@ -94,15 +100,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder) / "images", 96)
         os.chdir(folder)
-        sys.argv = ["train.py", "model=convnext_t", "recipe=in1k", "data=folder", f"data.root={folder}/images", "data.cache=cache", "batch=16",
-                    "microbatch=8", "workers=1", "threads=1", "save_every=0", "evaluate_every=0", "log_every=1", f"steps={arguments.steps + 2}", *overrides]  # fmt: skip
+        sys.argv = ["train.py", "model=convnext_t", "recipe=in1k", "data=folder",
+            f"data.root={folder}/images", "data.cache=cache", "batch=16",
+            "microbatch=8", "workers=1", "threads=1", "save_every=0", "evaluate_every=0",
+            "log_every=1", f"steps={arguments.steps + 2}", *overrides]  # fmt: skip
         train.main()
     rows = rows[2:]  # the first two warm caches and allocators
     shares = [1 - sum(row[part] for part in spent) / row["step"] for row in rows]
     print(f"\nCPU seconds of a step, median of {len(rows)}:")
     for part in (*spent, "step", "workers"):
         print(f"  {part:<10} {statistics.median(row[part] for row in rows):8.4f}")
-    print(f"everything else in the main process: {statistics.median(shares):.2%} of a step (largest {max(shares):.2%})")
+    print(
+        f"everything else in the main process: {statistics.median(shares):.2%} of a step (largest"
+        f" {max(shares):.2%})"
+    )
 
 
 if __name__ == "__main__":

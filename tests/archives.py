@@ -1,6 +1,7 @@
 """Small imitations of ImageNet's archives, in the forms in which people download them.
 
-Every builder writes below a folder and returns the path to give as SOURCE. Building twice gives the same bytes.
+Every builder writes below a folder and returns the path to give as SOURCE. Building twice gives the same
+bytes.
 """
 
 import gzip
@@ -23,7 +24,8 @@ from scipy.io import savemat
 # In the order of their challenge ids, 1 to 3, which is not the sorted order.
 SYNSETS = ["n02119789", "n02100735", "n02110185"]
 WORDS = ["kit fox, Vulpes macrotis", "English setter", "Siberian husky"]
-# Kinds of odd pictures and what makes the bytes of one; Pillow decodes the first three, and raises for the others.
+# Kinds of odd pictures and what makes the bytes of one; Pillow decodes the first three, and raises for the
+# others.
 ODD: dict[str, Callable[[np.random.Generator], bytes]] = {
     "cmyk": lambda rng: _jpeg(rng, "CMYK"),
     "png": lambda rng: _encoded(_smooth(rng), "PNG"),
@@ -43,8 +45,13 @@ class Picture(NamedTuple):
     odd: str = ""  # a kind of ODD
 
 
-def pictures(synsets: list[str], per_class: int, seed: int, val: bool = False, odd: bool = True) -> list[Picture]:
-    """Training pictures lie class by class, validation pictures mixed. Each kind of ODD comes once, dealt out to the classes in turn."""
+def pictures(
+    synsets: list[str], per_class: int, seed: int, val: bool = False, odd: bool = True
+) -> list[Picture]:
+    """Training pictures lie class by class, validation pictures mixed.
+
+    Each kind of ODD comes once, dealt out to the classes in turn.
+    """
     rng = np.random.default_rng(seed)
     synset_of = [synset for synset in synsets for _ in range(per_class)]
     if val:
@@ -57,15 +64,22 @@ def pictures(synsets: list[str], per_class: int, seed: int, val: bool = False, o
     for rank, synset in enumerate(synsets if odd else []):
         dealt = list(ODD)[rank :: len(synsets)]
         assert per_class >= len(dealt), f"{per_class} pictures a class are too few for {dealt}"
-        chosen = rng.choice([index for index, other in enumerate(synset_of) if other == synset], len(dealt), replace=False)
+        chosen = rng.choice(
+            [index for index, other in enumerate(synset_of) if other == synset], len(dealt), replace=False
+        )
         for index, kind in zip(chosen, dealt, strict=True):
             kinds[index] = kind
-    return [Picture(name, synset, ODD.get(kind, _jpeg)(rng), kind) for name, synset, kind in zip(names, synset_of, kinds, strict=True)]
+    return [
+        Picture(name, synset, ODD.get(kind, _jpeg)(rng), kind)
+        for name, synset, kind in zip(names, synset_of, kinds, strict=True)
+    ]
 
 
 def _smooth(rng: np.random.Generator) -> Image.Image:
     width, height = rng.integers(60, 201, 2).tolist()
-    return Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
 
 
 def _jpeg(rng: np.random.Generator, mode: str = "RGB", **options: Any) -> bytes:
@@ -84,7 +98,10 @@ def _cut(jpeg: bytes) -> bytes:
 
 
 def _with_broken_exif(jpeg: bytes) -> bytes:
-    """A segment without a TIFF header. Of a JPEG without dpi, Pillow would seek them there on opening, and swallow the first error."""
+    """A segment without a TIFF header.
+
+    Of a JPEG without dpi, Pillow would seek them there on opening, and swallow the first error.
+    """
     segment = b"Exif\0\0" + b"XX*\0" + bytes(range(40))
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
 
@@ -93,27 +110,47 @@ def official(folder: Path, train: list[Picture], val: list[Picture]) -> Path:
     """The devkit knows SYNSETS alone."""
     _write(folder / "ILSVRC2012_img_train.tar", _tar(reversed(_class_tars(train))))
     ordered = sorted(val, key=lambda picture: picture.name)
-    _write(folder / "ILSVRC2012_img_val.tar", _tar((f"{picture.name}.JPEG", picture.data) for picture in ordered))
+    _write(
+        folder / "ILSVRC2012_img_val.tar", _tar((f"{picture.name}.JPEG", picture.data) for picture in ordered)
+    )
     truth = "".join(f"{SYNSETS.index(picture.synset) + 1}\n" for picture in ordered)
     top = "ILSVRC2012_devkit_t12/"
-    members = {top: b"", f"{top}data/": b"", f"{top}data/ILSVRC2012_validation_ground_truth.txt": truth.encode()}
+    members = {
+        top: b"",
+        f"{top}data/": b"",
+        f"{top}data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+    }
     members[f"{top}data/meta.mat"] = _meta(train)
     _write(folder / "ILSVRC2012_devkit_t12.tar.gz", _gzip(_tar(members.items())))
     return folder
 
 
 def _meta(train: list[Picture]) -> bytes:
-    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train_images"]
+    fields = [
+        "ILSVRC2012_ID",
+        "WNID",
+        "words",
+        "gloss",
+        "num_children",
+        "children",
+        "wordnet_height",
+        "num_train_images",
+    ]
     counts = [sum(picture.synset == synset for picture in train) for synset in SYNSETS]
     leaves = enumerate(zip(SYNSETS, WORDS, counts, strict=True), 1)
-    rows = [(i, synset, words, f"gloss of {words}", 0, np.zeros((1, 0)), 0, count) for i, (synset, words, count) in leaves]
+    rows = [
+        (i, synset, words, f"gloss of {words}", 0, np.zeros((1, 0)), 0, count)
+        for i, (synset, words, count) in leaves
+    ]
     # The challenge's inner nodes come behind its 1000 classes.
     rows.append((1001, "n02083346", "canine, canid", "gloss of canine", 3, np.array([[1, 2, 3]]), 1, 0))
     synsets = np.empty((len(rows), 1), [(field, object) for field in fields])
     synsets[:, 0] = rows
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": synsets}, do_compression=True)
-    return b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:]  # the text has the time of writing in it
+    return (
+        b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:]
+    )  # the text has the time of writing in it
 
 
 def kaggle(folder: Path, train: list[Picture], val: list[Picture]) -> Path:
@@ -141,13 +178,18 @@ def _kaggle(train: list[Picture], val: list[Picture]) -> dict[str, bytes]:
     tree[f"{data}/test/ILSVRC2012_test_00000001.JPEG"] = _jpeg(np.random.default_rng(0))
     tree["ILSVRC/Annotations/CLS-LOC/val/ILSVRC2012_val_00000001.xml"] = b"<annotation>\n</annotation>\n"
     tree["LOC_val_solution.csv"] = _solution(val)
-    tree["LOC_synset_mapping.txt"] = "".join(f"{s} {words}\n" for s, words in sorted(zip(SYNSETS, WORDS, strict=True))).encode()
+    tree["LOC_synset_mapping.txt"] = "".join(
+        f"{s} {words}\n" for s, words in sorted(zip(SYNSETS, WORDS, strict=True))
+    ).encode()
     return tree
 
 
 def _solution(val: list[Picture]) -> bytes:
     """Rows in no order, with one to three boxes a picture and a space behind each."""
-    rows = [f"{picture.name},{f'{picture.synset} 11 8 52 50 ' * (1 + index % 3)}\n" for index, picture in enumerate(val)]
+    rows = [
+        f"{picture.name},{f'{picture.synset} 11 8 52 50 ' * (1 + index % 3)}\n"
+        for index, picture in enumerate(val)
+    ]
     return "".join(["ImageId,PredictionString\n", *_shuffled(rows)]).encode()
 
 
@@ -182,7 +224,10 @@ def fall11(folder: Path, train: list[Picture]) -> Path:
 
 
 def winter21(folder: Path, train: list[Picture]) -> Path:
-    members = [("winter21_whole/", b""), *((f"winter21_whole/{name}", data) for name, data in _class_tars(train))]
+    members = [
+        ("winter21_whole/", b""),
+        *((f"winter21_whole/{name}", data) for name, data in _class_tars(train)),
+    ]
     return _write(folder / "winter21_whole.tar.gz", _gzip(_tar(members)))
 
 
@@ -195,8 +240,17 @@ def webdataset_shards(folder: Path, train: list[Picture], val: list[Picture]) ->
         with webdataset.TarWriter(buffer, mtime=MTIME) as writer:
             for picture in members:
                 label = ranked.index(picture.synset)
-                about = json.dumps({"filename": f"{picture.name}.JPEG", "label": label, "class_name": picture.synset})
-                writer.write({"__key__": picture.name, "jpg": picture.data, "cls": str(label).encode(), "json": about.encode()})
+                about = json.dumps(
+                    {"filename": f"{picture.name}.JPEG", "label": label, "class_name": picture.synset}
+                )
+                writer.write(
+                    {
+                        "__key__": picture.name,
+                        "jpg": picture.data,
+                        "cls": str(label).encode(),
+                        "json": about.encode(),
+                    }
+                )
         _write(folder / f"imagenet1k-{shard}.tar", buffer.getvalue())
     return folder
 
@@ -205,7 +259,12 @@ def hostile(folder: Path, kind: str) -> Path:
     """A class tar whose first member is a good JPEG and whose second is not to be trusted."""
     good = _member("n01440764_1.JPEG"), _jpeg(np.random.default_rng(0))
     names = {"absolute": "/etc/x.JPEG", "dotdot": "../../x.JPEG"}
-    types = {"symlink": tarfile.SYMTYPE, "hardlink": tarfile.LNKTYPE, "device": tarfile.CHRTYPE, "fifo": tarfile.FIFOTYPE}
+    types = {
+        "symlink": tarfile.SYMTYPE,
+        "hardlink": tarfile.LNKTYPE,
+        "device": tarfile.CHRTYPE,
+        "fifo": tarfile.FIFOTYPE,
+    }
     bad = _member(names.get(kind, "n01440764_2.JPEG"))
     bad.type = types.get(kind, tarfile.REGTYPE)
     data = b""
@@ -231,7 +290,10 @@ def _bomb(side: int = 30_000) -> bytes:
     compressor = zlib.compressobj()
     rows = b"".join(compressor.compress(bytes(1 + -(-side // 8))) for _ in range(side)) + compressor.flush()
     chunks = {b"IHDR": struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0), b"IDAT": rows, b"IEND": b""}
-    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks.items())
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 

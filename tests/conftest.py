@@ -1,4 +1,7 @@
-"""One warm process for most tests: torch and timm take seconds to import. What needs a real process starts one."""
+"""One warm process for most tests: torch and timm take seconds to import.
+
+What needs a real process starts one.
+"""
 
 import gc
 import os
@@ -7,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait stand in the way of the other processes: tenfold
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # threads that spin while they wait stand in the way of the other processes: tenfold
 
 import numpy as np
 import pytest
@@ -20,10 +25,34 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Two microbatches of 8 images of 32 x 32 pixels a step, 7 steps an epoch: a step takes a tenth of a second.
-SMALL = ["data=folder", "batch=16", "microbatch=8", "epochs=4", "optim.warmup_epochs=1", "threads=1", "workers=0"]
-# The same for many ranks: everything that is drawn is on, and eight microbatches a step, which two and four ranks add in other orders than one.
-DRAWN = ["augment.auto=rand-m9-mstd0.5-inc1", "augment.scale=[0.08,1.0]", "augment.flip=0.5", "augment.erase=0.5", "model.drop_path=0.3"]
-JOB = [*SMALL, "batch=64", "microbatch=8", *DRAWN, "optim.clip=1.0", "optim.warmup_epochs=0", "log_every=1", "recipe.name=mine"]
+SMALL = [
+    "data=folder",
+    "batch=16",
+    "microbatch=8",
+    "epochs=4",
+    "optim.warmup_epochs=1",
+    "threads=1",
+    "workers=0",
+]
+# The same for many ranks: everything that is drawn is on, and eight microbatches a step, which two and four
+# ranks add in other orders than one.
+DRAWN = [
+    "augment.auto=rand-m9-mstd0.5-inc1",
+    "augment.scale=[0.08,1.0]",
+    "augment.flip=0.5",
+    "augment.erase=0.5",
+    "model.drop_path=0.3",
+]
+JOB = [
+    *SMALL,
+    "batch=64",
+    "microbatch=8",
+    *DRAWN,
+    "optim.clip=1.0",
+    "optim.warmup_epochs=0",
+    "log_every=1",
+    "recipe.name=mine",
+]
 
 
 settings.register_profile("tests", deadline=None)  # two processes, and what they start, share the cores
@@ -36,7 +65,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What the imports have made stays for good: looking it through for garbage again and again would take a tenth of the time."""
+    """What the imports have made stays for good: looking it through for garbage again and again would take a
+    tenth of the time.
+    """
     gc.collect()
     gc.freeze()
 
@@ -117,7 +148,9 @@ def _main(script, arguments, monkeypatch):
 
 
 def trained(folder, cache, *arguments):
-    """The runs that train.py makes in a folder, for a fixture that is made once: many tests copy it and go on from there."""
+    """The runs that train.py makes in a folder, for a fixture that is made once: many tests copy it and go on
+    from there.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HOME", str(cache))
@@ -136,7 +169,10 @@ def digits(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("digits")
     for split, source, count in zip(
-        ("train", "val"), open_sources(Data("digits", "digits", cache=str(root / "all"))), (12, 3), strict=True
+        ("train", "val"),
+        open_sources(Data("digits", "digits", cache=str(root / "all"))),
+        (12, 3),
+        strict=True,
     ):
         labels = source.labels(np.arange(len(source)))
         for sample in np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(10)]):
@@ -220,12 +256,21 @@ def start(small):
 
 @pytest.fixture
 def launch(digits):
-    """launch(ranks, *arguments): torchrun in a session of its own, which ends with the test; `options` are torchrun's."""
+    """launch(ranks, *arguments): torchrun in a session of its own, which ends with the test; `options` are
+    torchrun's.
+    """
     launched = []
 
     def launch(ranks, *arguments, script="train.py", settings=JOB, options=()):
         root = [f"data.root={digits}"] if script == "train.py" else []
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options, str(ROOT / script)]
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            *options,
+            str(ROOT / script),
+        ]
         process = subprocess.Popen(
             [sys.executable, *command, *settings, *root, *arguments],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -294,7 +339,9 @@ def counted_once():
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """Three classes of JPEGs of odd sizes, with smooth content as photographs have; 20 to train, 4 to evaluate, of each."""
+    """Three classes of JPEGs of odd sizes, with smooth content as photographs have; 20 to train, 4 to
+    evaluate, of each.
+    """
     root = tmp_path_factory.mktemp("photographs")
     random = np.random.Generator(np.random.PCG64(7))
     for split, count in (("train", 20), ("val", 4)):
@@ -311,11 +358,19 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shards(photographs, tmp_path_factory):
-    """The photographs as `reconverge prepare` makes shards of them: 60 to train in some five shards, 12 to evaluate."""
+    """The photographs as `reconverge prepare` makes shards of them: 60 to train in some five shards, 12 to
+    evaluate.
+    """
     from reconverge.prepare.make import Options, prepare
 
     root = tmp_path_factory.mktemp("shards") / "made"
-    prepare(photographs, root, None, 1, Options(shard_mb=0.1, hold_out=0, resize=None, quality=90, drop_unreadable=False))
+    prepare(
+        photographs,
+        root,
+        None,
+        1,
+        Options(shard_mb=0.1, hold_out=0, resize=None, quality=90, drop_unreadable=False),
+    )
     return root
 
 
@@ -342,11 +397,15 @@ def golden(request):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rewrite-golden", action="store_true", help="write tests/golden anew, for a change that is meant")
+    parser.addoption(
+        "--rewrite-golden", action="store_true", help="write tests/golden anew, for a change that is meant"
+    )
 
 
 def require(what, there, lacking):
-    """Skip where this machine lacks something; fail instead where RECONVERGE_REQUIRE names it, as .ci/run does of what it installed."""
+    """Skip where this machine lacks something; fail instead where RECONVERGE_REQUIRE names it, as .ci/run
+    does of what it installed.
+    """
     if not there:
         (pytest.fail if what in os.environ.get("RECONVERGE_REQUIRE", "").split(",") else pytest.skip)(lacking)
 
@@ -358,7 +417,9 @@ def small_disk(tmp_path):
     folder.mkdir()
     if (
         os.getuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], stderr=subprocess.DEVNULL).returncode
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], stderr=subprocess.DEVNULL
+        ).returncode
     ):
         pytest.skip("mounting a small tmpfs needs root")
     yield folder

@@ -1,23 +1,36 @@
-"""ConvNeXt as functions of a dict with the official names, written from the description of the published layout: a reference for tests.
+"""ConvNeXt as functions of a dict with the official names, written from the description of the published
+layout: a reference for tests.
 
-The names and shapes are those of the published files; the operations are sections 2.2-2.6 of the paper: stem 4x4 and its norm; blocks
-of depthwise 7x7, norm, 1x1 to four widths, GELU, 1x1, layer scale, sum; norm and 2x2 between the stages; mean, norm, head.
+The names and shapes are those of the published files; the operations are sections 2.2-2.6 of the paper: stem
+4x4 and its norm; blocks of depthwise 7x7, norm, 1x1 to four widths, GELU, 1x1, layer scale, sum; norm and 2x2
+between the stages; mean, norm, head.
 """
 
 import torch
 from torch.nn.functional import conv2d, gelu, layer_norm, linear
 
 DEPTHS = {"t": (3, 3, 9, 3), "s": (3, 3, 27, 3), "b": (3, 3, 27, 3), "l": (3, 3, 27, 3), "xl": (3, 3, 27, 3)}
-WIDTHS = {"t": (96, 192, 384, 768), "s": (96, 192, 384, 768), "b": (128, 256, 512, 1024), "l": (192, 384, 768, 1536), "xl": (256, 512, 1024, 2048)}  # fmt: skip
+WIDTHS = {
+    "t": (96, 192, 384, 768),
+    "s": (96, 192, 384, 768),
+    "b": (128, 256, 512, 1024),
+    "l": (192, 384, 768, 1536),
+    "xl": (256, 512, 1024, 2048),
+}
 ISOTROPIC = {"iso_s": (18, 384), "iso_b": (18, 768), "iso_l": (36, 1024)}  # depth, width
 
 
 def block_shapes(prefix, width, layer_scale=True):
     shapes = {
-        "dwconv.weight": (width, 1, 7, 7), "dwconv.bias": (width,), "norm.weight": (width,), "norm.bias": (width,),
-        "pwconv1.weight": (4 * width, width), "pwconv1.bias": (4 * width,), "pwconv2.weight": (width, 4 * width), "pwconv2.bias": (width,),
+        "dwconv.weight": (width, 1, 7, 7), "dwconv.bias": (width,), "norm.weight": (width,),
+        "norm.bias": (width,),
+        "pwconv1.weight": (4 * width, width), "pwconv1.bias": (4 * width,),
+        "pwconv2.weight": (width, 4 * width), "pwconv2.bias": (width,),
     }  # fmt: skip
-    return {f"{prefix}.{name}": shape for name, shape in (shapes | ({"gamma": (width,)} if layer_scale else {})).items()}
+    return {
+        f"{prefix}.{name}": shape
+        for name, shape in (shapes | ({"gamma": (width,)} if layer_scale else {})).items()
+    }
 
 
 def shapes(depths, widths, classes):
@@ -42,11 +55,18 @@ def isotropic_shapes(depth, width, classes, layer_scale):
 
 
 def ends(width, classes):
-    return {"norm.weight": (width,), "norm.bias": (width,), "head.weight": (classes, width), "head.bias": (classes,)}
+    return {
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "head.weight": (classes, width),
+        "head.bias": (classes,),
+    }
 
 
 def drawn(shapes, seed=0):
-    """Weights that keep activations near 1 and let every one of them count: deviation 1 / sqrt(inputs), norms near 1, gamma 0.1 to 0.3."""
+    """Weights that keep activations near 1 and let every one of them count: deviation 1 / sqrt(inputs), norms
+    near 1, gamma 0.1 to 0.3.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
@@ -72,7 +92,9 @@ def conv(x, w, prefix, **settings):
 
 
 def block(x, w, prefix):
-    branch = norm(conv(x, w, f"{prefix}.dwconv", padding=3, groups=x.shape[1]), w, f"{prefix}.norm").permute(0, 2, 3, 1)
+    branch = norm(conv(x, w, f"{prefix}.dwconv", padding=3, groups=x.shape[1]), w, f"{prefix}.norm").permute(
+        0, 2, 3, 1
+    )
     branch = gelu(linear(branch, w[f"{prefix}.pwconv1.weight"], w[f"{prefix}.pwconv1.bias"]))
     branch = linear(branch, w[f"{prefix}.pwconv2.weight"], w[f"{prefix}.pwconv2.bias"])
     return x + (branch * w.get(f"{prefix}.gamma", 1.0)).permute(0, 3, 1, 2)

@@ -23,7 +23,13 @@ from reconverge.settings import Mix as MixSettings
 
 KINDS = ("model", "ema", "optimizer")
 RESNET = ["model=timm", "model.timm=test_resnet", "model.drop_path=0.3"]
-AUGMENT = ["recipe.name=mine", "augment.scale=[0.08,1.0]", "augment.flip=0.5", "augment.auto=rand-m9-mstd0.5-inc1", "augment.erase=0.5"]
+AUGMENT = [
+    "recipe.name=mine",
+    "augment.scale=[0.08,1.0]",
+    "augment.flip=0.5",
+    "augment.auto=rand-m9-mstd0.5-inc1",
+    "augment.erase=0.5",
+]
 EVERY = [*RESNET, *AUGMENT, "steps=4", "save_every=1", "keep=9", "evaluate_every=3", "seed=3", "log_every=1"]
 MODEL = Model("test_resnet", "t", 0.3, layer_scale=None, timm="test_resnet")
 
@@ -33,12 +39,17 @@ def saved(run, step, kind="model"):
 
 
 def statistics(tensors):
-    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] in ("running_mean", "running_var")}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[2] in ("running_mean", "running_var")
+    }
 
 
 def by_hand(digits, cache, run, steps):
-    """After each step: 0.9 of what was, and 0.1 of the mean and unbiased variance of each norm's inputs in microbatch 0, with the
-    weights that the checkpoint before holds."""
+    """After each step: 0.9 of what was, and 0.1 of the mean and unbiased variance of each norm's inputs in
+    microbatch 0, with the weights that the checkpoint before holds.
+    """
     training, _ = open_sources(Data("folder", "folder", root=str(digits), cache=str(cache)))
     images_of = Images(training, transforms.training(Augment(size=32), [0.485, 0.456, 0.406]), 3)
     normalise = Normalise([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], torch.device("cpu"), False)
@@ -48,7 +59,9 @@ def by_hand(digits, cache, run, steps):
     seen = {}
     for name, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0].detach().double()}))
+            module.register_forward_pre_hook(
+                lambda module, inputs, name=name: seen.update({name: inputs[0].detach().double()})
+            )
     for step in range(steps):
         if step:
             net.load_state_dict(saved(run, step))
@@ -73,11 +86,15 @@ def test_running_statistics_equal_a_count_by_hand(train, digits, cache, checkpoi
         found = saved("a", step)
         assert set(expected) == set(statistics(found))
         for name, value in expected.items():
-            assert torch.allclose(found[name].double(), value, rtol=1e-4, atol=1e-5), f"{name} after step {step}"
+            assert torch.allclose(found[name].double(), value, rtol=1e-4, atol=1e-5), (
+                f"{name} after step {step}"
+            )
         counts = {int(tensor) for name, tensor in found.items() if name.endswith("num_batches_tracked")}
         assert counts == {step}
         assert all(
-            torch.equal(tensor, saved("a", step, "ema")[name]) for name, tensor in found.items() if "running" in name or "num_" in name
+            torch.equal(tensor, saved("a", step, "ema")[name])
+            for name, tensor in found.items()
+            if "running" in name or "num_" in name
         )
 
 
@@ -98,7 +115,9 @@ def test_the_same_bits_when_resumed_at_every_step_and_with_other_workers(train, 
     """R1, R2 and R3 of a model with BatchNorm."""
     for step in range(1, 4):
         kept = [f"step-{number:08d}" for number in range(1, step + 1)]
-        ignore = lambda path, names, kept=kept: [name for name in names if name.startswith("step-") and name not in kept]  # noqa: E731
+        ignore = lambda path, names, kept=kept: [  # noqa: E731
+            name for name in names if name.startswith("step-") and name not in kept
+        ]
         shutil.copytree("runs/whole", f"runs/from{step}", ignore=ignore)
         (Path("runs") / f"from{step}" / "status.json").unlink()
         assert train(*EVERY, f"run=from{step}", f"workers={step % 2}") == 0
@@ -111,7 +130,14 @@ def test_the_same_bits_when_resumed_at_every_step_and_with_other_workers(train, 
 
 @pytest.mark.slow
 def test_a_step_of_the_roadmap_keeps_the_same_bits(train):
-    arguments = ["model=roadmap/03_depthwise", "batch=8", "microbatch=4", "evaluate_every=never", "save_every=0", "optim.warmup_epochs=0"]
+    arguments = [
+        "model=roadmap/03_depthwise",
+        "batch=8",
+        "microbatch=4",
+        "evaluate_every=never",
+        "save_every=0",
+        "optim.warmup_epochs=0",
+    ]
     assert train(*arguments, "steps=3", "run=whole") == 0
     assert train(*arguments, "steps=2", "run=cut") == 0
     assert train(*arguments, "steps=3", "run=cut") == 0
@@ -124,8 +150,18 @@ def test_evaluating_between_steps_changes_nothing(train, whole):
 
 
 def test_a_suppressed_step_leaves_the_statistics_as_they_were(train):
-    """fp16: a gradient that overflows; the statistics stay those of before, like the weights, and are not counted."""
-    given = [*RESNET, "steps=6", "save_every=1", "keep=9", "evaluate_every=never", "precision=fp16", "model.head_init_scale=3e4"]
+    """fp16: a gradient that overflows; the statistics stay those of before, like the weights, and are not
+    counted.
+    """
+    given = [
+        *RESNET,
+        "steps=6",
+        "save_every=1",
+        "keep=9",
+        "evaluate_every=never",
+        "precision=fp16",
+        "model.head_init_scale=3e4",
+    ]
     assert train(*given, "run=a", "augment.auto=none") == 0
     states = [saved("a", step) for step in range(1, 7)]
     assert all(tensor.isfinite().all() for state in states for tensor in state.values())
@@ -138,8 +174,18 @@ def test_a_suppressed_step_leaves_the_statistics_as_they_were(train):
 
 
 def test_a_suppressed_step_that_is_the_first_after_a_resume(train):
-    """A huge rate throws the weights beyond all bounds, and some gradient overflows: the run is resumed right before that step."""
-    given = [*RESNET, "save_every=1", "keep=9", "evaluate_every=0", "precision=fp16", "optim.lr=1e30", "augment.auto=none"]
+    """A huge rate throws the weights beyond all bounds, and some gradient overflows: the run is resumed right
+    before that step.
+    """
+    given = [
+        *RESNET,
+        "save_every=1",
+        "keep=9",
+        "evaluate_every=0",
+        "precision=fp16",
+        "optim.lr=1e30",
+        "augment.auto=none",
+    ]
     assert train(*given, "run=whole", "steps=4") == 70  # the end is evaluated
     counts = [int(saved("whole", step)["bn1.num_batches_tracked"]) for step in (1, 2, 3)]
     suppressed = next(step for step in (2, 3) if counts[step - 1] == counts[step - 2])
@@ -148,9 +194,12 @@ def test_a_suppressed_step_that_is_the_first_after_a_resume(train):
         shutil.rmtree(f"runs/cut/checkpoints/step-{step:08d}")
     assert train(*given, "run=cut", "steps=4") == 70
     before, after, resumed = (
-        statistics(saved(run, step)) for run, step in (("whole", suppressed - 1), ("whole", suppressed), ("cut", suppressed))
+        statistics(saved(run, step))
+        for run, step in (("whole", suppressed - 1), ("whole", suppressed), ("cut", suppressed))
     )
-    assert all(torch.equal(before[name], after[name]) and torch.equal(before[name], resumed[name]) for name in before)
+    assert all(
+        torch.equal(before[name], after[name]) and torch.equal(before[name], resumed[name]) for name in before
+    )
 
 
 def test_what_is_not_finite_does_not_stay():

@@ -14,7 +14,9 @@ def bench(reconverge):
 
 
 def test_both_phases_by_batch(bench):
-    code, said = bench("model=convnext_atto", "threads=1", "--batches", "1,4", "--seconds", "0.01", "--json", "found.json")
+    code, said = bench(
+        "model=convnext_atto", "threads=1", "--batches", "1,4", "--seconds", "0.01", "--json", "found.json"
+    )
     assert code == 0, said
     found = json.loads(Path("found.json").read_text())
     assert [(row["phase"], row["batch"], row["size"]) for row in found["measured"]] == [
@@ -30,7 +32,15 @@ def test_both_phases_by_batch(bench):
 def test_the_published_figures_stand_beside_and_a_batch_that_does_not_fit_ends_it(bench):
     """2**40 images of noise are more than any machine's memory."""
     code, said = bench(
-        "model=convnext_t", "recipe=in1k", "threads=1", "--batches", f"1,{2**40}", "--seconds", "0.01", "--phase", "inference"
+        "model=convnext_t",
+        "recipe=in1k",
+        "threads=1",
+        "--batches",
+        f"1,{2**40}",
+        "--seconds",
+        "0.01",
+        "--phase",
+        "inference",
     )
     assert code == 0, said
     assert f"inference: a batch of {2**40} does not fit" in said
@@ -41,9 +51,17 @@ def test_the_published_figures_stand_beside_and_a_batch_that_does_not_fit_ends_i
 def test_published_figures_are_of_models_that_exist():
     for model, size in [*throughput.V100, *throughput.A100]:
         assert size in [published.size for published in MODELS[model].published]
-    assert throughput.published("convnext_iso_l", 224) == {"V100, images/s": 94.4, "training at batch 32, GB": 20.4}
+    assert throughput.published("convnext_iso_l", 224) == {
+        "V100, images/s": 94.4,
+        "training at batch 32, GB": 20.4,
+    }
     # Table 12 prints how much faster ConvNeXt is than Swin.
-    for pair, more in ((("swin_t", "convnext_t"), 47), (("swin_s", "convnext_s"), 49), (("swin_b", "convnext_b"), 46), (("swin_l", "convnext_l"), 40)):  # fmt: skip
+    for pair, more in (
+        (("swin_t", "convnext_t"), 47),
+        (("swin_s", "convnext_s"), 49),
+        (("swin_b", "convnext_b"), 46),
+        (("swin_l", "convnext_l"), 40),
+    ):
         swin, convnext = (throughput.A100[name, 224] for name in pair)
         assert round(100 * (convnext / swin - 1)) == more
 

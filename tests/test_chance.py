@@ -14,7 +14,10 @@ def test_keys_are_golden(golden):
 
 
 def test_uniform_numbers_are_golden_and_uniform(golden):
-    golden("uniform.txt", "\n".join(f"{number:.17g}" for number in chance.uniform((2, 3), 0, "drop_path", 4, 5).flatten()))
+    golden(
+        "uniform.txt",
+        "\n".join(f"{number:.17g}" for number in chance.uniform((2, 3), 0, "drop_path", 4, 5).flatten()),
+    )
     numbers = chance.uniform((100, 200), 7, "x")
     assert stats.kstest(numbers.flatten(), "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(numbers.flatten()[:-1], numbers.flatten()[1:])[0, 1]) < 0.03

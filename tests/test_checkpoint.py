@@ -17,7 +17,10 @@ from reconverge.errors import Exit, Stop
 
 
 def tensors(step):
-    return {"model": {"a.weight": torch.full((4, 5), float(step)), "n": torch.tensor(step)}, "optimizer": {"a/exp_avg": torch.arange(6.0)}}
+    return {
+        "model": {"a.weight": torch.full((4, 5), float(step)), "n": torch.tensor(step)},
+        "optimizer": {"a/exp_avg": torch.arange(6.0)},
+    }
 
 
 def save(folder, *steps):
@@ -38,13 +41,18 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert torch.equal(loaded["model"]["a.weight"], tensors(7)["model"]["a.weight"])
     assert torch.equal(load_file(path / "optimizer.safetensors")["a/exp_avg"], torch.arange(6.0))
     assert hashes == checkpoint.save(tmp_path / "again", 7, tensors(7), {"best": {"step": 3}})
-    assert hashes["model.safetensors"] != checkpoint.save(tmp_path / "again", 8, tensors(8), {})["model.safetensors"]
+    assert (
+        hashes["model.safetensors"]
+        != checkpoint.save(tmp_path / "again", 8, tensors(8), {})["model.safetensors"]
+    )
 
 
 def test_channels_last_weights_are_saved_with_the_same_bits(tmp_path):
     weight = torch.randn(4, 3, 5, 5)
     plain = checkpoint.save(tmp_path / "a", 1, {"model": {"w": weight}}, {})
-    assert plain == checkpoint.save(tmp_path / "b", 1, {"model": {"w": weight.to(memory_format=torch.channels_last)}}, {})
+    assert plain == checkpoint.save(
+        tmp_path / "b", 1, {"model": {"w": weight.to(memory_format=torch.channels_last)}}, {}
+    )
 
 
 @given(data=st.data())
@@ -62,7 +70,8 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path_factory, data):
         del content[data.draw(st.integers(0, len(content) - 1)) :]
     file.write_bytes(content)
     path, skipped = checkpoint.newest_valid(folder)
-    # A flip inside the manifest's white space or of the letter case of a hash leaves it true or makes it false, never wrong.
+    # A flip inside the manifest's white space or of the letter case of a hash leaves it true or makes it
+    # false, never wrong.
     if path.name == "step-00000002":
         assert file.name == "MANIFEST.json"
         assert checkpoint.load(path)[1]["step"] == 2
@@ -75,7 +84,9 @@ def test_all_bad_stops_and_names_each(tmp_path):
     save(tmp_path, 1, 2)
     for path in checkpoint.steps(tmp_path):
         (path / "model.safetensors").unlink()
-    with pytest.raises(Stop, match=r"step-00000002: model.safetensors is missing; step-00000001: model.safetensors") as stopped:
+    with pytest.raises(
+        Stop, match=r"step-00000002: model.safetensors is missing; step-00000001: model.safetensors"
+    ) as stopped:
         checkpoint.newest_valid(tmp_path)
     assert stopped.value.code == Exit.DAMAGED
 

@@ -29,15 +29,23 @@ REFUSED = [
     (["-m", "seed=1,1"], "for seed=1 and for seed=1", "a run folder for each", "each value once"),
     (["seed=1,2"], "seed=1,2", "", ""),
     (["model=convnext_q"], "model=convnext_q", "convnext_atto, convnext_b", "model=convnext_"),
-    (["model=roadmap/07_kernel_57"], "model=roadmap/07_kernel_57", "roadmap/00_resnet50, roadmap/01_stage_ratio", "model=roadmap/07_kernel_5"),
-    (["model/roadmap=00_resnet50"], "model/roadmap=00_resnet50", "model=FOLDER/NAME", "model=roadmap/00_resnet50"),
+    (["model=roadmap/07_kernel_57"], "model=roadmap/07_kernel_57",
+        "roadmap/00_resnet50, roadmap/01_stage_ratio", "model=roadmap/07_kernel_5"),
+    (["model/roadmap=00_resnet50"], "model/roadmap=00_resnet50", "model=FOLDER/NAME",
+        "model=roadmap/00_resnet50"),
     (["model=timm"], "model.timm=", "timm's name of a model", "model.timm"),
     (["model=timm", "model.timm=a/b", "run=a"], "model.timm=a/b", "timm's name of a model", "model.timm"),
-    (["model=deit_s", "recipe=in1k"], "size deit_s) with recipe=in1k", "atto, t, s, b, l", "model.drop_path="),
-    (["model=swin_b_384", "model.drop_path=0", "microbatch=2"], "augment.size=32 with model=swin_b_384", "the size that it is built for", "augment.size=384 evaluate.size=384"),
-    (["model=vit_s", "model.drop_path=0", "microbatch=2", "evaluate.size=48"], "evaluate.size=48 with model=vit_s", "the size that it is built for", "augment.size=32"),
-    (["data=imagnet"], "data=imagnet", "digits, eval/a, eval/c, eval/c_bar, eval/imagenet1k, eval/r, eval/real, eval/sketch, eval/v2, folder, imagenet1k, imagenet22k, shards, synthetic", "data=imagenet"),
-    (["recipe=in2k"], "recipe=in2k", "ft_in1k_384, ft_in22k_in1k_224, ft_in22k_in1k_384, in1k, in1k_iso", "recipe=in"),
+    (["model=deit_s", "recipe=in1k"], "size deit_s) with recipe=in1k", "atto, t, s, b, l",
+        "model.drop_path="),
+    (["model=swin_b_384", "model.drop_path=0", "microbatch=2"], "augment.size=32 with model=swin_b_384",
+        "the size that it is built for", "augment.size=384 evaluate.size=384"),
+    (["model=vit_s", "model.drop_path=0", "microbatch=2", "evaluate.size=48"],
+        "evaluate.size=48 with model=vit_s", "the size that it is built for", "augment.size=32"),
+    (["data=imagnet"], "data=imagnet",
+        "digits, eval/a, eval/c, eval/c_bar, eval/imagenet1k, eval/r, eval/real, eval/sketch, eval/v2,"
+        " folder, imagenet1k, imagenet22k, shards, synthetic", "data=imagenet"),
+    (["recipe=in2k"], "recipe=in2k", "ft_in1k_384, ft_in22k_in1k_224, ft_in22k_in1k_384, in1k, in1k_iso",
+        "recipe=in"),
     (["tracker=wandbb"], "tracker=wandbb", "none, tensorboard, wandb", "tracker=wandb"),
     (["epochs=many"], "epochs", "int", "epochs="),
     (["optim.lr=fast"], "optim.lr", "float", "optim.lr="),
@@ -58,7 +66,8 @@ REFUSED = [
     (["run=../elsewhere"], "run=../elsewhere", "runs/", "run"),
     (["run=.."], "run=..", "runs/", "run"),
     (["data=folder"], "data=folder without data.root", "train and val", "data.root=/path"),
-    (["model=convnext_xl", "recipe=in1k"], "size xl) with recipe=in1k", "atto, t, s, b, l", "model.drop_path="),
+    (["model=convnext_xl", "recipe=in1k"], "size xl) with recipe=in1k", "atto, t, s, b, l",
+        "model.drop_path="),
     (["microbatch=7"], "microbatch=7 with batch=128", "2, 4, 8, 16, 32, 64, 128", "microbatch=8"),
     (["microbatch=48"], "microbatch=48 with batch=128", "even numbers", "microbatch=32"),
     (["batch=127"], "batch=127", "even", "batch=128"),
@@ -69,7 +78,8 @@ REFUSED = [
     (["data.std=[0.2,0.2,0]"], "data.std", "three numbers", "data.std="),
     (["precision=tf32", "device=cpu"], "precision=tf32", "fp32, bf16, fp16", "precision=fp32"),
     (["data.val=null"], "data.val=null with evaluate_every=", "never", "evaluate_every=never"),
-    (["recipe.dataset=imagenet2k"], "recipe.dataset=imagenet2k", "imagenet1k, imagenet22k", "recipe.dataset=imagenet"),
+    (["recipe.dataset=imagenet2k"], "recipe.dataset=imagenet2k", "imagenet1k, imagenet22k",
+        "recipe.dataset=imagenet"),
     (["evaluate_every=seldom"], "evaluate_every=seldom", "never: not at all", "evaluate_every"),
     (["data.kind=trained"], "data.kind=trained", "eval.py", "data=digits"),
 ]  # fmt: skip
@@ -86,7 +96,11 @@ def run_main(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(("arguments", "given", "allowed", "change"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "given", "allowed", "change"),
+    REFUSED,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_refused_in_three_lines(run_main, arguments, given, allowed, change):
     code, said = run_main(*arguments)
     assert code == 2
@@ -113,7 +127,8 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as ended:
     code = ended.code
-heavy = [name for name in ("torch", "timm", "torchvision", "torchmetrics", "matplotlib", "sklearn", "wandb") if name in sys.modules]
+heavy = ("torch", "timm", "torchvision", "torchmetrics", "matplotlib", "sklearn", "wandb")
+heavy = [name for name in heavy if name in sys.modules]
 assert not heavy, heavy
 sys.exit(code)
 """
@@ -134,11 +149,22 @@ def test_a_refusal_does_not_wait_for_torch(argv):
 def test_help_shows_groups_choices_and_examples():
     done = process("--help")
     assert done.returncode == 0, done.stderr
-    for part in ("model: convnext_atto, convnext_b", "model/roadmap: 00_resnet50, 01_stage_ratio", "deit_b, deit_s", "recipe: deit, demo, finetune", "data: digits, folder", "tracker: none, tensorboard, wandb", "debug: overfit, profile, short, synthetic"):  # fmt: skip
+    for part in (
+        "model: convnext_atto, convnext_b",
+        "model/roadmap: 00_resnet50, 01_stage_ratio",
+        "deit_b, deit_s",
+        "recipe: deit, demo, finetune",
+        "data: digits, folder",
+        "tracker: none, tensorboard, wandb",
+        "debug: overfit, profile, short, synthetic",
+    ):
         assert part in done.stdout
     assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 7
     said = process("--help", script="eval.py").stdout
-    assert all(word in said for word in ("runs/NAME", "size=", *(path.stem for path in (ROOT / "conf/data/eval").iterdir())))
+    assert all(
+        word in said
+        for word in ("runs/NAME", "size=", *(path.stem for path in (ROOT / "conf/data/eval").iterdir()))
+    )
 
 
 def test_cfg_job_prints_what_would_run(compose):
@@ -153,7 +179,11 @@ def test_cfg_job_prints_what_would_run(compose):
 def test_shell_completion(monkeypatch):
     assert "complete" in process("-sc", "install=bash").stdout
     monkeypatch.setenv("COMP_LINE", "train.py recipe=")
-    assert process("-sc", "query=bash").stdout.split()[:3] == ["recipe=deit", "recipe=demo", "recipe=finetune"]
+    assert process("-sc", "query=bash").stdout.split()[:3] == [
+        "recipe=deit",
+        "recipe=demo",
+        "recipe=finetune",
+    ]
 
 
 def test_a_typo_in_a_recipe_file_is_named(tmp_path, monkeypatch, capsys):
@@ -172,22 +202,42 @@ def test_a_typo_in_a_recipe_file_is_named(tmp_path, monkeypatch, capsys):
 
 def test_a_step_of_the_roadmap_is_a_model_by_its_folder(compose):
     cfg = compose("model=roadmap/04_width_96", "recipe=in1k")
-    assert (cfg.run, cfg.model.name, cfg.model.size) == ("roadmap_04_width_96-in1k-digits-s0", "roadmap_04_width_96", "t")
+    assert (cfg.run, cfg.model.name, cfg.model.size) == (
+        "roadmap_04_width_96-in1k-digits-s0",
+        "roadmap_04_width_96",
+        "t",
+    )
     assert (cfg.model.layer_scale, cfg.model.drop_path, cfg.microbatch) == (None, 0.1, 128)
     cfg = compose("model=roadmap/b_15_downsampling", "recipe=in1k")
-    assert (cfg.run, cfg.model.size, cfg.model.layer_scale) == ("roadmap_b_15_downsampling-in1k-digits-s0", "b", 1e-6)
+    assert (cfg.run, cfg.model.size, cfg.model.layer_scale) == (
+        "roadmap_b_15_downsampling-in1k-digits-s0",
+        "b",
+        1e-6,
+    )
 
 
 def test_models_of_one_size_take_that_of_the_images_and_any_of_timms_its_name(compose):
-    assert compose("model=swin_t", "model.drop_path=0.2", "microbatch=8", "augment.size=64", "evaluate.size=64").model.image_size == 64
+    assert (
+        compose(
+            "model=swin_t", "model.drop_path=0.2", "microbatch=8", "augment.size=64", "evaluate.size=64"
+        ).model.image_size
+        == 64
+    )
     cfg = compose("model=timm", "model.timm=resnet18.a1_in1k")
-    assert (cfg.run, cfg.model.name, cfg.model.timm, cfg.model.size) == ("resnet18.a1_in1k-demo-digits-s0", "resnet18.a1_in1k", "resnet18.a1_in1k", "t")  # fmt: skip
+    assert (cfg.run, cfg.model.name, cfg.model.timm, cfg.model.size) == (
+        "resnet18.a1_in1k-demo-digits-s0",
+        "resnet18.a1_in1k",
+        "resnet18.a1_in1k",
+        "t",
+    )
 
 
 def test_the_command_line_beats_debug_beats_recipe(compose):
     cfg = compose("recipe=in1k", "model=convnext_t", "debug=overfit", "optim.lr=5", "model.drop_path=0.33")
     assert (cfg.optim.lr, cfg.model.drop_path, cfg.mix.smoothing) == (5.0, 0.33, 0.0)
-    assert compose("model=convnext_xl", "recipe=in1k", "model.drop_path=0.5", "microbatch=32").microbatch == 32
+    assert (
+        compose("model=convnext_xl", "recipe=in1k", "model.drop_path=0.5", "microbatch=32").microbatch == 32
+    )
 
 
 def test_recipes_state_every_setting_that_they_own():
@@ -198,8 +248,12 @@ def test_recipes_state_every_setting_that_they_own():
     for path in (ROOT / "conf" / "recipe").glob("*.yaml"):
         given = yaml.safe_load(path.read_text())
         for section in owned:
-            names = {key.partition(".")[2] for key, *_ in config.flat(Train()) if key.startswith(f"{section}.")}
-            assert set(given[section]) == names - ({"batch"} if section == "evaluate" else set()), f"{path.name}: {section}"
+            names = {
+                key.partition(".")[2] for key, *_ in config.flat(Train()) if key.startswith(f"{section}.")
+            }
+            assert set(given[section]) == names - ({"batch"} if section == "evaluate" else set()), (
+                f"{path.name}: {section}"
+            )
         assert given["epochs"]
         header = path.read_text()
         for part in ("expected top-1", "command:"):
@@ -215,15 +269,26 @@ def test_text_goes_both_ways(compose):
 def test_batch_notice_tells_the_linear_rule(train, capsys):
     assert train("steps=1", "run=a") == 0
     said = capsys.readouterr().out
-    assert "batch=16 is not the recipe's 128: the learning rate is not rescaled and stays 0.003; the linear rule would give optim.lr=0.000375" in said  # fmt: skip
+    assert (
+        "batch=16 is not the recipe's 128: the learning rate is not rescaled and stays 0.003; the linear rule"
+        " would give optim.lr=0.000375" in said
+    )
     assert train("steps=1", "run=b", "optim.lr=1e-3") == 0
     assert "not rescaled" not in capsys.readouterr().out
 
 
 def test_counts_in_epochs_and_steps(compose):
-    cfg = compose("batch=100", "microbatch=10", "epochs=10", "save_every=2epoch", "evaluate_every=7", "steps=55")
+    cfg = compose(
+        "batch=100", "microbatch=10", "epochs=10", "save_every=2epoch", "evaluate_every=7", "steps=55"
+    )
     clock = Clock.of(cfg, 1060)
-    assert (clock.steps_per_epoch, clock.total, clock.end, clock.save_every, clock.evaluate_every) == (10, 100, 55, 20, 7)
+    assert (clock.steps_per_epoch, clock.total, clock.end, clock.save_every, clock.evaluate_every) == (
+        10,
+        100,
+        55,
+        20,
+        7,
+    )
     assert [step for step in range(1, 56) if clock.due(clock.save_every, step)] == [20, 40, 55]
     assert [step for step in range(1, 56) if clock.due(0, step)] == [55]
     assert json.dumps(clock.microbatches) == "10"

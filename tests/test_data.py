@@ -100,7 +100,11 @@ def test_what_is_not_an_image_is_ignored_and_counted(photographs, tmp_path):
         (lambda root: shutil.rmtree(root), Exit.MISSING, "no folder"),
         (lambda root: shutil.rmtree(root / "val"), Exit.MISSING, "no folder"),
         (lambda root: (root / "train" / "empty").mkdir(), Exit.MISSING, "no image in"),
-        (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], Exit.MISSING, "no class folder"),
+        (
+            lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()],
+            Exit.MISSING,
+            "no class folder",
+        ),
         (lambda root: (root / "val" / "n00000000").rename(root / "val" / "stranger"), Exit.USAGE, "stranger"),
     ],
 )
@@ -121,7 +125,11 @@ def test_every_mode_becomes_what_pillow_converts_to(mode, tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
     gradient = Image.fromarray(np.arange(64 * 48, dtype=np.uint8).reshape(48, 64))
-    image = Image.fromarray((np.arange(64 * 48).reshape(48, 64) * 21).astype(np.uint16)) if mode == "I;16" else gradient.convert(mode)
+    image = (
+        Image.fromarray((np.arange(64 * 48).reshape(48, 64) * 21).astype(np.uint16))
+        if mode == "I;16"
+        else gradient.convert(mode)
+    )
     for split in ("train", "val"):
         image.save(tmp_path / split / "a" / f"x.{'tiff' if mode in ('CMYK', 'F') else 'png'}")
     train, _ = folder(tmp_path, tmp_path / "cache")
@@ -143,9 +151,15 @@ def test_exif_is_not_parsed(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "code"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-500] + bytes(500)), Exit.DAMAGED),  # the end of the data is missing
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-500] + bytes(500)),
+            Exit.DAMAGED,
+        ),  # the end of the data is missing
         (lambda path: path.write_bytes(b"x" * path.stat().st_size), Exit.DAMAGED),
-        (lambda path: path.write_bytes(path.read_bytes()[:-500]), Exit.NOT_COMPARABLE),  # changed since it was listed
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-500]),
+            Exit.NOT_COMPARABLE,
+        ),  # changed since it was listed
         (lambda path: path.unlink(), Exit.MISSING),
     ],
 )
@@ -155,7 +169,13 @@ def test_a_broken_file_stops_and_is_named(photographs, tmp_path, damage, code, w
     shutil.copytree(photographs, root)
     train, _ = folder(root, tmp_path / "cache")
     damage(root / "train" / "n00000001" / "007.JPEG")
-    feed = Feed(Images(train, transforms.evaluation(Evaluate(size=32)), 0), in_sequence(len(train), 16), workers, CPU, ahead=True)
+    feed = Feed(
+        Images(train, transforms.evaluation(Evaluate(size=32)), 0),
+        in_sequence(len(train), 16),
+        workers,
+        CPU,
+        ahead=True,
+    )
     with pytest.raises(Stop, match=r"n00000001/007.JPEG \(sample 27\)") as stopped:
         list(feed)
     assert stopped.value.code == code
@@ -168,7 +188,9 @@ def microbatches(source, workers, start=0, seed=0, end=6):
 
 
 def same(first, second):
-    return len(first) == len(second) and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(first, second, strict=True)
+    )
 
 
 def test_workers_and_start_change_nothing(photographs, cache):

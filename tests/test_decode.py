@@ -14,7 +14,9 @@ from reconverge.data.decode import RESAMPLING, Undecodable, crop_and_resize, dim
 
 def picture(width, height, seed, mode="RGB"):
     random = np.random.Generator(np.random.PCG64(seed))
-    coarse = Image.fromarray(random.integers(0, 256, (6, 7, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(random.integers(0, 256, (6, 7, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     grain = random.normal(0, 12, (height, width, 3))
     return Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).convert(mode)
 
@@ -51,12 +53,20 @@ KINDS = {
 def test_exact_is_pillows_decode_crop_and_resize(kind, data):
     width, height = data.draw(st.integers(1, 200), "width"), data.draw(st.integers(1, 200), "height")
     left, top = data.draw(st.integers(0, width - 1), "left"), data.draw(st.integers(0, height - 1), "top")
-    right, bottom = data.draw(st.integers(left + 1, width), "right"), data.draw(st.integers(top + 1, height), "bottom")
+    right, bottom = (
+        data.draw(st.integers(left + 1, width), "right"),
+        data.draw(st.integers(top + 1, height), "bottom"),
+    )
     size = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
     interpolation = data.draw(st.sampled_from(list(RESAMPLING)))
     file = KINDS[kind](width, height, data.draw(st.integers(0, 9)))
     assert dimensions(file) == (width, height)
-    expected = Image.open(io.BytesIO(file)).convert("RGB").crop((left, top, right, bottom)).resize(size, RESAMPLING[interpolation])
+    expected = (
+        Image.open(io.BytesIO(file))
+        .convert("RGB")
+        .crop((left, top, right, bottom))
+        .resize(size, RESAMPLING[interpolation])
+    )
     pixels = np.asarray(crop_and_resize(file, (left, top, right, bottom), size, interpolation, fast=False))
     assert pixels.dtype == np.uint8
     assert np.array_equal(pixels, np.asarray(expected))
@@ -64,7 +74,9 @@ def test_exact_is_pillows_decode_crop_and_resize(kind, data):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fast_is_close_to_exact(kind):
-    """As its docstring says: measured on photographs, mean 0.04, at most 8; grain and edges like these are harder."""
+    """As its docstring says: measured on photographs, mean 0.04, at most 8; grain and edges like these are
+    harder.
+    """
     differences, library = [], native.chosen()
     for seed in range(4):
         file = KINDS[kind](330 + 40 * seed, 260, seed)
@@ -75,14 +87,23 @@ def test_fast_is_close_to_exact(kind):
             differences.append(np.abs(fast.astype(int) - exact))
     assert np.mean(differences) < 0.1
     assert np.max(differences) <= 8
-    natively = library is not None and library.crop_and_resize(file, box, (96, 96), "bicubic") is not None  # faster still, and exact
+    natively = (
+        library is not None and library.crop_and_resize(file, box, (96, 96), "bicubic") is not None
+    )  # faster still, and exact
     assert kind == "gray" or (np.max(differences) == 0) == natively
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_what_cannot_be_decoded_whole_is_undecodable(fast):
     good = KINDS["4:2:0"](120, 90, 0)
-    for data in (b"", b"no image", good[:200], good[: len(good) // 2], good[:-40], encoded(picture(50, 40, 0), "PNG")[:-900]):
+    for data in (
+        b"",
+        b"no image",
+        good[:200],
+        good[: len(good) // 2],
+        good[:-40],
+        encoded(picture(50, 40, 0), "PNG")[:-900],
+    ):
         with pytest.raises(Undecodable):
             crop_and_resize(data, (0, 0, 10, 10), (8, 8), "bicubic", fast)
 

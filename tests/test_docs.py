@@ -1,4 +1,4 @@
-"""Every command in the README and in docs/: each is accepted, and those about a trained run are carried out."""
+"""Every command in the README and in docs/ is accepted; those about a trained run are carried out."""
 
 import re
 import shlex
@@ -15,15 +15,29 @@ from reconverge.commands import main, parsed
 from reconverge.settings import Eval
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("python train.py", "python eval.py", "reconverge ", "torchrun ", "launch/local.sh ", "launch/seeds.sh ", "sbatch ")
+PROGRAMS = (
+    "python train.py",
+    "python eval.py",
+    "reconverge ",
+    "torchrun ",
+    "launch/local.sh ",
+    "launch/seeds.sh ",
+    "sbatch ",
+)
 
 
 def commands():
-    """(page, arguments) of the commands in blocks of code and between backticks; what stands after two spaces explains them."""
+    """(page, arguments) of the commands in blocks of code and between backticks; what stands after two spaces
+    explains them.
+    """
     found = []
     for page in PAGES:
         text = page.read_text()
-        lines = [line for block in re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M) for line in block.splitlines()]
+        lines = [
+            line
+            for block in re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
+            for line in block.splitlines()
+        ]
         lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
         for line in lines:
             line = line.removeprefix("$ ")
@@ -39,32 +53,62 @@ COMMANDS = [
 
 def test_there_are_some():
     assert len(COMMANDS) > 40
-    assert {given[0] for _, given in COMMANDS} >= {"python", "reconverge", "torchrun", "launch/local.sh", "sbatch"}
+    assert {given[0] for _, given in COMMANDS} >= {
+        "python",
+        "reconverge",
+        "torchrun",
+        "launch/local.sh",
+        "sbatch",
+    }
 
 
-@pytest.mark.parametrize(("page", "given"), COMMANDS, ids=[f"{page}: {' '.join(given)}"[:90] for page, given in COMMANDS])
+@pytest.mark.parametrize(
+    ("page", "given"), COMMANDS, ids=[f"{page}: {' '.join(given)}"[:90] for page, given in COMMANDS]
+)
 def test_each_is_accepted(page, given, monkeypatch):
-    """Composed and checked as it is before torch is imported; `...` stands for more, and a word in capitals for a name."""
-    given = [word.replace("recipe=NAME", "recipe=in1k") for word in given if word != "..." and not re.fullmatch(r"\[.*\]|key=value", word)]
+    """Composed and checked as it is before torch is imported; `...` stands for more, and a word in capitals
+    for a name.
+    """
+    given = [
+        word.replace("recipe=NAME", "recipe=in1k")
+        for word in given
+        if word != "..." and not re.fullmatch(r"\[.*\]|key=value", word)
+    ]
     try:
         if given[0] == "reconverge":
             words = [{"N": "3", "STEP": "3", "PERCENT": "3"}.get(word, word) for word in given[1:]]
-            if len(words) == 1 and words[0] in ("prepare", "check", "verify", "export", "batch", "report", "bench"):
+            if len(words) == 1 and words[0] in (
+                "prepare",
+                "check",
+                "verify",
+                "export",
+                "batch",
+                "report",
+                "bench",
+            ):
                 return  # the command's name alone
             arguments = parsed(words)
             if getattr(arguments, "overrides", []):
                 checks.check(config.of_training([word for word in arguments.overrides if "=" in word]))
             return
         script = next((word for word in given if word.endswith((".py", ".sh", ".sbatch"))), "train.py")
-        overrides = [word for word in given[given.index(script) + 1 :] if "=" in word and not word.startswith("-")]
+        overrides = [
+            word for word in given[given.index(script) + 1 :] if "=" in word and not word.startswith("-")
+        ]
         if script == "eval.py":
             monkeypatch.setattr(sys, "argv", ["eval.py", *overrides])
             cfg = config.from_command_line(ROOT / "conf", "eval", Eval)
             checks.evaluation(cfg)
             return
         for combination in config.combinations(overrides):
-            name = next((word for word in combination if word == "data=folder" or word == "data=imagenet1k"), "")
-            more = ["data.root=/path"] if name and not any(word.startswith("data.root=") for word in combination) else []
+            name = next(
+                (word for word in combination if word == "data=folder" or word == "data=imagenet1k"), ""
+            )
+            more = (
+                ["data.root=/path"]
+                if name and not any(word.startswith("data.root=") for word in combination)
+                else []
+            )
             checks.check(config.of_training([*combination, *more]))
     finally:
         GlobalHydra.instance().clear()
@@ -88,14 +132,17 @@ def learned(digits, tmp_path_factory, cache):
 ABOUT_A_RUN = [
     given
     for _, given in COMMANDS
-    if any("runs/NAME" in word for word in given) and (given[1] == "eval.py" or given[:2] == ["reconverge", "export"]) and "suite=robustness" not in given
+    if any("runs/NAME" in word for word in given) and (given[1] == "eval.py" or given[:2] == ["reconverge",
+            "export"]) and "suite=robustness" not in given
 ]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of exporters
 def test_those_about_a_run_are_carried_out(learned, digits, monkeypatch, evaluate, tmp_path, capsys):
-    """One after the other, as somebody who reads the page; data where it says, for want of ImageNet the digits."""
+    """One after the other, as somebody who reads the page; data where it says, for want of ImageNet the
+    digits.
+    """
     shutil.copytree(learned, "runs")
     shutil.copytree(digits / "val" / "3", "photos")
     (tmp_path / "real").symlink_to(digits)

@@ -36,7 +36,14 @@ def independent(run, digits, kind, classes=10):
     """Image by image: the official evaluation transform, plain counting in Python."""
     net = models.build(Model("convnext_atto", "atto", 0.0), classes, 1).eval()
     net.load_state_dict(load_file(sorted((run / "checkpoints").iterdir())[-1] / f"{kind}.safetensors"))
-    transform = tv.Compose([tv.Resize(32, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(32), tv.ToTensor(), tv.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])  # fmt: skip
+    transform = tv.Compose(
+        [
+            tv.Resize(32, interpolation=tv.InterpolationMode.BICUBIC),
+            tv.CenterCrop(32),
+            tv.ToTensor(),
+            tv.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
     top1 = top5 = images = 0
     losses = []
     for label, folder in enumerate(sorted((digits / "val").iterdir())):
@@ -48,7 +55,12 @@ def independent(run, digits, kind, classes=10):
             top5 += label in ranked[:5]
             losses.append(float(-logits.log_softmax(0)[label]))
             images += 1
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": sum(losses) / images, "images": images}
+    return {
+        "top1": 100 * top1 / images,
+        "top5": 100 * top5 / images,
+        "loss": sum(losses) / images,
+        "images": images,
+    }
 
 
 def test_equals_an_independent_count(run, digits, evaluate, capsys):
@@ -84,7 +96,9 @@ def test_one_checkpoint_other_data_and_the_same_data_elsewhere(run, evaluate, di
 
 
 def test_settings_of_the_machine(run, evaluate, capsys):
-    assert evaluate("checkpoint=runs/a", "precision=bf16", "channels_last=true", "threads=1", "device=cpu") == 0
+    assert (
+        evaluate("checkpoint=runs/a", "precision=bf16", "channels_last=true", "threads=1", "device=cpu") == 0
+    )
     bf16 = report(run, precision="bf16")["raw"]["loss"]
     assert torch.get_num_threads() == 1
     assert evaluate("checkpoint=runs/a") == 0
@@ -94,7 +108,9 @@ def test_settings_of_the_machine(run, evaluate, capsys):
 def test_a_damaged_checkpoint_is_named(run, evaluate, capsys):
     (run / "checkpoints" / "step-00000006" / "ema.safetensors").write_bytes(b"x")
     assert evaluate("checkpoint=runs/a") == 0
-    assert "skipped a damaged checkpoint: step-00000006: ema.safetensors has 1 bytes" in capsys.readouterr().out
+    assert (
+        "skipped a damaged checkpoint: step-00000006: ema.safetensors has 1 bytes" in capsys.readouterr().out
+    )
     assert report(run, step=3)
     assert evaluate("checkpoint=runs/a/checkpoints/step-00000006") == 65
 
@@ -141,7 +157,10 @@ def test_each_way_of_evaluating_has_a_file_of_its_own(run, evaluate):
         == evaluate("checkpoint=runs/a", "batch=7")
         == 0
     )
-    assert sorted(json.loads(path.read_text())["evaluate"]["size"] for path in run.glob("eval-*.json")) == [32, 48]
+    assert sorted(json.loads(path.read_text())["evaluate"]["size"] for path in run.glob("eval-*.json")) == [
+        32,
+        48,
+    ]
 
 
 def test_every_data_setting_of_the_command_line_counts(run, evaluate, digits):
@@ -154,12 +173,18 @@ def test_every_data_setting_of_the_command_line_counts(run, evaluate, digits):
 
 
 def report_of(run, images):
-    (found,) = (r for r in (json.loads(path.read_text()) for path in run.glob("eval-*.json")) if r["raw"]["images"] == images)
+    (found,) = (
+        r
+        for r in (json.loads(path.read_text()) for path in run.glob("eval-*.json"))
+        if r["raw"]["images"] == images
+    )
     return found
 
 
 def test_other_data_is_normalised_as_the_runs_was(train, evaluate, digits):
-    """The same images, named as other data, must give the same numbers; and only the validation images need be there."""
+    """The same images, named as other data, must give the same numbers; and only the validation images need
+    be there.
+    """
     assert train("run=b", "steps=4", "evaluate_every=0", "data.mean=[0,0,0]", "data.std=[1,1,1]") == 0
     assert evaluate("checkpoint=runs/b", "data.name=same") == 0
     shutil.copytree(digits / "val", Path("only") / "val")
@@ -175,7 +200,8 @@ def test_the_folder_of_checkpoints_and_a_run_named_like_one(train, evaluate):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["model=timm", "model.timm=test_vit", "model.image_size=32"], ["model=timm", "model.timm=test_resnet"]]
+    "arguments",
+    [["model=timm", "model.timm=test_vit", "model.image_size=32"], ["model=timm", "model.timm=test_resnet"]],
 )
 def test_any_model_of_timms_is_built_again_as_it_was_trained(train, evaluate, arguments):
     """One that is built for a size of images, and one with running statistics."""

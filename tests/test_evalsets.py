@@ -19,17 +19,26 @@ from reconverge.prepare.make import Options, prepare
 from reconverge.settings import Evaluate, Model
 
 # As the authors of ImageNet-C publish them: AlexNet's mean errors.
-ALEXNET = """gaussian_noise .886428, shot_noise .894468, impulse_noise .922640, defocus_blur .819880, glass_blur .826268,
-motion_blur .785948, zoom_blur .798360, snow .866816, frost .826572, fog .819324, brightness .564592, contrast .853204,
-elastic_transform .646056, pixelate .717840, jpeg_compression .606500"""
+ALEXNET = """gaussian_noise .886428, shot_noise .894468, impulse_noise .922640, defocus_blur .819880,
+glass_blur .826268, motion_blur .785948, zoom_blur .798360, snow .866816, frost .826572, fog .819324,
+brightness .564592, contrast .853204, elastic_transform .646056, pixelate .717840, jpeg_compression .606500"""
 NORMALISE = tv.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-TRANSFORM = tv.Compose([tv.Resize(32, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(32), tv.ToTensor(), NORMALISE])
+TRANSFORM = tv.Compose(
+    [tv.Resize(32, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(32), tv.ToTensor(), NORMALISE]
+)
 
 
 @pytest.fixture(scope="module")
 def learned(digits, tmp_path_factory, cache):
     """runs/a: it has begun to tell the digits apart."""
-    return trained(tmp_path_factory.mktemp("learned"), cache, f"data.root={digits}", "run=a", "epochs=3", "evaluate_every=never")
+    return trained(
+        tmp_path_factory.mktemp("learned"),
+        cache,
+        f"data.root={digits}",
+        "run=a",
+        "epochs=3",
+        "evaluate_every=never",
+    )
 
 
 @pytest.fixture
@@ -66,17 +75,26 @@ def percent(answers):
 
 
 @pytest.mark.parametrize("name", ["a", "r"])
-def test_of_some_classes_the_answer_is_chosen_among_these(name, run, digits, logits, evaluate, tmp_path, capsys):
+def test_of_some_classes_the_answer_is_chosen_among_these(
+    name, run, digits, logits, evaluate, tmp_path, capsys
+):
     kept = ["2", "3", "5", "7"]
     for label in kept:
         shutil.copytree(digits / "train" / label, tmp_path / "set" / label)
-    assert evaluate("checkpoint=runs/a", f"data=eval/{name}", f"data.root={tmp_path}/set", "workers=0", "batch=7") == 0
+    assert (
+        evaluate(
+            "checkpoint=runs/a", f"data=eval/{name}", f"data.root={tmp_path}/set", "workers=0", "batch=7"
+        )
+        == 0
+    )
     files = sorted((tmp_path / "set").rglob("*.png"))
     right = [answer(logits(path), map(int, kept)) == int(path.parent.name) for path in files]
     found = written(run, name)
     assert found["raw"]["top1"] == pytest.approx(percent(right))
     assert found["raw"]["images"] == len(files) == 48
-    assert percent(right) > percent(answer(logits(path), range(10)) == int(path.parent.name) for path in files)  # else nothing is tested
+    assert percent(right) > percent(
+        answer(logits(path), range(10)) == int(path.parent.name) for path in files
+    )  # else nothing is tested
     for label in kept:
         of_class = [hit for hit, path in zip(right, files, strict=True) if path.parent.name == label]
         assert found["raw"]["per_class"][label] == pytest.approx(percent(of_class))
@@ -87,7 +105,11 @@ def test_a_set_may_lie_in_shards(run, digits, evaluate, tmp_path):
     for label in "2357":
         shutil.copytree(digits / "train" / label, tmp_path / "set" / "train" / label)
     prepare(
-        tmp_path / "set", tmp_path / "shards", None, 1, Options(shard_mb=200, hold_out=0, resize=None, quality=90, drop_unreadable=False)
+        tmp_path / "set",
+        tmp_path / "shards",
+        None,
+        1,
+        Options(shard_mb=200, hold_out=0, resize=None, quality=90, drop_unreadable=False),
     )
     assert evaluate("checkpoint=runs/a", "data=eval/a", f"data.root={tmp_path}/shards", "workers=0") == 0
     of_shards = written(run, "a")["raw"]
@@ -103,7 +125,9 @@ def test_v2_is_named_by_number_and_sketch_by_class(run, digits, logits, evaluate
     (run / "classes.txt").write_text("".join(f"n{label:08d}\n" for label in range(10)))
     for label in range(10):
         shutil.copytree(digits / "val" / str(label), tmp_path / "sketch" / f"n{label:08d}")
-    expected = percent(answer(logits(path), range(10)) == int(path.parent.name) for path in (digits / "val").rglob("*.png"))
+    expected = percent(
+        answer(logits(path), range(10)) == int(path.parent.name) for path in (digits / "val").rglob("*.png")
+    )
     assert evaluate("checkpoint=runs/a", "data=eval/v2", f"data.root={digits}/val", "workers=0") == 0
     assert written(run, "v2")["raw"]["top1"] == pytest.approx(expected)
     assert evaluate("checkpoint=runs/a", "data=eval/sketch", f"data.root={tmp_path}/sketch", "workers=0") == 0
@@ -118,12 +142,20 @@ def test_real_labels_are_sets_and_an_empty_one_does_not_count(run, digits, logit
         folder = tmp_path / "imagenet" / "val" / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / f"ILSVRC2012_val_{number + 1:08d}.png")
-        labels[number] = [[], [int(path.parent.name)], [0, 1, 2], [answer(logits(path), range(10))]][number % 4]
+        labels[number] = [[], [int(path.parent.name)], [0, 1, 2], [answer(logits(path), range(10))]][
+            number % 4
+        ]
     (tmp_path / "real.json").write_text(json.dumps(labels))
     options = ["checkpoint=runs/a", "data=eval/real", f"data.root={tmp_path}/imagenet", "workers=0"]
     assert evaluate(*options, f"data.labels={tmp_path}/real.json") == 0
-    counted = [(answer(logits(path), range(10)), labels[number]) for number, path in zip(order, files, strict=True) if labels[number]]
-    assert written(run, "real")["raw"]["real"] == pytest.approx(percent(label in those for label, those in counted))
+    counted = [
+        (answer(logits(path), range(10)), labels[number])
+        for number, path in zip(order, files, strict=True)
+        if labels[number]
+    ]
+    assert written(run, "real")["raw"]["real"] == pytest.approx(
+        percent(label in those for label, those in counted)
+    )
     assert len(counted) == 22
     assert evaluate(*options) == 66
     (tmp_path / "real.json").write_text(json.dumps([[]] * len(labels)))
@@ -140,7 +172,9 @@ def test_the_rule_of_real_by_hand():
 
 
 def test_mce_by_hand():
-    alexnet = {name: float(error) for name, error in (pair.split() for pair in ALEXNET.replace("\n", " ").split(","))}
+    alexnet = {
+        name: float(error) for name, error in (pair.split() for pair in ALEXNET.replace("\n", " ").split(","))
+    }
     assert alexnet == evalsets.ALEXNET
     assert evalsets.mce({name: 100 * error for name, error in alexnet.items()}) == pytest.approx(100)
     half = {name: 50 * error for name, error in alexnet.items()}
@@ -148,7 +182,9 @@ def test_mce_by_hand():
 
 
 def corrupted(digits, to, corruptions, groups=None):
-    """CORRUPTION/SEVERITY/CLASS: noise that grows with the severity, another for each corruption; five images each."""
+    """CORRUPTION/SEVERITY/CLASS: noise that grows with the severity, another for each corruption; five images
+    each.
+    """
     for number, name in enumerate(corruptions):
         for severity in range(1, 6):
             random = np.random.default_rng((number, severity))
@@ -171,8 +207,15 @@ def errors_by(logits, folder):
 
 @pytest.mark.slow
 def test_corruptions_and_the_row_of_the_paper(run, digits, logits, evaluate, tmp_path, capsys):
-    alexnet = {name: float(error) for name, error in (pair.split() for pair in ALEXNET.replace("\n", " ").split(","))}
-    groups = {name: group for group, part in (("noise", "noise"), ("blur", "blur")) for name in alexnet if name.endswith(part)}
+    alexnet = {
+        name: float(error) for name, error in (pair.split() for pair in ALEXNET.replace("\n", " ").split(","))
+    }
+    groups = {
+        name: group
+        for group, part in (("noise", "noise"), ("blur", "blur"))
+        for name in alexnet
+        if name.endswith(part)
+    }
     corrupted(digits, tmp_path / "all" / "imagenet-c", alexnet, groups)
     corrupted(digits, tmp_path / "all" / "imagenet-c-bar", evalsets.C_BAR)
     shutil.copytree(digits / "val", tmp_path / "all" / "imagenet" / "val")
@@ -193,7 +236,11 @@ def test_corruptions_and_the_row_of_the_paper(run, digits, logits, evaluate, tmp
     assert sets["imagenet1k"]["raw"]["images"] == 30
     heads, raw = [line for line in said.splitlines() if line.startswith(("percent", "raw  "))][-2:]
     assert heads == f"{'percent':<10}   imagenet1k (top-1)   c (mCE)   c_bar (mean error)"
-    assert raw.split()[1:] == [f"{sets['imagenet1k']['raw']['top1']:.1f}", f"{expected:.1f}", f"{sum(bars) / 10:.1f}"]
+    assert raw.split()[1:] == [
+        f"{sets['imagenet1k']['raw']['top1']:.1f}",
+        f"{expected:.1f}",
+        f"{sum(bars) / 10:.1f}",
+    ]
 
 
 def test_images_that_are_cropped_already_are_not_cropped_again():
@@ -206,7 +253,10 @@ def test_images_that_are_cropped_already_are_not_cropped_again():
 
 
 def test_published_figures_are_found():
-    assert evalsets.published("convnext_t", Evaluate(224, 0.875)) == ("Table 8", {"imagenet1k": 82.1, "c": 53.2, "c_bar": 40.0, "a": 24.2, "r": 47.2, "sketch": 33.8})  # fmt: skip
+    assert evalsets.published("convnext_t", Evaluate(224, 0.875)) == (
+        "Table 8",
+        {"imagenet1k": 82.1, "c": 53.2, "c_bar": 40.0, "a": 24.2, "r": 47.2, "sketch": 33.8},
+    )
     who, figures = evalsets.published("convnext_tiny.fb_in1k", Evaluate(224, 0.875))
     assert (who, figures["imagenet1k"], figures["real"], figures["v2"]) == ("timm", 82.066, 87.309, 70.93)
     assert evalsets.published("convnext_atto", Evaluate(32, 1.0))[1] == {}
@@ -247,7 +297,9 @@ def test_predictions_of_images_without_labels(run, digits, logits, evaluate):
     assert evaluate("checkpoint=runs/a", f"images={digits}/val", "workers=0") == 0
     with open(run / "predictions.csv") as file:
         lines = list(csv.DictReader(file))
-    assert [line["image"] for line in lines] == [str(path) for path in sorted((digits / "val").rglob("*.png"))]
+    assert [line["image"] for line in lines] == [
+        str(path) for path in sorted((digits / "val").rglob("*.png"))
+    ]
     net = models.build(Model("convnext_atto", "atto", 0.0), 10, 1).eval()
     net.load_state_dict(load_file(sorted((run / "checkpoints").iterdir())[-1] / "ema.safetensors"))
     for line in lines[::7]:
@@ -255,7 +307,9 @@ def test_predictions_of_images_without_labels(run, digits, logits, evaluate):
             probabilities = net(TRANSFORM(Image.open(line["image"]).convert("RGB"))[None])[0].softmax(0)
         values, labels = probabilities.topk(5)
         assert [line[f"class{place}"] for place in range(1, 6)] == [str(label) for label in labels.tolist()]
-        assert [float(line[f"probability{place}"]) for place in range(1, 6)] == pytest.approx(values.tolist(), abs=2e-6)
+        assert [float(line[f"probability{place}"]) for place in range(1, 6)] == pytest.approx(
+            values.tolist(), abs=2e-6
+        )
     with Image.open(run / "predicted.png") as sheet:
         assert sheet.size[0] > 500
     files = ",".join(line["image"] for line in lines[:3])

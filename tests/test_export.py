@@ -1,4 +1,6 @@
-"""What is exported, loaded by the tool that it is meant for, against our own model and an independent count by timm."""
+"""What is exported, loaded by the tool that it is meant for, against our own model and an independent count
+by timm.
+"""
 
 import json
 import shutil
@@ -22,7 +24,14 @@ from reconverge.settings import Model
 @pytest.fixture(scope="module")
 def three_epochs(digits, tmp_path_factory, cache):
     """runs/a: saved and evaluated after each of three epochs, all kept."""
-    arguments = ["run=a", "epochs=3", "keep=3", "save_every=1epoch", "evaluate_every=1epoch", f"data.root={digits}"]
+    arguments = [
+        "run=a",
+        "epochs=3",
+        "keep=3",
+        "save_every=1epoch",
+        "evaluate_every=1epoch",
+        f"data.root={digits}",
+    ]
     return trained(tmp_path_factory.mktemp("three_epochs"), cache, *arguments)
 
 
@@ -58,7 +67,15 @@ def test_the_timm_folder_gives_the_same_logits_labels_and_pixels(kind, run, digi
     )
     card = (run / "export-timm" / "README.md").read_text()
     accuracy = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])[f"{kind}_top1"]
-    for words in ("license: cc0-1.0", "library_name: timm", f"{accuracy:.2f} %", "train.py", "R1, R2, R3", "convnext_atto", "fingerprint"):
+    for words in (
+        "license: cc0-1.0",
+        "library_name: timm",
+        f"{accuracy:.2f} %",
+        "train.py",
+        "R1, R2, R3",
+        "convnext_atto",
+        "fingerprint",
+    ):
         assert words in card
 
 
@@ -72,7 +89,10 @@ def counted_by_timm(digits):
     truth = [net.pretrained_cfg["label_names"].index(path.parent.name) for path in files]
     right = [int(row.argmax()) == label for row, label in zip(logits, truth, strict=True)]
     losses = [float(-row.log_softmax(0)[label]) for row, label in zip(logits, truth, strict=True)]
-    of_class = {str(name): 100 * sum(hit for hit, label in zip(right, truth, strict=True) if label == name) / 3 for name in range(10)}
+    of_class = {
+        str(name): 100 * sum(hit for hit, label in zip(right, truth, strict=True) if label == name) / 3
+        for name in range(10)
+    }
     return {"top1": 100 * sum(right) / len(files), "loss": float(np.mean(losses)), "per_class": of_class}
 
 
@@ -119,7 +139,10 @@ def test_the_mean_of_checkpoints_and_the_best(run, reconverge):
     about = json.loads((run / "export-safetensors" / "export.json").read_text())
     assert (about["top1"], len(about["steps"])) == (None, 3)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    best = max((record for record in records if "raw_top1" in record), key=lambda record: (record["raw_top1"], -record["step"]))
+    best = max(
+        (record for record in records if "raw_top1" in record),
+        key=lambda record: (record["raw_top1"], -record["step"]),
+    )
     assert reconverge("export", run, "--to", "safetensors", "--best", "--weights", "raw")[0] == 0
     about = json.loads((run / "export-safetensors" / "export.json").read_text())
     assert (about["steps"], about["top1"]) == ([best["step"]], best["raw_top1"])
@@ -129,7 +152,10 @@ def test_the_mean_of_checkpoints_and_the_best(run, reconverge):
 
 def test_the_counters_of_batch_norm_are_not_averaged():
     sets = [{"weight": torch.tensor([1.0]), "num_batches_tracked": torch.tensor(step)} for step in (1, 4)]
-    assert {name: tensor.tolist() for name, tensor in export.mean(sets).items()} == {"weight": [1.0], "num_batches_tracked": 4}
+    assert {name: tensor.tolist() for name, tensor in export.mean(sets).items()} == {
+        "weight": [1.0],
+        "num_batches_tracked": 4,
+    }
 
 
 @torch.no_grad()
@@ -212,7 +238,14 @@ def test_wrong_input(run, reconverge, tmp_path):
 
 
 def test_a_model_that_timm_lacks(train, reconverge):
-    small = ["model=roadmap/15_downsampling", "model.drop_path=0", "microbatch=8", "ema.decay=0.9", "recipe.name=mine", "augment.size=32"]
+    small = [
+        "model=roadmap/15_downsampling",
+        "model.drop_path=0",
+        "microbatch=8",
+        "ema.decay=0.9",
+        "recipe.name=mine",
+        "augment.size=32",
+    ]
     assert train("run=own", "steps=1", *small, "evaluate_every=never", "evaluate.size=32") == 0
     code, said = reconverge("export", "runs/own", "--to", "timm")
     assert (code, "which timm does not have" in said) == (2, True), said

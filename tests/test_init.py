@@ -1,4 +1,6 @@
-"""init= through the real command line: a chain of two runs on other classes and another resolution, and what resuming makes of it."""
+"""init= through the real command line: a chain of two runs on other classes and another resolution, and what
+resuming makes of it.
+"""
 
 import json
 import shutil
@@ -33,7 +35,14 @@ def low(halves, tmp_path_factory, cache):
 def tune(low, halves, monkeypatch):
     """train.py on the digits 5 to 9 at 48 px, beside a copy of the run on 0 to 4."""
     shutil.copytree(low, "runs")
-    fixed = [*SMALL, f"data.root={halves}/high", "run=high", "augment.size=48", "evaluate.size=48", "evaluate_every=never"]
+    fixed = [
+        *SMALL,
+        f"data.root={halves}/high",
+        "run=high",
+        "augment.size=48",
+        "evaluate.size=48",
+        "evaluate_every=never",
+    ]
     return lambda *arguments: _main("train", [*fixed, *arguments], monkeypatch)
 
 
@@ -45,10 +54,18 @@ def origin():
     return json.loads(Path("runs/high/environment.json").read_text())["facts"]["init"]
 
 
-@pytest.mark.parametrize(("suffix", "kind", "step"), [("", "model", 2), (":ema", "ema", 2), ("/checkpoints/step-00000001", "model", 1)])
+@pytest.mark.parametrize(
+    ("suffix", "kind", "step"),
+    [("", "model", 2), (":ema", "ema", 2), ("/checkpoints/step-00000001", "model", 1)],
+)
 def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, suffix, kind, step):
     """A learning rate of 0 leaves the weights as they were loaded, and the average too."""
-    assert tune(f"init=runs/low{suffix}", "steps=1", "optim.lr=0", "optim.min_lr=0", "model.head_init_scale=0.001") == 0
+    assert (
+        tune(
+            f"init=runs/low{suffix}", "steps=1", "optim.lr=0", "optim.min_lr=0", "model.head_init_scale=0.001"
+        )
+        == 0
+    )
     parent = Path(f"runs/low/checkpoints/step-{step:08d}")
     given, raw, ema = load_file(parent / f"{kind}.safetensors"), newest("high"), newest("high", "ema")
     for name, tensor in given.items():
@@ -60,10 +77,21 @@ def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, s
                 assert torch.equal(ours[name], tensor)
     digest = json.loads((parent / "MANIFEST.json").read_text())["files"][f"{kind}.safetensors"]["sha256"]
     kept = {key: origin()[key] for key in ("run", "step", "weights", "sha256")}
-    assert kept == {"run": "low", "step": step, "weights": "ema" if suffix == ":ema" else "raw", "sha256": digest}
+    assert kept == {
+        "run": "low",
+        "step": step,
+        "weights": "ema" if suffix == ":ema" else "raw",
+        "sha256": digest,
+    }
     said = capsys.readouterr().out
-    assert f"{'ema' if suffix == ':ema' else 'raw'} weights of run low after step {step}; sha256 {digest[:12]}" in said
-    assert f"{len(given) - 2} loaded, 0 converted, 0 missing, 0 unexpected, 0 of another shape, 2 of the head" in said
+    assert (
+        f"{'ema' if suffix == ':ema' else 'raw'} weights of run low after step {step}; sha256 {digest[:12]}"
+        in said
+    )
+    assert (
+        f"{len(given) - 2} loaded, 0 converted, 0 missing, 0 unexpected, 0 of another shape, 2 of the head"
+        in said
+    )
     assert "fresh, 5 classes; the 5 classes of the weights are others (model.head_init_scale=0.001)" in said
 
 
@@ -74,7 +102,17 @@ def test_the_same_classes_keep_their_head(tune, halves):
 
 
 def test_some_of_the_classes_are_mapped_by_name(tune, digits, capsys):
-    assert tune("init=runs/low", "init_head=mapped", "steps=1", "optim.lr=0", "optim.min_lr=0", f"data.root={digits}") == 0
+    assert (
+        tune(
+            "init=runs/low",
+            "init_head=mapped",
+            "steps=1",
+            "optim.lr=0",
+            "optim.min_lr=0",
+            f"data.root={digits}",
+        )
+        == 0
+    )
     assert torch.equal(newest("high")["head.fc.weight"][:5], newest("low")["head.fc.weight"])
     assert "mapped by name, 5 of 10 classes from 5; fresh rows for 5, 6, 7, 8, 9" in capsys.readouterr().out
 
@@ -88,7 +126,9 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(tune, capsys):
     assert tune("init=runs/low", "steps=3", "save_every=2") == 0
     assert "sha256" in (said := capsys.readouterr().out)
     assert "this run's own checkpoint has taken their place" in said
-    assert [weights("high", kind) for kind in ("model", "ema", "optimizer")] == [weights("whole", kind) for kind in ("model", "ema", "optimizer")]  # fmt: skip
+    assert [weights("high", kind) for kind in ("model", "ema", "optimizer")] == [
+        weights("whole", kind) for kind in ("model", "ema", "optimizer")
+    ]
     assert tune("init=runs/low:ema", "steps=4") == 78
     assert "init: this run began with runs/low, and now it is runs/low:ema" in capsys.readouterr().err
     assert tune("steps=4") == 78
@@ -100,7 +140,11 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(tune, capsys):
     [
         (["init=runs/none"], 66, "no such file"),
         (["init=low"], 66, "init=runs/low"),
-        (["init=runs/low/checkpoints/step-00000002/ema.safetensors"], 2, "init=runs/low/checkpoints/step-00000002:ema"),
+        (
+            ["init=runs/low/checkpoints/step-00000002/ema.safetensors"],
+            2,
+            "init=runs/low/checkpoints/step-00000002:ema",
+        ),
         (["init=runs/low", "init_head=keep", "data=digits"], 2, "a head of 5 classes for data of 10"),
         (["init=runs/low", "init_head=new"], 2, "auto, keep, mapped, fresh"),
         (["init_head=mapped"], 2, "init_head=mapped without init"),
@@ -138,7 +182,9 @@ def test_a_parent_without_ema(tune, capsys):
 
 
 def test_a_recipe_for_pre_training_and_one_for_fine_tuning_make_a_chain(halves, monkeypatch, capsys):
-    """As published: no validation images for the first, other classes, a larger size, layer decay and a fresh head for the second."""
+    """As published: no validation images for the first, other classes, a larger size, layer decay and a fresh
+    head for the second.
+    """
 
     def run(*arguments):
         return _main("train", [*SMALL, "model.drop_path=0", "steps=2", *arguments], monkeypatch)
@@ -146,7 +192,13 @@ def test_a_recipe_for_pre_training_and_one_for_fine_tuning_make_a_chain(halves, 
     small = ["augment.size=32", "data.val=null", "optim.warmup_epochs=0"]
     assert run("recipe=in22k", f"data.root={halves}/low", "run=parent", *small) == 0
     assert "no validation images" in capsys.readouterr().out
-    fine = ["recipe=ft_in22k_in1k_384", f"data.root={halves}/high", "augment.size=48", "evaluate.size=48", "ema.decay=null"]
+    fine = [
+        "recipe=ft_in22k_in1k_384",
+        f"data.root={halves}/high",
+        "augment.size=48",
+        "evaluate.size=48",
+        "ema.decay=null",
+    ]
     assert run(*fine, "run=high", "init=runs/parent", "optim.warmup_epochs=0", "augment.erase=0") == 0
     said = capsys.readouterr().out
     assert "raw weights of run parent after step 2" in said

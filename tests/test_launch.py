@@ -13,12 +13,23 @@ from conftest import ROOT, SMALL, weights
 
 LOCAL = str(ROOT / "launch" / "local.sh")
 SEEDS = str(ROOT / "launch" / "seeds.sh")
-JOB = ["device=cpu", "model=timm", "model.timm=test_resnet", "save_every=0", "evaluate_every=never", "log_every=1", "epochs=40", "optim.warmup_epochs=0"]  # fmt: skip
+JOB = [
+    "device=cpu",
+    "model=timm",
+    "model.timm=test_resnet",
+    "save_every=0",
+    "evaluate_every=never",
+    "log_every=1",
+    "epochs=40",
+    "optim.warmup_epochs=0",
+]
 
 
 @pytest.fixture
 def launch(digits):
-    """A script with train.py's arguments for a small job, in a process group of its own, as a terminal starts it."""
+    """A script with train.py's arguments for a small job, in a process group of its own, as a terminal starts
+    it.
+    """
     processes = []
 
     def launch(*options, script=LOCAL):
@@ -141,5 +152,7 @@ def test_seeds_are_runs_of_several_ranks_each(launch):
     assert code == 0, said
     assert said.count("2 ranks by torchrun") == 2
     table = [line.split()[:2] for line in said[said.rindex("\nrun ") :].splitlines()[2:]]
-    assert [row for row in table if row[0].endswith(("s0", "s1"))] == [[f"test_resnet-demo-folder-s{seed}", "0"] for seed in (0, 1)]
+    assert [row for row in table if row[0].endswith(("s0", "s1"))] == [
+        [f"test_resnet-demo-folder-s{seed}", "0"] for seed in (0, 1)
+    ]
     assert weights("test_resnet-demo-folder-s0") != weights("test_resnet-demo-folder-s1")

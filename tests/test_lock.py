@@ -10,7 +10,10 @@ import pytest
 from reconverge import lock
 from reconverge.errors import Exit, Stop
 
-HOLDER = "import sys, time; from pathlib import Path; from reconverge.lock import Lock; Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(100)"
+HOLDER = (
+    "import sys, time; from pathlib import Path; from reconverge.lock import Lock; Lock(Path(sys.argv[1]));"
+    " print('held', flush=True); time.sleep(100)"
+)
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""The loop of train.py against a slow one written on its own: what is accumulated, scaled, clipped, stepped and averaged, and in which order."""
+"""The loop of train.py against a slow one written on its own: what is accumulated, scaled, clipped, stepped
+and averaged, and in which order.
+"""
 
 import math
 from pathlib import Path
@@ -37,7 +39,9 @@ def reference(digits, cache):
             (images, labels, _), _ = images_of[order.microbatch(step, microbatch)]
             key = (3, step, microbatch)
             images, targets = mix(normalise(images), labels, key)
-            logits = masked(images, drop_path.draw(drop_path.rates(net), MICROBATCH, key, torch.device("cpu")))
+            logits = masked(
+                images, drop_path.draw(drop_path.rates(net), MICROBATCH, key, torch.device("cpu"))
+            )
             total = total - (targets * logits.log_softmax(1)).sum() / BATCH  # a mean over the whole batch
         gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
@@ -48,7 +52,9 @@ def reference(digits, cache):
                 first[name] = 0.9 * first[name] + 0.1 * gradient
                 second[name] = 0.999 * second[name] + 0.001 * gradient**2
                 decay = 0.0 if parameter.ndim == 1 or name.endswith("bias") else WEIGHT_DECAY
-                update = (first[name] / (1 - 0.9 ** (step + 1))) / ((second[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                update = (first[name] / (1 - 0.9 ** (step + 1))) / (
+                    (second[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+                )
                 parameter.copy_(parameter.double() * (1 - rate * decay) - rate * update)
                 average[name] = DECAY * average[name] + (1 - DECAY) * parameter.double()
         losses.append(float(total.detach()))
@@ -57,25 +63,34 @@ def reference(digits, cache):
 
 
 def test_the_loop_equals_a_slow_one(train, digits, cache):
-    settings = ["model.drop_path=0.5", "recipe.name=mine", "augment.scale=[0.08,1.0]", "augment.flip=0.5", "augment.auto=rand-m9-mstd0.5-inc1", "augment.erase=0.5",
-                f"optim.lr={LR}", f"optim.clip={CLIP}", f"optim.weight_decay={WEIGHT_DECAY}", f"ema.decay={DECAY}", "seed=3", "log_every=1", "evaluate_every=never"]  # fmt: skip
+    settings = ["model.drop_path=0.5", "recipe.name=mine", "augment.scale=[0.08,1.0]", "augment.flip=0.5",
+        "augment.auto=rand-m9-mstd0.5-inc1", "augment.erase=0.5",
+        f"optim.lr={LR}", f"optim.clip={CLIP}", f"optim.weight_decay={WEIGHT_DECAY}",
+        f"ema.decay={DECAY}", "seed=3", "log_every=1", "evaluate_every=never"]  # fmt: skip
     assert train("run=a", f"steps={STEPS}", *settings) == 0
     weights, average, losses, norms = reference(digits, cache)
     from test_train import metrics
 
     records = [record for record in metrics("a") if "loss" in record]
-    assert torch.allclose(torch.tensor([record["loss"] for record in records]), torch.tensor(losses), rtol=1e-4)
-    assert torch.allclose(torch.tensor([record["grad_norm"] for record in records]), torch.tensor(norms), rtol=1e-3)
+    assert torch.allclose(
+        torch.tensor([record["loss"] for record in records]), torch.tensor(losses), rtol=1e-4
+    )
+    assert torch.allclose(
+        torch.tensor([record["grad_norm"] for record in records]), torch.tensor(norms), rtol=1e-3
+    )
     saved = Path("runs/a/checkpoints/step-00000004")
     raw, ema = load_file(saved / "model.safetensors"), load_file(saved / "ema.safetensors")
     start = models.build(Model("convnext_atto", "atto", 0.5), 10, seed=3).state_dict()
     for name in weights:
         moved = float((weights[name] - start[name]).abs().max())
-        # AdamW divides by the gradient's own size: where that is tiny, rounding decides the sign. Most must agree closely.
+        # AdamW divides by the gradient's own size: where that is tiny, rounding decides the sign. Most must
+        # agree closely.
         close = ((raw[name] - weights[name]).abs() < 0.02 * moved + 1e-7).float().mean()
         assert float(close) > 0.99, name
         drift = float((average[name] - start[name].double()).abs().max())
-        assert float(((ema[name].double() - average[name]).abs() < 0.02 * drift + 1e-7).float().mean()) > 0.99, name
+        assert (
+            float(((ema[name].double() - average[name]).abs() < 0.02 * drift + 1e-7).float().mean()) > 0.99
+        ), name
     assert any(norm > CLIP for norm in norms)
 
 

@@ -16,7 +16,8 @@ from reconverge.settings import Model
 
 CPU = torch.device("cpu")
 ROADMAP = """
-# Tables 10 and 11: GMACs and top-1 as printed; GMACs and parameters (M) as counted on the authors' code, where they are known.
+# Tables 10 and 11: GMACs and top-1 as printed; GMACs and parameters (M) as counted on the authors' code,
+# where they are known.
 roadmap_00_resnet50                4.09  78.82  4.089  25.56
 roadmap_01_stage_ratio             4.53  79.36  4.526  28.63
 roadmap_02_patchify_stem           4.42  79.51  4.418  28.62
@@ -50,11 +51,13 @@ roadmap_b_13_fewer_norms           14.81 83.17  -      -
 roadmap_b_14_layer_norm            14.81 83.35  14.807 83.71
 roadmap_b_15_downsampling          15.35 83.60  15.355 88.59
 """
-# Two figures of Table 10 are slips: "BN to LN" prints 4.46 where Figure 2 has 4.2 and Table 11 no change, and ConvNeXt-T 4.49.
+# Two figures of Table 10 are slips: "BN to LN" prints 4.46 where Figure 2 has 4.2 and Table 11 no change, and
+# ConvNeXt-T 4.49.
 SLIPS = {"roadmap_14_layer_norm": ("4.46", "4.15"), "roadmap_15_downsampling": ("4.49", "4.46")}
 
 PAPER = """
-# Tables 1, 2, 8 and 9: pixels, parameters (M), GMACs, top-1 trained on ImageNet-1K, top-1 pre-trained on ImageNet-22K; atto: timm's
+# Tables 1, 2, 8 and 9: pixels, parameters (M), GMACs, top-1 trained on ImageNet-1K, top-1 pre-trained on
+# ImageNet-22K; atto: timm's
 convnext_atto   224 3.7  0.55  -     -
 convnext_t      224 28.6 4.5   82.1  82.9
 convnext_t      384 28.6 13.1  -     84.1
@@ -111,7 +114,11 @@ SHAPES = {
 def rows(table, macs=None):
     """Split lines; with the column of GMACs, what takes long to count is slow."""
     found = [line.split() for line in table.strip().splitlines()[1:]]
-    return found if macs is None else [row if float(row[macs]) < 6 else pytest.param(*row, marks=pytest.mark.slow) for row in found]
+    return (
+        found
+        if macs is None
+        else [row if float(row[macs]) < 6 else pytest.param(*row, marks=pytest.mark.slow) for row in found]
+    )
 
 
 def model(name="convnext_atto", **settings):
@@ -137,12 +144,18 @@ def rounded(value, like):
 
 
 def test_the_typed_tables_hold_every_model_at_every_size():
-    typed = [(name, 224) for name, *_ in rows(ROADMAP)] + [(name, int(size)) for name, size, *_ in rows(PAPER) + rows(OTHERWISE)]
-    assert sorted(typed) == sorted((name, row.size) for name, spec in models.MODELS.items() for row in spec.published)
+    typed = [(name, 224) for name, *_ in rows(ROADMAP)] + [
+        (name, int(size)) for name, size, *_ in rows(PAPER) + rows(OTHERWISE)
+    ]
+    assert sorted(typed) == sorted(
+        (name, row.size) for name, spec in models.MODELS.items() for row in spec.published
+    )
 
 
 @pytest.mark.parametrize(("name", "size", "parameters", "macs", "top1", "top1_22k"), rows(PAPER, macs=3))
-def test_parameters_and_macs_are_the_published_ones(counted_once, name, size, parameters, macs, top1, top1_22k):
+def test_parameters_and_macs_are_the_published_ones(
+    counted_once, name, size, parameters, macs, top1, top1_22k
+):
     row = published(name, size)
     assert row[1:5] == tuple(map(number, (parameters, macs, top1, top1_22k)))
     assert row.counted is None
@@ -152,15 +165,21 @@ def test_parameters_and_macs_are_the_published_ones(counted_once, name, size, pa
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "parameters", "macs", "counted_parameters", "counted_macs", "top1", "top1_22k"), rows(OTHERWISE, macs=3)
+    ("name", "size", "parameters", "macs", "counted_parameters", "counted_macs", "top1", "top1_22k"),
+    rows(OTHERWISE, macs=3),
 )
-def test_models_that_others_counted_otherwise(counted_once, name, size, parameters, macs, counted_parameters, counted_macs, top1, top1_22k):
+def test_models_that_others_counted_otherwise(
+    counted_once, name, size, parameters, macs, counted_parameters, counted_macs, top1, top1_22k
+):
     """Both figures are pinned, and the table says why they differ."""
     row = published(name, size)
     assert row[1:5] == tuple(map(number, (parameters, macs, top1, top1_22k)))
     assert row.counted == (float(counted_parameters), float(counted_macs))
     counted = models.MODELS[name].count(in_conf(name), int(size))
-    assert tuple(map(rounded, counted, (counted_parameters, counted_macs))) == (counted_parameters, counted_macs)
+    assert tuple(map(rounded, counted, (counted_parameters, counted_macs))) == (
+        counted_parameters,
+        counted_macs,
+    )
     assert row.note.startswith("published: ")
 
 
@@ -189,12 +208,17 @@ def test_the_page_of_models_is_what_the_command_prints(monkeypatch, capsys, coun
 
 def test_every_model_has_its_file_and_every_file_its_model():
     folder = ROOT / "conf" / "model"
-    named = {str(path.relative_to(folder).with_suffix("")): yaml.safe_load(path.read_text())["name"] for path in folder.rglob("*.yaml")}
+    named = {
+        str(path.relative_to(folder).with_suffix("")): yaml.safe_load(path.read_text())["name"]
+        for path in folder.rglob("*.yaml")
+    }
     assert named.pop("timm") == "${model.timm}"
     assert {file.replace("/", "_") for file in named} == set(named.values()) == set(models.MODELS)
     assert all(file.replace("/", "_") == name for file, name in named.items())
     for name in models.MODELS:
-        given = yaml.safe_load(next(folder / f"{file}.yaml" for file in named if named[file] == name).read_text())
+        given = yaml.safe_load(
+            next(folder / f"{file}.yaml" for file in named if named[file] == name).read_text()
+        )
         assert ("image_size" in given) == bool(models.MODELS[name].fixed_size)
 
 
@@ -203,12 +227,18 @@ def test_depths_and_widths(name):
     with torch.device("meta"):
         net = models.find(model(name)).build(model(name), 1000)
     stages = [stage.blocks for stage in net.stages] if hasattr(net, "stages") else [net.blocks]
-    assert (tuple(map(len, stages)), tuple(blocks[0].conv_dw.weight.shape[0] for blocks in stages)) == SHAPES[name]
+    assert (tuple(map(len, stages)), tuple(blocks[0].conv_dw.weight.shape[0] for blocks in stages)) == SHAPES[
+        name
+    ]
 
 
 @pytest.mark.parametrize("name", ["deit_s", "resnet50", "swin_t"])
 def test_other_models_start_as_timm_draws_them(name):
-    timm_name = {"deit_s": "deit_small_patch16_224", "resnet50": "resnet50", "swin_t": "swin_tiny_patch4_window7_224"}[name]
+    timm_name = {
+        "deit_s": "deit_small_patch16_224",
+        "resnet50": "resnet50",
+        "swin_t": "swin_tiny_patch4_window7_224",
+    }[name]
     size = {} if name == "resnet50" else {"image_size": 224}
     net = models.build(model(name, layer_scale=None, **size), 10, seed=3)
     with chance.scope(3, "init"):
@@ -221,7 +251,9 @@ def test_other_models_start_as_timm_draws_them(name):
 
 def test_drop_rates_of_other_models_are_masks_too():
     for name, blocks in (("swin_t", 12), ("resnet50", 16)):
-        net = models.build(model(name, layer_scale=None, drop_path=0.2, image_size=32 if name == "swin_t" else None), 10, 0)
+        net = models.build(
+            model(name, layer_scale=None, drop_path=0.2, image_size=32 if name == "swin_t" else None), 10, 0
+        )
         assert not [module for module in net.modules() if isinstance(module, DropPath)]
         rates = drop_path.rates(net)
         linear = [0.2 * block / (blocks - 1) for block in range(1, blocks)]
@@ -258,11 +290,19 @@ def test_what_a_model_cannot_take_is_refused(settings, said):
 
 def test_any_model_of_timms():
     """Counted, and marked: not in the paper."""
-    net = models.build(model("test_vit", timm="test_vit", layer_scale=None, image_size=64, drop_path=0.1), 10, 0)
+    net = models.build(
+        model("test_vit", timm="test_vit", layer_scale=None, image_size=64, drop_path=0.1), 10, 0
+    )
     assert net.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
     spec = models.find(model("test_resnet", timm="test_resnet"))
-    assert (spec.source, spec.published[0].parameters, spec.published[0].macs) == ("not in the paper", None, None)
-    scaled = models.build(model("test_resnet", timm="test_resnet", layer_scale=None, head_init_scale=0.0), 10, 0)
+    assert (spec.source, spec.published[0].parameters, spec.published[0].macs) == (
+        "not in the paper",
+        None,
+        None,
+    )
+    scaled = models.build(
+        model("test_resnet", timm="test_resnet", layer_scale=None, head_init_scale=0.0), 10, 0
+    )
     assert not scaled.fc.weight.any()
 
 
@@ -272,10 +312,15 @@ def test_initial_weights():
         if name.endswith("gamma"):
             assert (parameter == 1e-6).all()
         elif parameter.ndim == 1:
-            expected = 1.0 if "norm" in name or name in ("stem.1.weight", "head.norm.weight") or ".downsample.0." in name else 0.0
+            expected = (
+                1.0
+                if "norm" in name or name in ("stem.1.weight", "head.norm.weight") or ".downsample.0." in name
+                else 0.0
+            )
             assert (parameter == (0.0 if name.endswith("bias") else expected)).all(), name
         else:
-            # A normal of deviation 0.02 and none of timm's outliers at 100 deviations: the chance of one beyond 6.5 is 1e-3.
+            # A normal of deviation 0.02 and none of timm's outliers at 100 deviations: the chance of one
+            # beyond 6.5 is 1e-3.
             assert parameter.abs().max() < 6.5 * 0.02, name
             assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.05), name
             assert abs(float(parameter.detach().mean())) < 0.02 * 5 / parameter.numel() ** 0.5, name
@@ -288,28 +333,47 @@ def test_initial_weights_are_a_function_of_the_seed_alone():
     other = models.build(model(), 10, seed=1).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["stem.0.weight"], other["stem.0.weight"])
-    assert not torch.equal(first["stages.0.blocks.0.mlp.fc1.weight"], first["stages.0.blocks.1.mlp.fc1.weight"])
+    assert not torch.equal(
+        first["stages.0.blocks.0.mlp.fc1.weight"], first["stages.0.blocks.1.mlp.fc1.weight"]
+    )
 
 
 def test_head_init_scale_and_layer_scale():
-    plain, scaled = models.build(model(), 10, 0), models.build(model(head_init_scale=0.001, layer_scale=0.5), 10, 0)
+    plain, scaled = (
+        models.build(model(), 10, 0),
+        models.build(model(head_init_scale=0.001, layer_scale=0.5), 10, 0),
+    )
     assert torch.equal(scaled.head.fc.weight, plain.head.fc.weight * 0.001)
     assert (scaled.stages[0].blocks[0].gamma == 0.5).all()
     assert models.build(model(layer_scale=None), 10, 0).stages[0].blocks[0].gamma is None
 
 
-@pytest.mark.parametrize(("name", "rate", "blocks"), [("convnext_t", 0.1, 18), ("convnext_s", 0.4, 36), ("convnext_b", 0.5, 36), ("convnext_l", 0.5, 36), ("convnext_iso_s", 0.1, 18), ("convnext_iso_l", 0.5, 36)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "rate", "blocks"),
+    [
+        ("convnext_t", 0.1, 18),
+        ("convnext_s", 0.4, 36),
+        ("convnext_b", 0.5, 36),
+        ("convnext_l", 0.5, 36),
+        ("convnext_iso_s", 0.1, 18),
+        ("convnext_iso_l", 0.5, 36),
+    ],
+)
 def test_drop_rates_are_linear_over_all_blocks(name, rate, blocks):
     with torch.device("meta"):
         net = models.MODELS[name].build(model(name, drop_path=rate), 10)
     drop_path.replace(net)
     assert not [module for module in net.modules() if isinstance(module, DropPath)]
     # torch.linspace in the official code; the first block's rate is 0, and it has no mask.
-    assert drop_path.rates(net) == pytest.approx([rate * block / (blocks - 1) for block in range(1, blocks)], rel=1e-6)
+    assert drop_path.rates(net) == pytest.approx(
+        [rate * block / (blocks - 1) for block in range(1, blocks)], rel=1e-6
+    )
 
 
 def test_isotropic_is_the_published_function():
-    """Section 3.3 written as plain functions: patches, then blocks of depthwise 7x7, norm, 1x1 to 4 widths, GELU, 1x1; mean, norm, head."""
+    """Section 3.3 written as plain functions: patches, then blocks of depthwise 7x7, norm, 1x1 to 4 widths,
+    GELU, 1x1; mean, norm, head.
+    """
     from torch.nn.functional import conv2d, gelu, layer_norm, linear
 
     for layer_scale in (None, 0.5):
@@ -320,10 +384,18 @@ def test_isotropic_is_the_published_function():
         x = conv2d(images, weights["stem.weight"], weights["stem.bias"], stride=16)
         for block in range(3):
             prefix = f"blocks.{block}."
-            w = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+            w = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in weights.items()
+                if name.startswith(prefix)
+            }
             y = conv2d(x, w["conv_dw.weight"], w["conv_dw.bias"], padding=3, groups=24).permute(0, 2, 3, 1)
             y = layer_norm(y, (24,), w["norm.weight"], w["norm.bias"], 1e-6)
-            y = linear(gelu(linear(y, w["mlp.fc1.weight"], w["mlp.fc1.bias"])), w["mlp.fc2.weight"], w["mlp.fc2.bias"])
+            y = linear(
+                gelu(linear(y, w["mlp.fc1.weight"], w["mlp.fc1.bias"])),
+                w["mlp.fc2.weight"],
+                w["mlp.fc2.bias"],
+            )
             x = x + (y if layer_scale is None else y * w["gamma"]).permute(0, 3, 1, 2)
         x = layer_norm(x.mean((2, 3)), (24,), weights["norm.weight"], weights["norm.bias"], 1e-6)
         expected = linear(x, weights["head.weight"], weights["head.bias"])
@@ -388,18 +460,24 @@ def reference_without_drops(net, images):
     return plain(images)
 
 
-@pytest.mark.parametrize("build", [lambda: models.build(model(drop_path=0.5, layer_scale=1.0), 10, 0), lambda: isotropic()])
+@pytest.mark.parametrize(
+    "build", [lambda: models.build(model(drop_path=0.5, layer_scale=1.0), 10, 0), lambda: isotropic()]
+)
 def test_activation_checkpointing_and_channels_last_keep_the_masks(build):
     def gradients(prepare):
         net = build().train()
         prepare(net)
         images = torch.from_numpy(chance.uniform((4, 3, 32, 32), 1)).float()
-        drop_path.Masked(net)(images, drop_path.draw(drop_path.rates(net), 4, (0, 0, 0), CPU)).square().sum().backward()
+        drop_path.Masked(net)(
+            images, drop_path.draw(drop_path.rates(net), 4, (0, 0, 0), CPU)
+        ).square().sum().backward()
         return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
 
     plain = gradients(lambda net: None)
     assert torch.equal(plain, gradients(lambda net: net.set_grad_checkpointing()))
-    assert torch.allclose(plain, gradients(lambda net: net.to(memory_format=torch.channels_last)), rtol=1e-3, atol=1e-4)
+    assert torch.allclose(
+        plain, gradients(lambda net: net.to(memory_format=torch.channels_last)), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_an_unknown_name_is_refused():

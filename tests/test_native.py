@@ -1,4 +1,6 @@
-"""The native library against Pillow, pixel by pixel, with and without AVX2; and what becomes of a run where it is not to be had."""
+"""The native library against Pillow, pixel by pixel, with and without AVX2; and what becomes of a run where
+it is not to be had.
+"""
 
 import io
 import json
@@ -19,15 +21,29 @@ from reconverge import chance
 from reconverge.data import native, transforms
 from reconverge.data.decode import RESAMPLING, Undecodable, crop_and_resize
 
-OURS = ["4:4:4", "4:2:2", "4:2:0", "progressive", "progressive 4:4:4", "restart markers", "optimised", "gray", "gray progressive"]
+OURS = [
+    "4:4:4",
+    "4:2:2",
+    "4:2:0",
+    "progressive",
+    "progressive 4:4:4",
+    "restart markers",
+    "optimised",
+    "gray",
+    "gray progressive",
+]
 MORE = KINDS | {
-    "progressive 4:4:4": lambda w, h, s: encoded(picture(w, h, s), quality=92, progressive=True, subsampling=0),
+    "progressive 4:4:4": lambda w, h, s: encoded(
+        picture(w, h, s), quality=92, progressive=True, subsampling=0
+    ),
     "gray progressive": lambda w, h, s: encoded(picture(w, h, s, "L"), quality=70, progressive=True),
 }
 
 
 def pillows(data, box, size, interpolation):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").crop(box).resize(size, RESAMPLING[interpolation]))
+    return np.asarray(
+        Image.open(io.BytesIO(data)).convert("RGB").crop(box).resize(size, RESAMPLING[interpolation])
+    )
 
 
 def cases(count, seed):
@@ -38,9 +54,12 @@ def cases(count, seed):
         data = MORE[OURS[number % len(OURS)]](width, height, number)
         left, top = int(random.integers(width)), int(random.integers(height))
         right, bottom = int(random.integers(left, width)) + 1, int(random.integers(top, height)) + 1
-        box = [(left, top, right, bottom), (left, top, right, bottom), (left, top, left + 1, top + 1), (0, 0, width, height)][
-            number // len(OURS) % 4
-        ]
+        box = [
+            (left, top, right, bottom),
+            (left, top, right, bottom),
+            (left, top, left + 1, top + 1),
+            (0, 0, width, height),
+        ][number // len(OURS) % 4]
         size = [tuple(random.integers(1, 130, 2).tolist()), (box[2] - box[0], 40), (224, 224), (384, 384)][
             int(random.choice(4, p=(0.6, 0.1, 0.2, 0.1)))
         ]
@@ -51,7 +70,12 @@ def compare_decoding(library, count, seed=0):
     for kind, data, box, size, interpolation in cases(count, seed):
         pixels = library.crop_and_resize(data, box, size, interpolation)
         assert pixels is not None, f"{kind} was left to Pillow"
-        assert np.array_equal(pixels[..., :3], pillows(data, box, size, interpolation)), (kind, box, size, interpolation)
+        assert np.array_equal(pixels[..., :3], pillows(data, box, size, interpolation)), (
+            kind,
+            box,
+            size,
+            interpolation,
+        )
 
 
 def test_decoding_is_pillows(library):
@@ -64,21 +88,33 @@ def test_decoding_is_pillows_in_thousands_of_cases(library):
 
 
 def compare_moving(library, count, monkeypatch):
-    """The five operations as the shipped policies call them, bicubic and bilinear, at the magnitudes that they draw, with any colour."""
+    """The five operations as the shipped policies call them, bicubic and bilinear, at the magnitudes that
+    they draw, with any colour.
+    """
     monkeypatch.setattr(native, "chosen", lambda: library)
     random = np.random.Generator(np.random.PCG64(2))
     policies = [
-        rand_augment_transform(policy, {"translate_const": 100, "img_mean": (124, 116, 104), "interpolation": filter})
+        rand_augment_transform(
+            policy, {"translate_const": 100, "img_mean": (124, 116, 104), "interpolation": filter}
+        )
         for policy in ("rand-m9-mstd0.5-inc1", "rand-m3-mstd0.5-inc1")
         for filter in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
     ]
-    operations = [operation for policy in policies for operation in policy.ops if operation.name in transforms.AFFINE]
+    operations = [
+        operation for policy in policies for operation in policy.ops if operation.name in transforms.AFFINE
+    ]
     assert len(operations) == 20
-    pictures = [picture(*size, number) for number, size in enumerate([(224, 224), (64, 64), (97, 161), (32, 32), (130, 50)])]
+    pictures = [
+        picture(*size, number)
+        for number, size in enumerate([(224, 224), (64, 64), (97, 161), (32, 32), (130, 50)])
+    ]
     moved = 0
     for number in range(count):
         operation, image = copy(operations[number % 20]), pictures[number % 7 % 5]
-        operation.prob, operation.kwargs = 1.0, operation.kwargs | {"fillcolor": tuple(random.integers(0, 256, 3).tolist())}
+        operation.prob, operation.kwargs = (
+            1.0,
+            operation.kwargs | {"fillcolor": tuple(random.integers(0, 256, 3).tolist())},
+        )
         with chance.scope(number):
             expected = operation(image)
         operation.aug_fn = transforms._natively(operation.aug_fn)
@@ -104,13 +140,23 @@ def test_any_affine_matrix(library, filter):
     """Not only timm's: turned by a right angle, mirrored, stretched, far outside."""
     random = np.random.Generator(np.random.PCG64(3))
     image = picture(50, 37, 0)
-    for matrix in [(0, 1, 0, 1, 0, 0), (-1, 0, 50, 0, 1, 0), (1, 0, 1e9, 0, 1, 0), (0, 0, 0.25, 0, 0, 36.9), *(random.normal(0, 1, (60, 6)) * (1, 1, 30, 1, 1, 30)).tolist()]:  # fmt: skip
+    for matrix in [
+        (0, 1, 0, 1, 0, 0),
+        (-1, 0, 50, 0, 1, 0),
+        (1, 0, 1e9, 0, 1, 0),
+        (0, 0, 0.25, 0, 0, 36.9),
+        *(random.normal(0, 1, (60, 6)) * (1, 1, 30, 1, 1, 30)).tolist(),
+    ]:
         expected = image.transform(image.size, Image.Transform.AFFINE, matrix, filter, fillcolor=(1, 2, 3))
-        assert np.array_equal(np.asarray(library.affine(image, matrix, filter, (1, 2, 3))), np.asarray(expected)), matrix
+        assert np.array_equal(
+            np.asarray(library.affine(image, matrix, filter, (1, 2, 3))), np.asarray(expected)
+        ), matrix
 
 
 def test_pillow_13s_order_of_passes(library):
-    """Vertically first where rows go, and more than twice as many as columns: two resizes of the Pillow that is installed, one way each."""
+    """Vertically first where rows go, and more than twice as many as columns: two resizes of the Pillow that
+    is installed, one way each.
+    """
     library = native.Native(library.simd, pillow="13.0.0")
     orders = set()
     for _, data, box, (width, height), interpolation in cases(120, seed=4):
@@ -118,8 +164,12 @@ def test_pillow_13s_order_of_passes(library):
         vertical_first = rows - height > 0 and rows - height > 2 * (columns - width)
         between = (columns, height) if vertical_first else (width, rows)
         cropped = Image.open(io.BytesIO(data)).convert("RGB").crop(box)
-        expected = cropped.resize(between, RESAMPLING[interpolation]).resize((width, height), RESAMPLING[interpolation])
-        assert np.array_equal(library.crop_and_resize(data, box, (width, height), interpolation)[..., :3], np.asarray(expected))
+        expected = cropped.resize(between, RESAMPLING[interpolation]).resize(
+            (width, height), RESAMPLING[interpolation]
+        )
+        assert np.array_equal(
+            library.crop_and_resize(data, box, (width, height), interpolation)[..., :3], np.asarray(expected)
+        )
         orders.add(vertical_first)
     assert orders == {False, True}
 
@@ -156,7 +206,7 @@ def outcome(*case):
 
 
 def compare_damaged(library, count, monkeypatch):
-    """Cut, flipped, with bytes inserted: pixels, or an exception of the same words, as without the library."""
+    """Cut, flipped, with bytes inserted: the same pixels or exception as without the library."""
     random = np.random.Generator(np.random.PCG64(5))
     native_too = raised = 0
     for kind, data, box, size, interpolation in cases(count, seed=6):
@@ -198,7 +248,9 @@ def test_many_threads_get_the_same_pixels(library):
     alone = [library.crop_and_resize(*case[1:]) for case in work]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            for one, other in zip(pool.map(lambda case: library.crop_and_resize(*case[1:]), work), alone, strict=True):
+            for one, other in zip(
+                pool.map(lambda case: library.crop_and_resize(*case[1:]), work), alone, strict=True
+            ):
                 assert np.array_equal(one[..., :3], other[..., :3])
 
 
@@ -251,15 +303,33 @@ def test_it_installs_with_and_without_a_compiler(tmp_path, compiler):
     """A wheel carries the library if it could be compiled, and is made without it if not."""
     copy = tmp_path / "source"
     subprocess.run(["git", "-C", ROOT, "worktree", "list"], check=True, capture_output=True)
-    files = subprocess.run(["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], check=True, capture_output=True, text=True).stdout.split("\n")[:-1]  # fmt: skip
+    files = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\n")[:-1]
     for name in files:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, copy]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        copy,
+    ]
     subprocess.run(command, check=True, env=os.environ | {"CC": compiler, "LDSHARED": f"{compiler} -shared"})
     (wheel,) = tmp_path.glob("*.whl")
-    listing = subprocess.run([sys.executable, "-m", "zipfile", "-l", wheel], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        [sys.executable, "-m", "zipfile", "-l", wheel], check=True, capture_output=True, text=True
+    ).stdout
     assert ("reconverge/data/_native" in listing) == (compiler == "cc")
 
 

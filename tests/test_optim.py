@@ -24,7 +24,9 @@ def clock(steps_per_epoch, epochs, warmup_epochs):
     return Clock.of(cfg, 4 * steps_per_epoch)
 
 
-@pytest.mark.parametrize(("epochs", "steps", "warmup"), [(300, 312, 20), (90, 3465, 5), (30, 2502, 0), (5, 1, 1), (4, 7, 2)])
+@pytest.mark.parametrize(
+    ("epochs", "steps", "warmup"), [(300, 312, 20), (90, 3465, 5), (30, 2502, 0), (5, 1, 1), (4, 7, 2)]
+)
 def test_learning_rate_is_the_published_formula(epochs, steps, warmup):
     expected = published_schedule(4e-3, 1e-6, epochs, steps, warmup)
     settings, count = Optim(lr=4e-3, min_lr=1e-6), clock(steps, epochs, warmup)
@@ -36,18 +38,24 @@ def test_learning_rate_is_the_published_formula(epochs, steps, warmup):
 def test_learning_rate_at_key_steps(golden):
     settings, count = Optim(lr=4e-3, min_lr=1e-6), clock(312, 300, 20)
     steps = [0, 1, 3120, 6239, 6240, 6241, 50000, 93599]
-    golden("learning_rate_in1k.txt", "\n".join(f"{step} {optim.learning_rate(settings, step, count):.17g}" for step in steps))
+    golden(
+        "learning_rate_in1k.txt",
+        "\n".join(f"{step} {optim.learning_rate(settings, step, count):.17g}" for step in steps),
+    )
     assert optim.learning_rate(settings, 0, count) == 0
     assert optim.learning_rate(settings, 6239, count) == optim.learning_rate(settings, 6240, count) == 4e-3
 
 
 def timm_rates(count, epochs, lr, low, start, by_epoch):
-    """timm's scheduler, stepped as DeiT's main.py (after each epoch) and Swin's (after each step) step it: the rate of every step."""
+    """timm's scheduler, stepped as DeiT's main.py (after each epoch) and Swin's (after each step) step it:
+    the rate of every step.
+    """
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     unit = count.steps_per_epoch if by_epoch else 1
     total, warmup = count.total // unit, count.warmup // unit
     scheduler = CosineLRScheduler(
-        optimizer, t_initial=total if by_epoch else total - warmup, lr_min=low, warmup_t=warmup, warmup_lr_init=start,
+        optimizer, t_initial=total if by_epoch else total - warmup, lr_min=low, warmup_t=warmup,
+        warmup_lr_init=start,
         warmup_prefix=not by_epoch, t_in_epochs=by_epoch, cycle_limit=1,
     )  # fmt: skip
     rates = []
@@ -62,14 +70,17 @@ def timm_rates(count, epochs, lr, low, start, by_epoch):
 
 
 @pytest.mark.parametrize(("schedule", "epochs", "steps", "warmup", "lr", "low", "start"), [
-    ("deit", 300, 5, 5, 1e-3, 1e-5, 1e-6), ("deit", 4, 3, 0, 1e-3, 1e-5, 1e-6),
-    ("swin", 300, 7, 20, 1e-3, 1e-5, 1e-6), ("swin", 30, 40, 5, 4e-5, 4e-7, 4e-8), ("swin", 2, 5, 0, 1e-3, 1e-5, 1e-6),
-])  # fmt: skip
+        ("deit", 300, 5, 5, 1e-3, 1e-5, 1e-6), ("deit", 4, 3, 0, 1e-3, 1e-5, 1e-6),
+        ("swin", 300, 7, 20, 1e-3, 1e-5, 1e-6), ("swin", 30, 40, 5, 4e-5, 4e-7, 4e-8),
+        ("swin", 2, 5, 0, 1e-3, 1e-5, 1e-6),
+    ])  # fmt: skip
 def test_schedules_of_deit_and_swin_are_timms(schedule, epochs, steps, warmup, lr, low, start):
     count = clock(steps, epochs, warmup)
     settings = Optim(lr=lr, min_lr=low, warmup_lr=start, warmup_epochs=warmup, schedule=schedule)
     rates = [optim.learning_rate(settings, step, count) for step in range(count.total)]
-    assert rates == pytest.approx(timm_rates(count, epochs, lr, low, start, schedule == "deit"), rel=1e-12, abs=0)
+    assert rates == pytest.approx(
+        timm_rates(count, epochs, lr, low, start, schedule == "deit"), rel=1e-12, abs=0
+    )
 
 
 def test_the_forms_of_the_schedule_at_steps_worked_out_by_hand():
@@ -88,7 +99,12 @@ def test_the_forms_of_the_schedule_at_steps_worked_out_by_hand():
 
 
 def test_the_linear_rule_multiplies_the_whole_schedule():
-    cfg = Train(batch=128, microbatch=64, epochs=4, optim=Optim(lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=1, lr_batch=512))
+    cfg = Train(
+        batch=128,
+        microbatch=64,
+        epochs=4,
+        optim=Optim(lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=1, lr_batch=512),
+    )
     count, plain = Clock.of(cfg, 1280), clock(10, 4, 1)
     for step in range(40):
         assert optim.learning_rate(cfg.optim, step, count) == optim.learning_rate(cfg.optim, step, plain) / 4
@@ -101,29 +117,55 @@ def test_weight_decay_falls_on_the_right_parameters(golden):
     plain = {name for group in groups if group["weight_decay"] == 0.0 for name in group["names"]}
     # 18 blocks of one depthwise and two pointwise weights, stem, three downsampling convolutions, head.
     assert len(decayed) == 18 * 3 + 1 + 3 + 1
-    assert all(name.endswith(("conv_dw.weight", "fc1.weight", "fc2.weight", "downsample.1.weight", "stem.0.weight", "head.fc.weight")) for name in decayed)  # fmt: skip
-    assert all(name.endswith((".bias", "gamma", "norm.weight", "stem.1.weight", "downsample.0.weight")) for name in plain)
+    assert all(
+        name.endswith(
+            (
+                "conv_dw.weight",
+                "fc1.weight",
+                "fc2.weight",
+                "downsample.1.weight",
+                "stem.0.weight",
+                "head.fc.weight",
+            )
+        )
+        for name in decayed
+    )
+    assert all(
+        name.endswith((".bias", "gamma", "norm.weight", "stem.1.weight", "downsample.0.weight"))
+        for name in plain
+    )
     assert decayed | plain == {name for name, _ in net.named_parameters()}
     assert not decayed & plain
     golden("no_weight_decay_convnext_t.txt", "\n".join(sorted(plain)))
 
 
-# The published rule (official code for S, B, L, XL; the authors' downstream code for T), every prefix typed out, by timm's names.
+# The published rule (official code for S, B, L, XL; the authors' downstream code for T), every prefix typed
+# out, by timm's names.
 TWELVE = {
     "stem": 0, "stages.0": 1, "stages.1": 2, "stages.2.downsample": 3,
     **{f"stages.2.blocks.{block}": layer for layer, blocks in {
-        3: (0, 1, 2), 4: (3, 4, 5), 5: (6, 7, 8), 6: (9, 10, 11), 7: (12, 13, 14), 8: (15, 16, 17),
-        9: (18, 19, 20), 10: (21, 22, 23), 11: (24, 25, 26)}.items() for block in blocks},
+            3: (0, 1, 2), 4: (3, 4, 5), 5: (6, 7, 8), 6: (9, 10, 11), 7: (12, 13, 14), 8: (15, 16, 17),
+            9: (18, 19, 20), 10: (21, 22, 23), 11: (24, 25, 26)}.items() for block in blocks},
     "stages.3": 12, "head": 13,
 }  # fmt: skip
 SIX = {
     "stem": 0, "stages.0": 1, "stages.1": 2, "stages.2.downsample": 3,
-    **{f"stages.2.blocks.{block}": layer for layer, blocks in {3: (0, 1, 2), 4: (3, 4, 5), 5: (6, 7, 8)}.items() for block in blocks},
+    **{f"stages.2.blocks.{block}": layer for layer,
+        blocks in {3: (0, 1, 2), 4: (3, 4, 5), 5: (6, 7, 8)}.items() for block in blocks},
     "stages.3": 6, "head": 7,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "published", "head"), [("tiny", SIX, 7), ("small", TWELVE, 13), ("base", TWELVE, 13), ("large", TWELVE, 13), ("xlarge", TWELVE, 13)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "published", "head"),
+    [
+        ("tiny", SIX, 7),
+        ("small", TWELVE, 13),
+        ("base", TWELVE, 13),
+        ("large", TWELVE, 13),
+        ("xlarge", TWELVE, 13),
+    ],
+)
 def test_layers_and_their_rates_are_the_published_groups(size, published, head):
     with torch.device("meta"):
         net = timm.create_model(f"convnext_{size}")
@@ -138,18 +180,29 @@ def test_layers_and_their_rates_are_the_published_groups(size, published, head):
     parameters = dict(net.named_parameters())
     assert seen.keys() == parameters.keys()
     assert all(seen[name] is parameters[name] for name in seen)
-    assert {group["layer"] for group in optim.parameter_groups(net, Optim(layer_decay=0.8))} == set(range(head + 1))
+    assert {group["layer"] for group in optim.parameter_groups(net, Optim(layer_decay=0.8))} == set(
+        range(head + 1)
+    )
 
 
 @pytest.mark.parametrize(("name", "head", "some"), [
-    ("deit_small_patch16_224", 13, {"pos_embed": 0, "patch_embed.proj.weight": 0, "blocks.0.norm1.weight": 1, "blocks.11.mlp.fc2.bias": 12, "head.weight": 13}),
-    ("swin_tiny_patch4_window7_224", 13, {"patch_embed.proj.bias": 0, "layers.0.blocks.1.norm1.weight": 2, "layers.1.blocks.0.norm1.weight": 3, "layers.3.blocks.1.mlp.fc2.bias": 12, "head.fc.bias": 13}),
-    ("resnet50", 17, {"conv1.weight": 0, "layer1.0.conv1.weight": 1, "layer2.0.bn1.bias": 4, "layer4.2.conv3.weight": 16, "fc.weight": 17}),
-    ("convnext_iso_s", 19, {"stem.weight": 0, "blocks.0.conv_dw.weight": 1, "blocks.17.mlp.fc2.bias": 18, "norm.weight": 19, "head.bias": 19}),
-])  # fmt: skip
+        ("deit_small_patch16_224", 13, {"pos_embed": 0, "patch_embed.proj.weight": 0,
+                "blocks.0.norm1.weight": 1, "blocks.11.mlp.fc2.bias": 12, "head.weight": 13}),
+        ("swin_tiny_patch4_window7_224", 13, {"patch_embed.proj.bias": 0, "layers.0.blocks.1.norm1.weight": 2,
+                "layers.1.blocks.0.norm1.weight": 3, "layers.3.blocks.1.mlp.fc2.bias": 12,
+                "head.fc.bias": 13}),
+        ("resnet50", 17, {"conv1.weight": 0, "layer1.0.conv1.weight": 1, "layer2.0.bn1.bias": 4,
+                "layer4.2.conv3.weight": 16, "fc.weight": 17}),
+        ("convnext_iso_s", 19, {"stem.weight": 0, "blocks.0.conv_dw.weight": 1, "blocks.17.mlp.fc2.bias": 18,
+                "norm.weight": 19, "head.bias": 19}),
+    ])  # fmt: skip
 def test_other_families_have_a_layer_for_each_block(name, head, some):
     with torch.device("meta"):
-        net = models.MODELS[name].build(Model(name, "", 0.0, None), 10) if name in models.MODELS else timm.create_model(name)
+        net = (
+            models.MODELS[name].build(Model(name, "", 0.0, None), 10)
+            if name in models.MODELS
+            else timm.create_model(name)
+        )
     found = layers(net, "auto")
     assert found.keys() == dict(net.named_parameters()).keys()
     assert set(found.values()) == set(range(head + 1))
@@ -176,9 +229,18 @@ def test_layer_decay_moves_each_weight_by_its_own_rate():
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     optim.update(optimizer, torch.tensor(0.0))
-    moved = {name: float((before[name] - parameter.detach()).abs().mean()) for name, parameter in net.named_parameters()}
+    moved = {
+        name: float((before[name] - parameter.detach()).abs().mean())
+        for name, parameter in net.named_parameters()
+    }
     # atto: 2, 2, 6, 2 blocks; the third stage's six are two layers: 0 | 1 | 2 | 3 4 | 5 | 6
-    expected = {"stem.0.weight": 2**-6, "stages.1.blocks.1.norm.bias": 2**-4, "stages.2.blocks.3.mlp.fc1.weight": 2**-2, "stages.3.downsample.1.weight": 2**-1, "head.fc.weight": 1}  # fmt: skip
+    expected = {
+        "stem.0.weight": 2**-6,
+        "stages.1.blocks.1.norm.bias": 2**-4,
+        "stages.2.blocks.3.mlp.fc1.weight": 2**-2,
+        "stages.3.downsample.1.weight": 2**-1,
+        "head.fc.weight": 1,
+    }
     for name, scale in expected.items():
         assert moved[name] == pytest.approx(1e-3 * scale, rel=1e-3), name
 
@@ -193,9 +255,14 @@ def test_a_models_own_exceptions_are_not_decayed():
         def no_weight_decay(self):
             return {"pos_embed"}
 
-    names = {group["weight_decay"]: group["names"] for group in optim.parameter_groups(Net(), Optim(weight_decay=0.05))}
+    names = {
+        group["weight_decay"]: group["names"]
+        for group in optim.parameter_groups(Net(), Optim(weight_decay=0.05))
+    }
     assert names == {0.05: ["weight"], 0.0: ["pos_embed"]}
-    assert [group["names"] for group in optim.parameter_groups(Net(), Optim(weight_decay=0.0))] == [["pos_embed", "weight"]]
+    assert [group["names"] for group in optim.parameter_groups(Net(), Optim(weight_decay=0.0))] == [
+        ["pos_embed", "weight"]
+    ]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -204,7 +271,11 @@ def test_adamw_is_the_published_formula(fused):
     net = torch.nn.Linear(3, 2)
     settings = Optim(lr=0.1, weight_decay=0.3, betas=[0.8, 0.95], eps=1e-3)
     optimizer = optim.adamw(net, settings, fused)
-    weight, first, second = net.weight.detach().double(), torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
+    weight, first, second = (
+        net.weight.detach().double(),
+        torch.zeros(2, 3).double(),
+        torch.zeros(2, 3).double(),
+    )
     bias = net.bias.detach().double()
     for step in range(1, 6):
         gradient = torch.full((2, 3), 0.1 * step).double()
@@ -227,7 +298,9 @@ def test_a_suppressed_step_changes_nothing(fused):
         net(torch.ones(1, 3)).sum().backward()
         optim.update(optimizer, torch.tensor(0.0))
         optimizer.zero_grad()
-    before = [tensor.clone() for tensor in (*net.state_dict().values(), *optim.state_tensors(optimizer).values())]
+    before = [
+        tensor.clone() for tensor in (*net.state_dict().values(), *optim.state_tensors(optimizer).values())
+    ]
     (net(torch.ones(1, 3)).sum() * float("nan")).backward()
     optim.update(optimizer, torch.tensor(1.0))
     after = [*net.state_dict().values(), *optim.state_tensors(optimizer).values()]
@@ -246,7 +319,9 @@ def test_optimizer_state_goes_through_a_checkpoint():
             net(torch.ones(1, 3)).square().sum().backward()
             optim.update(optimizer, torch.tensor(0.0))
             optimizer.zero_grad()
-        return {name: tensor.clone() for name, tensor in net.state_dict().items()}, {name: tensor.clone() for name, tensor in optim.state_tensors(optimizer).items()}  # fmt: skip
+        return {name: tensor.clone() for name, tensor in net.state_dict().items()}, {
+            name: tensor.clone() for name, tensor in optim.state_tensors(optimizer).items()
+        }
 
     whole, halves = trained(6), trained(3, trained(3))
     for a, b in zip(whole, halves, strict=True):

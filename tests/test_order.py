@@ -23,15 +23,21 @@ def test_each_position_alone_gives_what_all_together_give(images, data):
 
 
 def test_epochs_and_seeds_are_independent_and_uniform():
-    """Over many epochs each image comes equally often at each tenth of the epoch, and neighbours do not stay neighbours."""
+    """Over many epochs each image comes equally often at each tenth of the epoch, and neighbours do not stay
+    neighbours.
+    """
     images, epochs = 997, 400
-    orders = np.stack([order.permuted(np.arange(images), images, 1, order.VERSION, epoch) for epoch in range(epochs)])
+    orders = np.stack(
+        [order.permuted(np.arange(images), images, 1, order.VERSION, epoch) for epoch in range(epochs)]
+    )
     where = np.argsort(orders, axis=1) * 10 // images  # (epochs, images): tenth in which each image comes
     counts = np.stack([(where == tenth).sum(0) for tenth in range(10)])  # (10, images)
     chi2 = ((counts - epochs / 10) ** 2 / (epochs / 10)).sum(0)  # 9 degrees of freedom an image
     assert abs(chi2.mean() - 9) < 0.6
     assert chi2.max() < 40
-    fixed = (orders[1:] == orders[:-1]).mean()  # chance of the same image at the same place in two epochs: 1 / images
+    fixed = (
+        orders[1:] == orders[:-1]
+    ).mean()  # chance of the same image at the same place in two epochs: 1 / images
     assert fixed < 3 / images
     distance = (orders[:, 1:] - orders[:, :-1]) % images
     assert abs(distance.mean() - images / 2) < 4

@@ -27,7 +27,9 @@ def plan(monkeypatch, capsys):
             commands.main()
         GlobalHydra.instance().clear()
         said = capsys.readouterr()
-        rows = {line[:12].strip(): line[13:] for line in said.out.splitlines()} if ended.value.code == 0 else {}
+        rows = (
+            {line[:12].strip(): line[13:] for line in said.out.splitlines()} if ended.value.code == 0 else {}
+        )
         return ended.value.code, rows, said
 
     return plan
@@ -37,16 +39,30 @@ def test_the_published_run_of_convnext_t(plan, tmp_path):
     command = "model=convnext_t recipe=in1k --world 8 --images-per-second 400"
     code, rows, said = plan(*command.split())
     assert code == 0
-    shown = (ROOT / "docs/recipes.md").read_text().partition(f"$ reconverge plan {command}\n")[2].partition("```")[0].splitlines()
+    shown = (
+        (ROOT / "docs/recipes.md")
+        .read_text()
+        .partition(f"$ reconverge plan {command}\n")[2]
+        .partition("```")[0]
+        .splitlines()
+    )
     assert len(shown) == 6
     assert set(shown) - {"..."} <= set(said.out.splitlines())
-    assert rows["data"] == "imagenet1k as published: 1,281,167 training images of 1,000 classes (no data= was given)"
+    assert (
+        rows["data"]
+        == "imagenet1k as published: 1,281,167 training images of 1,000 classes (no data= was given)"
+    )
     assert rows["batch"] == "4096 images = 32 microbatches x 128"
     assert rows["schedule"] == "300 epochs of 312 steps = 93600 steps, 6240 of them warm-up"
     assert rows["EMA"] == "decay 0.9999: half-life 6931 steps, 22 epochs"
     assert rows["worlds"] == "1 x 32; 2 x 16; 4 x 8; 8 x 4; 16 x 2; 32 x 1  (ranks x microbatches of a rank)"
-    # lr halves in the middle of the warm-up, is 4e-3 twice, and (4e-3 + 1e-6) / 2 half way through the cosine at step 49,921
-    assert rows["lr at steps"] == "1: 0 (first); 3121: 0.002 (in the warm-up); 6240: 0.004 (last of the warm-up); 6241: 0.004 (first after the warm-up); 46801: 0.002224 (half way); 93600: 1e-06 (last)"  # fmt: skip
+    # lr halves in the middle of the warm-up, is 4e-3 twice, and (4e-3 + 1e-6) / 2 half way through the cosine
+    # at step 49,921
+    assert (
+        rows["lr at steps"]
+        == "1: 0 (first); 3121: 0.002 (in the warm-up); 6240: 0.004 (last of the warm-up); 6241: 0.004 (first"
+        " after the warm-up); 46801: 0.002224 (half way); 93600: 1e-06 (last)"
+    )
     # 4.456 G multiply-adds, two operations each, three times for backward too, 93,600 x 4,096 images
     assert float(rows["operations"].split()[0]) == pytest.approx(4.456e9 * 2 * 3 * 93_600 * 4_096, rel=1e-3)
     assert rows["time"] == "33.3 hours on 8 ranks of 400 images/s, 266 GPU-hours, without evaluation"
@@ -60,16 +76,29 @@ def test_the_published_run_of_convnext_t(plan, tmp_path):
 
 def test_fine_tuning_shows_its_layers_and_what_departs_with_its_source(plan):
     code, rows, _ = plan(
-        "model=convnext_b", "--world=4", "recipe=ft_in22k_in1k_224", "optim.lr=1e-4", "--picture", "mine.png", "data=folder"
+        "model=convnext_b",
+        "--world=4",
+        "recipe=ft_in22k_in1k_224",
+        "optim.lr=1e-4",
+        "--picture",
+        "mine.png",
+        "data=folder",
     )
     assert code == 0
     assert "ImageNet" not in rows["data"]
     assert rows["data"].endswith("(data=folder without data.root)")
-    assert rows["layer 0"].startswith("lr x 0.05498, 6,528 parameters: stem.0.bias ... stem.1.weight")  # 0.8 ** 13; 48 * 128 + 3 * 128
-    assert rows["layer 13"].startswith("lr x 1, 1,027,048 parameters: head.fc.bias ... head.norm.weight")  # 1024 * 1000 + 1000 + 2 * 1024
+    assert rows["layer 0"].startswith(
+        "lr x 0.05498, 6,528 parameters: stem.0.bias ... stem.1.weight"
+    )  # 0.8 ** 13; 48 * 128 + 3 * 128
+    assert rows["layer 13"].startswith(
+        "lr x 1, 1,027,048 parameters: head.fc.bias ... head.norm.weight"
+    )  # 1024 * 1000 + 1000 + 2 * 1024
     assert rows["schedule"] == "30 epochs of 2502 steps = 75060 steps, 0 of them warm-up"
     assert rows["time"].startswith("not estimated: --images-per-second")
-    assert any(text.startswith("optim.lr=0.0001 is not recipe=ft_in22k_in1k_224: published 5e-05 (") for text in rows.values())
+    assert any(
+        text.startswith("optim.lr=0.0001 is not recipe=ft_in22k_in1k_224: published 5e-05 (")
+        for text in rows.values()
+    )
     assert Path("mine.png").exists()
 
 
@@ -79,19 +108,38 @@ def test_a_plan_says_what_the_run_will_say(plan, train, small, capsys):
     assert train(*arguments) == 0
     said = {line[:12].strip(): line[13:] for line in capsys.readouterr().out.splitlines()}
     shared = [name for name in planned if name in said]
-    assert {"model", "recipe", "data", "images", "batch", "schedule", "learning rat", "weight decay", "EMA", "layer 0", "layer 6", "notice 1"} <= set(shared)  # fmt: skip
+    assert {
+        "model",
+        "recipe",
+        "data",
+        "images",
+        "batch",
+        "schedule",
+        "learning rat",
+        "weight decay",
+        "EMA",
+        "layer 0",
+        "layer 6",
+        "notice 1",
+    } <= set(shared)
     assert {name: planned[name] for name in shared} == {name: said[name] for name in shared}
     assert "120 training" in planned["data"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
-    [(["--world", "3"], ["3 ranks for 2 microbatches", "1, 2", "2 ranks"]), (["--world", "0"], ["0 ranks", "1 ranks"]),
-     (["--wrold", "3"], ["--wrold"]), (["model=convnext_b", "oops"], ["oops"]), (["optim.lrr=1"], ["optim.lrr", "optim.lr"]),
-     (["model=convnext_xl", "recipe=in1k"], ["size xl", "atto, t, s, b, l"]), (["microbatch=7"], ["microbatch=7"]),
-     (["data=folder", "data.root=nowhere"], ["nowhere"]), (["augment.size=8"], ["augment.size=8", "such as 32"]),
-     (["--images-per-second", "0"], ["--images-per-second 0", "more than 0"]), (["--images-per-second", "-5"], ["more than 0"]),
-     (["--picture", "p.docx"], ["p.docx", ".png"]), (["--picture", "nowhere/p.png"], ["nowhere/p.png", "a folder that exists"])],
+    [(["--world", "3"], ["3 ranks for 2 microbatches", "1, 2", "2 ranks"]),
+        (["--world", "0"], ["0 ranks", "1 ranks"]),
+        (["--wrold", "3"], ["--wrold"]), (["model=convnext_b", "oops"], ["oops"]),
+        (["optim.lrr=1"], ["optim.lrr", "optim.lr"]),
+        (["model=convnext_xl", "recipe=in1k"], ["size xl", "atto, t, s, b, l"]),
+        (["microbatch=7"], ["microbatch=7"]),
+        (["data=folder", "data.root=nowhere"], ["nowhere"]),
+        (["augment.size=8"], ["augment.size=8", "such as 32"]),
+        (["--images-per-second", "0"], ["--images-per-second 0", "more than 0"]),
+        (["--images-per-second", "-5"], ["more than 0"]),
+        (["--picture", "p.docx"], ["p.docx", ".png"]),
+        (["--picture", "nowhere/p.png"], ["nowhere/p.png", "a folder that exists"])],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(plan, arguments, parts):
     code, _, said = plan(*arguments)
@@ -130,11 +178,17 @@ def measured(name, microbatch, microbatches, side, classes, tree):
     return peak
 
 
-@pytest.mark.parametrize(("microbatch", "microbatches", "side", "tree"), [(32, 2, 64, False), (16, 1, 64, False), (8, 8, 96, True)])
+@pytest.mark.parametrize(
+    ("microbatch", "microbatches", "side", "tree"), [(32, 2, 64, False), (16, 1, 64, False), (8, 8, 96, True)]
+)
 def test_memory_is_what_training_takes(microbatch, microbatches, side, tree):
-    """Within 15 %: the kernels' own memory (some 15 MB of oneDNN's here) is not in the estimate, which therefore lies below."""
+    """Within 15 %: the kernels' own memory (some 15 MB of oneDNN's here) is not in the estimate, which
+    therefore lies below.
+    """
     net = models.on_meta(Model("convnext_atto", "", 0.1), 10)
-    estimated = estimate.memory(net, microbatch, side, 10, torch.float32, ema=True, gradients=copies(microbatches) if tree else 1).total
+    estimated = estimate.memory(
+        net, microbatch, side, 10, torch.float32, ema=True, gradients=copies(microbatches) if tree else 1
+    ).total
     assert 0.85 <= estimated / measured("convnext_atto", microbatch, microbatches, side, 10, tree) <= 1.02
 
 

@@ -26,7 +26,11 @@ GOOD = archives.pictures(archives.SYNSETS, 7, seed=1, odd=False)
 
 
 def digests(folder):
-    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.is_file()}
+    return {
+        path.name: sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
 
 
 def content(folder, split):
@@ -72,17 +76,33 @@ def test_each_form_keeps_labels_counts_and_bytes(form, reconverge, tmp_path):
     assert about["splits"]["train"]["images"] == len(TRAIN)
     if form not in ("fall11", "winter21"):
         flat = form == "flat_val"
-        assert content(tmp_path / "made", "val") == expected(VAL, key if folders and not flat else lambda picture: picture.name)
+        assert content(tmp_path / "made", "val") == expected(
+            VAL, key if folders and not flat else lambda picture: picture.name
+        )
     synsets = [entry["synset"] for entry in about["classes"]]
     assert synsets == sorted(synsets)
     assert len(synsets) == (1000 if form == "huggingface" else 3)
-    assert {entry["synset"]: entry["name"] for entry in about["classes"]}["n02119789"] == "kit fox, Vulpes macrotis"
-    assert about["class_list"]["name"] == {"fall11": "fall11", "winter21": "winter21"}.get(form, about["dataset"])
+    assert {entry["synset"]: entry["name"] for entry in about["classes"]}[
+        "n02119789"
+    ] == "kit fox, Vulpes macrotis"
+    assert about["class_list"]["name"] == {"fall11": "fall11", "winter21": "winter21"}.get(
+        form, about["dataset"]
+    )
     assert about["class_list"]["sha256"] == sha256("\n".join(synsets).encode()).hexdigest()
     assert not (tmp_path / "made" / ".preparing").exists()
     # What is odd is named, and kept byte for byte.
-    odd = {(entry.get("key") or entry["name"]).rpartition("/")[2]: " ".join(entry["odd"]) for entry in map(json.loads, (tmp_path / "made" / "report.jsonl").read_text().splitlines())}  # fmt: skip
-    words = {"cmyk": "CMYK", "png": "PNG, named .jpg", "exif": "EXIF", "truncated": "truncated", "empty": "empty", "garbage": "unreadable"}
+    odd = {
+        (entry.get("key") or entry["name"]).rpartition("/")[2]: " ".join(entry["odd"])
+        for entry in map(json.loads, (tmp_path / "made" / "report.jsonl").read_text().splitlines())
+    }
+    words = {
+        "cmyk": "CMYK",
+        "png": "PNG, named .jpg",
+        "exif": "EXIF",
+        "truncated": "truncated",
+        "empty": "empty",
+        "garbage": "unreadable",
+    }
     assert {picture.name for picture in TRAIN if picture.odd} <= set(odd)
     for picture in TRAIN:
         if picture.odd:
@@ -92,7 +112,9 @@ def test_each_form_keeps_labels_counts_and_bytes(form, reconverge, tmp_path):
     if about["dataset"] != "folder":
         assert "where the published set has" in said
     # And again, into another folder: the same bytes, dataset.json included.
-    assert reconverge("prepare", source, "--to", tmp_path / "again", "--shard-mb", "0.02", "--jobs", "1")[0] == 0
+    assert (
+        reconverge("prepare", source, "--to", tmp_path / "again", "--shard-mb", "0.02", "--jobs", "1")[0] == 0
+    )
     assert digests(tmp_path / "again") == digests(tmp_path / "made")
     assert reconverge("check", tmp_path / "made")[0] == 0
 
@@ -108,7 +130,9 @@ def test_what_cannot_be_read_is_dropped_only_when_asked(reconverge, tmp_path):
     assert (code, "3 of them unreadable (training stops at one: --drop-unreadable" in said) == (0, True), said
 
 
-@pytest.mark.parametrize("kind", ["absolute", "dotdot", "symlink", "hardlink", "device", "fifo", "bomb", "huge"])
+@pytest.mark.parametrize(
+    "kind", ["absolute", "dotdot", "symlink", "hardlink", "device", "fifo", "bomb", "huge"]
+)
 def test_hostile_members_are_refused(kind, reconverge, tmp_path):
     source = archives.hostile(tmp_path / "source", kind)
     code, said = reconverge("prepare", source, "--to", tmp_path / "made")
@@ -126,7 +150,8 @@ def test_shards_are_indexed_where_they_are(reconverge, tmp_path):
     train, val = open_shards(source, None)
     order = sorted(archives.SYNSETS)
     found = sorted(
-        (train.index.key(sample), order[int(train.labels(np.array(sample)))], train.read(sample)) for sample in range(len(train))
+        (train.index.key(sample), order[int(train.labels(np.array(sample)))], train.read(sample))
+        for sample in range(len(train))
     )
     assert found == expected(GOOD)
     assert len(val) == len(VAL)
@@ -136,7 +161,10 @@ def test_shards_are_indexed_where_they_are(reconverge, tmp_path):
 def test_shards_are_found_through_a_link_and_split_by_the_words_of_their_names(reconverge, tmp_path):
     source = archives.webdataset_shards(tmp_path / "source", GOOD, VAL)
     shards = sorted(source.glob("*.tar"))
-    train, val = [path for path in shards if "train" in path.name], [path for path in shards if "train" not in path.name]
+    train, val = (
+        [path for path in shards if "train" in path.name],
+        [path for path in shards if "train" not in path.name],
+    )
     for number, path in enumerate(train):  # words that hold "test" and "val"
         path.rename(source / f"latest-interval-{number}.tar")
     for number, path in enumerate(val):
@@ -163,26 +191,40 @@ def test_webdataset_and_timm_read_our_shards(reconverge, tmp_path):
     source = archives.official(tmp_path / "source", GOOD, VAL)
     assert reconverge("prepare", source, "--to", tmp_path / "made", "--shard-mb", "0.02")[0] == 0
     train, _ = open_shards(tmp_path / "made", "imagenet1k")
-    ours = sorted((train.index.key(sample), int(train.labels(np.array(sample))), train.read(sample)) for sample in range(len(train)))
+    ours = sorted(
+        (train.index.key(sample), int(train.labels(np.array(sample))), train.read(sample))
+        for sample in range(len(train))
+    )
     urls = [str(path) for path in sorted((tmp_path / "made").glob("train-*.tar"))]
-    theirs = sorted((sample["__key__"], int(sample["cls"]), sample["jpg"]) for sample in webdataset.WebDataset(urls, shardshuffle=False))
+    theirs = sorted(
+        (sample["__key__"], int(sample["cls"]), sample["jpg"])
+        for sample in webdataset.WebDataset(urls, shardshuffle=False)
+    )
     assert theirs == ours
-    reader = ReaderWds(str(tmp_path / "made"), split=f"train-{{000000..{len(urls) - 1:06d}}}.tar|{len(train)}")
+    reader = ReaderWds(
+        str(tmp_path / "made"), split=f"train-{{000000..{len(urls) - 1:06d}}}.tar|{len(train)}"
+    )
     pixels = sorted((label, image.tobytes()) for image, label in reader)
-    assert pixels == sorted((label, Image.open(io.BytesIO(data)).convert("RGB").tobytes()) for _, label, data in ours)
+    assert pixels == sorted(
+        (label, Image.open(io.BytesIO(data)).convert("RGB").tobytes()) for _, label, data in ours
+    )
     del reader
     gc.collect()
 
 
 def test_killed_at_any_time_and_started_again_it_gives_the_same_bytes(tmp_path, monkeypatch):
-    """A process of its own, killed ten times: the shards, the index and dataset.json are those of an uninterrupted one."""
+    """A process of its own, killed ten times: the shards, the index and dataset.json are those of an
+    uninterrupted one.
+    """
     pictures = archives.pictures(archives.SYNSETS, 60, seed=5)
     source = archives.winter21(tmp_path / "source", pictures)
     monkeypatch.setattr(scatter, "MEMORY", (40_000, 40_000))  # some thirty commits
 
     def start(to):
         options = Options(shard_mb=0.1, hold_out=0, resize=None, quality=90, drop_unreadable=False)
-        process = multiprocessing.get_context("fork").Process(target=prepare, args=(source, to, None, 2, options))
+        process = multiprocessing.get_context("fork").Process(
+            target=prepare, args=(source, to, None, 2, options)
+        )
         process.start()
         return process
 
@@ -215,7 +257,10 @@ def test_killed_at_any_time_and_started_again_it_gives_the_same_bytes(tmp_path, 
 @pytest.mark.parametrize("form", ["official", "winter21", "kaggle_zip", "huggingface"])
 def test_a_source_that_was_cut_off_is_named(form, reconverge, tmp_path):
     source = FORMS[form](tmp_path / "source", GOOD, VAL)
-    path = {"official": source / "ILSVRC2012_img_train.tar", "huggingface": source / "data" / "train_images_1.tar.gz"}.get(form, source)
+    path = {
+        "official": source / "ILSVRC2012_img_train.tar",
+        "huggingface": source / "data" / "train_images_1.tar.gz",
+    }.get(form, source)
     whole = path.read_bytes()
     for cut in (len(whole) * 2 // 3, len(whole) // 3 // 512 * 512):
         path.write_bytes(whole[:cut])
@@ -226,7 +271,9 @@ def test_a_source_that_was_cut_off_is_named(form, reconverge, tmp_path):
 
 def test_hold_out_and_lossy_copy(reconverge, tmp_path):
     source = archives.fall11(tmp_path / "source", archives.pictures(archives.SYNSETS, 40, seed=3, odd=False))
-    code, said = reconverge("prepare", source, "--to", tmp_path / "made", "--hold-out", "20", "--resize", "32", "--quality", "80")
+    code, said = reconverge(
+        "prepare", source, "--to", tmp_path / "made", "--hold-out", "20", "--resize", "32", "--quality", "80"
+    )
     assert code == 0, said
     train, val = open_shards(tmp_path / "made", "imagenet22k")
     assert len(train) + len(val) == 120
@@ -252,7 +299,9 @@ def test_a_split_without_images_is_refused(reconverge, tmp_path):
     assert (code, "leaves no image in val" in said) == (2, True)
 
 
-@pytest.mark.parametrize("text", ["\ufeffImageId,PredictionString\n", "Id,Label\nx,y\n", "ImageId,PredictionString\nx,\n"])
+@pytest.mark.parametrize(
+    "text", ["\ufeffImageId,PredictionString\n", "Id,Label\nx,y\n", "ImageId,PredictionString\nx,\n"]
+)
 def test_a_list_of_labels_with_other_columns_is_damaged(reconverge, tmp_path, text):
     """A mark at the beginning of the text, as some editors leave it, is none of them."""
     source = archives.kaggle(tmp_path / "source", GOOD, VAL)
@@ -262,10 +311,14 @@ def test_a_list_of_labels_with_other_columns_is_damaged(reconverge, tmp_path, te
     else:
         path.write_text(text)
     code, said = reconverge("prepare", source, "--to", tmp_path / "made")
-    assert (code, "LOC_val_solution.csv" in said) == ((0, False) if text.startswith("\ufeff") else (65, True)), said
+    assert (code, "LOC_val_solution.csv" in said) == (
+        (0, False) if text.startswith("\ufeff") else (65, True)
+    ), said
 
 
-@pytest.mark.parametrize("names", [("a_b.jpeg", "a_b.jpg"), ("a.b.jpg", "a.c.jpg", "a_b.jpg")], ids=["side by side", "apart"])
+@pytest.mark.parametrize(
+    "names", [("a_b.jpeg", "a_b.jpg"), ("a.b.jpg", "a.c.jpg", "a_b.jpg")], ids=["side by side", "apart"]
+)
 def test_two_files_that_would_share_a_key_are_named(names, reconverge, tmp_path):
     source = archives.class_folders(tmp_path / "source", GOOD, VAL)
     folder = source / "train" / archives.SYNSETS[0]

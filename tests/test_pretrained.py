@@ -31,9 +31,21 @@ def stopped(init):
 
 def official(path, **other):
     """A training checkpoint as the official code writes it: two sets of weights, optimizer, options."""
-    options = argparse.Namespace(model="convnext_tiny", lr=4e-3, drop_path=0.1, aa="rand-m9-mstd0.5-inc1", output_dir=None, nb_classes=1000)
-    optimizer = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 4e-3, "betas": (0.9, 0.999), "params": [0]}]}
-    torch.save({"optimizer": optimizer, "epoch": 299, "scaler": {"scale": 65536.0}, "args": options, **other}, path)
+    options = argparse.Namespace(
+        model="convnext_tiny",
+        lr=4e-3,
+        drop_path=0.1,
+        aa="rand-m9-mstd0.5-inc1",
+        output_dir=None,
+        nb_classes=1000,
+    )
+    optimizer = {
+        "state": {0: {"step": 3, "exp_avg": torch.zeros(2)}},
+        "param_groups": [{"lr": 4e-3, "betas": (0.9, 0.999), "params": [0]}],
+    }
+    torch.save(
+        {"optimizer": optimizer, "epoch": 299, "scaler": {"scale": 65536.0}, "args": options, **other}, path
+    )
 
 
 # ---- files ----
@@ -93,7 +105,11 @@ def test_plain_files_of_tensors():
         ("hf-hub:convnext", 2, "OWNER/NAME"),
         ("torchvision:convnext_tny", 2, "init=torchvision:convnext_tiny"),
         ("torchvision:ResNet50_Weights.V9", 2, "full name"),
-        ("torchvision:resnet50", 2, "torchvision:ResNet50_Weights.IMAGENET1K_V1, torchvision:ResNet50_Weights.IMAGENET1K_V2"),
+        (
+            "torchvision:resnet50",
+            2,
+            "torchvision:ResNet50_Weights.IMAGENET1K_V1, torchvision:ResNet50_Weights.IMAGENET1K_V2",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(init, code, says):
@@ -119,7 +135,11 @@ def write_malicious(path, how):
     if how == "plain pickle":
         Path(path).write_bytes(pickle.dumps(Malicious(), protocol=2))
     else:
-        content = {"model": tensors(), "args": argparse.Namespace(hook=Malicious())} if how == "in Namespace" else {"model": Malicious()}
+        content = (
+            {"model": tensors(), "args": argparse.Namespace(hook=Malicious())}
+            if how == "in Namespace"
+            else {"model": Malicious()}
+        )
         torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
 
 
@@ -251,7 +271,7 @@ def test_torchvision_downloads_or_says_why_not(tmp_path, monkeypatch):
 
 
 def test_class_lists_are_the_published_ones():
-    """Trap 15 of the published code: 21841 sorted synsets hold all of IN-1K's but n04399382, its class 850."""
+    """Trap 15 of the published code: the 21841 synsets have all of IN-1K's but n04399382, its class 850."""
     large, small = synsets.of_head(21841), synsets.of_head(1000)
     assert (len(large), len(small)) == (21841, 1000)
     assert large == sorted(large)

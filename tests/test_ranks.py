@@ -1,4 +1,6 @@
-"""Many ranks train as one does: torchrun's real processes through the command line, and the arithmetic of sums by itself."""
+"""Many ranks train as one does: torchrun's real processes through the command line, and the arithmetic of
+sums by itself.
+"""
 
 import json
 import shutil
@@ -46,27 +48,35 @@ def apart(one, other, step):
     distance = {}
     for kind, tensors in saved(one, step).items():
         flat, theirs = (
-            torch.cat([part[name].double().flatten() for name in sorted(tensors)]) for part in (tensors, saved(other, step)[kind])
+            torch.cat([part[name].double().flatten() for name in sorted(tensors)])
+            for part in (tensors, saved(other, step)[kind])
         )
         distance[kind] = float((flat - theirs).norm() / flat.norm())
     return distance
 
 
 def hashes(run, step):
-    files = json.loads((Path("runs") / run / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json").read_text())["files"]
+    files = json.loads(
+        (Path("runs") / run / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json").read_text()
+    )["files"]
     return {kind: files[f"{kind}.safetensors"]["sha256"] for kind in KINDS}
 
 
 def metrics(run):
     lines = [json.loads(line) for line in (Path("runs") / run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")}
+        for line in lines
+    ]
 
 
-# ---- R3 and R4: the whole job ----------------------------------------------------------------------------------------
+# ---- R3 and R4: the whole job ------------------------------------------------------------------------------
 
 
 def test_two_ranks_give_the_bits_of_one_by_tree(train, torchrun):
-    """R4, and R3: weights, EMA, moments, running statistics, losses, norms, evaluation, and the images of each step."""
+    """R4, and R3: weights, EMA, moments, running statistics, losses, norms, evaluation, and the images of
+    each step.
+    """
     assert alone(train, "run=one", "steps=3", "reduce=tree", *RESNET) == 0
     code, said = torchrun(2, "run=two", "steps=3", "reduce=tree", "workers=1", *RESNET)
     assert code == 0, said
@@ -95,9 +105,13 @@ def test_worlds_of_1_2_and_4_are_bit_equal_by_tree_changed_in_mid_run_too(train,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "steps", "bound"), [(CONVNEXT, 20, 1e-5), (RESNET, 2, 1e-6)], ids=["convnext", "resnet"])
+@pytest.mark.parametrize(
+    ("model", "steps", "bound"), [(CONVNEXT, 20, 1e-5), (RESNET, 2, 1e-6)], ids=["convnext", "resnet"]
+)
 def test_other_worlds_by_ddp_see_the_same_images_and_stay_close(train, torchrun, model, steps, bound):
-    """Gradient norms too, with clipping on: AdamW forgives a wrong scale of the gradient, and weights alone would hide it."""
+    """Gradient norms too, with clipping on: AdamW forgives a wrong scale of the gradient, and weights alone
+    would hide it.
+    """
     given = ["epochs=20", f"steps={steps}", "evaluate_every=never", *model]
     assert alone(train, "run=one", *given) == 0
     assert torchrun(4, "run=changed", *given, f"steps={steps // 2}")[0] == 0
@@ -106,13 +120,17 @@ def test_other_worlds_by_ddp_see_the_same_images_and_stay_close(train, torchrun,
     assert "promise R2 is lost" in said
     assert [step["images"] for step in record("changed")] == [step["images"] for step in record("one")]
     for key in ("grad_norm", "loss"):
-        assert [step[key] for step in record("changed")] == pytest.approx([step[key] for step in record("one")], rel=10 * bound)
+        assert [step[key] for step in record("changed")] == pytest.approx(
+            [step[key] for step in record("one")], rel=10 * bound
+        )
     assert max(apart("one", "changed", steps).values()) < bound
 
 
 @pytest.mark.slow
 def test_four_ranks_resume_with_the_same_bits(train, torchrun):
-    """R2 by ddp: where torch's DistributedDataParallel would lay its buckets anew after the first step of each start."""
+    """R2 by ddp: where torch's DistributedDataParallel would lay its buckets anew after the first step of
+    each start.
+    """
     given = ["steps=4", "save_every=2", "keep=9", "evaluate_every=never", *CONVNEXT]
     assert torchrun(4, "run=whole", *given)[0] == 0
     assert torchrun(4, "run=cut", *given, "steps=2")[0] == 0
@@ -123,7 +141,10 @@ def test_four_ranks_resume_with_the_same_bits(train, torchrun):
 
 @pytest.mark.slow
 def test_evaluation_counts_each_image_once_on_four_ranks(train, torchrun, evaluate):
-    """30 images in batches of 7: five batches for four ranks, of which one has two. On two and three: test_export."""
+    """30 images in batches of 7: five batches for four ranks, of which one has two.
+
+    On two and three: test_export.
+    """
     assert alone(train, "run=a", "steps=2", "evaluate.batch=7", "evaluate_every=0") == 0
     how = ["checkpoint=runs/a", "batch=7", "threads=1", "workers=0"]
     assert evaluate(*how) == 0
@@ -138,7 +159,9 @@ def test_evaluation_counts_each_image_once_on_four_ranks(train, torchrun, evalua
 
 @pytest.mark.slow
 def test_what_one_rank_cannot_read_stops_an_evaluation_with_its_name(train, torchrun, digits, tmp_path):
-    """The tenth of 30 images in batches of 7 is of rank 1: rank 0, which waits for it, says so, and not that a connection was closed."""
+    """The tenth of 30 images in batches of 7 is of rank 1: rank 0, which waits for it, says so, and not that
+    a connection was closed.
+    """
     assert alone(train, "run=a", "steps=2", "evaluate_every=never") == 0
     shutil.copytree(digits, tmp_path / "broken")
     path = sorted((tmp_path / "broken" / "val").rglob("*.png"))[9]
@@ -156,7 +179,9 @@ def test_forward_images_change_no_draw_and_weights_within_rounding(train, size):
     assert alone(train, "run=one", "steps=4") == 0
     assert alone(train, "run=other", "steps=4", f"forward_images={size}") == 0
     assert [step["images"] for step in record("other")] == [step["images"] for step in record("one")]
-    assert [step["loss"] for step in record("other")] == pytest.approx([step["loss"] for step in record("one")], rel=1e-5)
+    assert [step["loss"] for step in record("other")] == pytest.approx(
+        [step["loss"] for step in record("one")], rel=1e-5
+    )
     assert max(apart("one", "other", 4).values()) < 1e-5
 
 
@@ -174,8 +199,13 @@ def test_forward_images_are_refused_where_they_cannot_be(train, capsys):
 def test_another_forward_pass_in_mid_run_ends_r2_and_says_so(train, capsys):
     assert alone(train, "run=a", "steps=1") == 0
     assert alone(train, "run=a", "steps=2", "forward_images=4") == 0
-    assert "forward_images differs from the start of this run (8 -> 4): promise R2 is lost" in capsys.readouterr().out
-    assert [entry["because"] for entry in json.loads(Path("runs/a/environment.json").read_text())["lost"]] == ["forward_images"]
+    assert (
+        "forward_images differs from the start of this run (8 -> 4): promise R2 is lost"
+        in capsys.readouterr().out
+    )
+    assert [
+        entry["because"] for entry in json.loads(Path("runs/a/environment.json").read_text())["lost"]
+    ] == ["forward_images"]
 
 
 @pytest.mark.slow
@@ -200,7 +230,7 @@ def test_a_finished_run_and_a_refused_one_end_all_ranks(train, torchrun):
     assert not Path("runs/a/errors").exists()
 
 
-# ---- who takes what ---------------------------------------------------------------------------------------------------
+# ---- who takes what ----------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 64))
@@ -244,7 +274,7 @@ def test_passes_hand_on_every_image_once_in_order(microbatches, microbatch, forw
             assert torch.equal(together.flatten()[: len(images)], images.flatten())
 
 
-# ---- the tree ---------------------------------------------------------------------------------------------------------
+# ---- the tree ----------------------------------------------------------------------------------------------
 
 
 def recursive(leaves):
@@ -256,7 +286,9 @@ def recursive(leaves):
 
 
 class Loopback:
-    """Stands for a World whose other ranks are computed here: `blocks` holds each rank's sum at each distance."""
+    """Stands for a World whose other ranks are computed here: `blocks` holds each rank's sum at each
+    distance.
+    """
 
     device = torch.device("cpu")
 
@@ -270,15 +302,19 @@ class Loopback:
 @given(st.integers(1, 12), st.sampled_from([1, 2, 4, 8]))
 @settings(max_examples=60, deadline=None)
 def test_the_streaming_tree_is_the_recursive_one_on_every_rank(each, size):
-    """Against the definition, with float32 numbers of mixed size, which no other order of adding gives the same."""
+    """Against the definition, with float32 numbers of mixed size, which no other order of adding gives the
+    same.
+    """
     random = np.random.Generator(np.random.PCG64(each * 100 + size))
     leaves = [
-        torch.from_numpy((random.standard_normal(50) * 10.0 ** random.integers(-3, 4, 50)).astype(np.float32)) for _ in range(each * size)
+        torch.from_numpy((random.standard_normal(50) * 10.0 ** random.integers(-3, 4, 50)).astype(np.float32))
+        for _ in range(each * size)
     ]
     expected = recursive(leaves)
     for rank in range(size):
         partners = [
-            lambda partner, d=2**level: recursive(leaves[partner // d * d * each :][: d * each]) for level in range(size.bit_length() - 1)
+            lambda partner, d=2**level: recursive(leaves[partner // d * d * each :][: d * each])
+            for level in range(size.bit_length() - 1)
         ]
         net = nn.Linear(50, 1, bias=False)
         gradients = Gradients(net, Loopback(rank, size, partners), Passes(each, 2, None, tree=True))
@@ -305,7 +341,9 @@ def test_gradients_are_views_in_the_weights_memory_format_and_sums_of_passes():
     torch.manual_seed(0)
     from reconverge import gradients as module
 
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)).to(memory_format=torch.channels_last)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)).to(
+        memory_format=torch.channels_last
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BUCKET", 100)
         gradients = Gradients(net, World("cpu", "fp32", deterministic=False), Passes(2, 4, None))
@@ -324,7 +362,7 @@ def test_gradients_are_views_in_the_weights_memory_format_and_sums_of_passes():
         assert all((parameter.grad == 0).all() for parameter in net.parameters())
 
 
-# ---- the launchers' words ---------------------------------------------------------------------------------------------
+# ---- the launchers' words ----------------------------------------------------------------------------------
 
 
 def test_who_started_this_process():
@@ -340,7 +378,8 @@ def test_who_started_this_process():
     assert place(torchrun) == Place(5, 8, 1, 4, "torchrun")
     assert place(step) == Place(6, 7, 0, 1, "srun")
     assert place(step | torchrun) == Place(5, 8, 1, 4, "torchrun")
-    # The script of a job, and a shell in a step of one task: a process alone, whatever the job has been given.
+    # The script of a job, and a shell in a step of one task: a process alone, whatever the job has been
+    # given.
     assert place({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}) == Place()
     assert place(step | {"SLURM_STEP_NUM_TASKS": "1"}) == Place()
 
@@ -356,7 +395,10 @@ def test_restarts_need_a_rendezvous_that_finds_together_again(digits):
         "--max-restarts=1",
     ]
     done = subprocess.run(
-        [*command, str(ROOT / "train.py"), *JOB, f"data.root={digits}", "run=a", "steps=1"], capture_output=True, text=True, timeout=240
+        [*command, str(ROOT / "train.py"), *JOB, f"data.root={digits}", "run=a", "steps=1"],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 1
     assert "a c10d rendezvous" in done.stderr
@@ -364,7 +406,9 @@ def test_restarts_need_a_rendezvous_that_finds_together_again(digits):
 
 
 def test_ranks_that_start_again_meet_only_each_other(monkeypatch):
-    """In one store, as torchrun keeps it over restarts: a rank that is back early waits, whatever an earlier start left there."""
+    """In one store, as torchrun keeps it over restarts: a rank that is back early waits, whatever an earlier
+    start left there.
+    """
     store = torch.distributed.HashStore()
     names = []
     for _start in range(3):

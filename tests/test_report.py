@@ -1,4 +1,6 @@
-"""reconverge report: its numbers against others worked out by hand or slowly, and its page, read as a browser reads it."""
+"""reconverge report: its numbers against others worked out by hand or slowly, and its page, read as a browser
+reads it.
+"""
 
 import html
 import json
@@ -29,7 +31,9 @@ from reconverge.report import Ran
 
 @pytest.fixture(scope="module")
 def seeds(digits, tmp_path_factory, cache):
-    """runs/s0 and runs/s1, which the seed tells apart, and runs/lr, which has another learning rate too; two epochs each."""
+    """runs/s0 and runs/s1, which the seed tells apart, and runs/lr, which has another learning rate too; two
+    epochs each.
+    """
     folder = tmp_path_factory.mktemp("seeds")
     for arguments in (["run=s0", "seed=0"], ["run=s1", "seed=1"], ["run=lr", "seed=1", "optim.lr=1e-3"]):
         runs = trained(folder, cache, f"data.root={digits}", "steps=14", "log_every=2", *arguments)
@@ -76,7 +80,7 @@ class Page(HTMLParser):
         return sum(name == tag for name, _ in self.tags)
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -85,18 +89,41 @@ def ran(compose):
 
     def ran(records, *arguments, name="a", summary="", reason="done"):
         cfg = compose("data=synthetic", *arguments)
-        status = {"reason": reason, "step": 40, "total": 10 * cfg.epochs, "summary": summary, "time": "2026-11-26T00:00:00"}
-        return Ran(name, Path(name), cfg, ["x", "y"], records, status, {"facts": {"data": {"train": "1"}}}, None)
+        status = {
+            "reason": reason,
+            "step": 40,
+            "total": 10 * cfg.epochs,
+            "summary": summary,
+            "time": "2026-11-26T00:00:00",
+        }
+        return Ran(
+            name, Path(name), cfg, ["x", "y"], records, status, {"facts": {"data": {"train": "1"}}}, None
+        )
 
     return ran
 
 
 def test_mean_and_deviation_over_seeds(ran):
     def one(seed, raw, ema, speeds):
-        lines = [{"step": 10 * (n + 1), "images_per_second": speed, "data_wait": speed / 1000} for n, speed in enumerate(speeds)]
-        return ran([*lines, {"step": 20, "raw_top1": 1.0, "ema_top1": 2.0}, {"step": 40, "raw_top1": raw, "ema_top1": ema}], f"seed={seed}", name=f"s{seed}")  # fmt: skip
+        lines = [
+            {"step": 10 * (n + 1), "images_per_second": speed, "data_wait": speed / 1000}
+            for n, speed in enumerate(speeds)
+        ]
+        return ran(
+            [
+                *lines,
+                {"step": 20, "raw_top1": 1.0, "ema_top1": 2.0},
+                {"step": 40, "raw_top1": raw, "ema_top1": ema},
+            ],
+            f"seed={seed}",
+            name=f"s{seed}",
+        )
 
-    group = [one(0, 90.0, 91.0, [100, 300, 200]), one(1, 92.0, 91.0, [5, 10]), one(2, 97.0, 94.0, [1, 2, 1000])]
+    group = [
+        one(0, 90.0, 91.0, [100, 300, 200]),
+        one(1, 92.0, 91.0, [5, 10]),
+        one(2, 97.0, 94.0, [1, 2, 1000]),
+    ]
     assert report.groups(group) == [group]
     row = report.row(group)
     assert (row.runs, row.step) == (["s0", "s1", "s2"], 40)
@@ -115,8 +142,15 @@ def test_mean_and_deviation_over_seeds(ran):
 
 
 def test_curves_of_several_seeds(ran):
-    one = ran([{"step": step, "loss": loss} for step, loss in ((5, 3.0), (10, 2.0), (15, math.nan), (20, 1.0))], "seed=0")
-    other = ran([{"step": step, "loss": loss} for step, loss in ((10, 4.0), (15, 4.0), (20, None))] + [{"step": 30, "lr": 1.0}], "seed=1")
+    one = ran(
+        [{"step": step, "loss": loss} for step, loss in ((5, 3.0), (10, 2.0), (15, math.nan), (20, 1.0))],
+        "seed=0",
+    )
+    other = ran(
+        [{"step": step, "loss": loss} for step, loss in ((10, 4.0), (15, 4.0), (20, None))]
+        + [{"step": 30, "lr": 1.0}],
+        "seed=1",
+    )
     both = report.curve([one, other], "loss")
     assert both.epochs.tolist() == [1.0]  # steps 5 and 15 are of one alone, and step 20 has no number
     assert both.mean.tolist() == [3.0]
@@ -137,7 +171,13 @@ def test_which_runs_are_one_group(ran):
         ran([], "seed=4", name="other images")._replace(environment={"facts": {"data": {"train": "2"}}}),
         ran([], "seed=2", name="c"),
     ]
-    assert [[run.name for run in group] for group in report.groups(runs)] == [["a", "b", "c"], ["b again"], ["lr"], ["short"], ["other images"]]  # fmt: skip
+    assert [[run.name for run in group] for group in report.groups(runs)] == [
+        ["a", "b", "c"],
+        ["b again"],
+        ["lr"],
+        ["short"],
+        ["other images"],
+    ]
     assert dict(report.differing([runs[0], runs[1], runs[3]])) == {
         "seed": [0, 1, 2],
         "workers": [None, 3, None],
@@ -157,7 +197,9 @@ def said():
     logits[:20, 0] += 100  # probabilities of exactly 1
     probabilities = torch.from_numpy(logits).softmax(1)
     confidence, predicted = probabilities.max(1)
-    losses = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits), torch.from_numpy(labels), reduction="none"
+    )
     return Outcomes(labels, predicted.numpy(), confidence.numpy(), losses.numpy()), probabilities
 
 
@@ -166,7 +208,9 @@ def test_classes_and_confusions_by_plain_counting(said):
     pairs = list(zip(found.labels.tolist(), found.predicted.tolist(), strict=True))
     images, right = Counter(true for true, _ in pairs), Counter(true for true, said in pairs if true == said)
     classes = report.per_class(found)
-    assert {of.label: (of.images, of.right) for of in classes} == {label: (images[label], right[label]) for label in images}
+    assert {of.label: (of.images, of.right) for of in classes} == {
+        label: (images[label], right[label]) for label in images
+    }
     assert [of.accuracy for of in classes] == sorted(right[label] / images[label] for label in images)
     assert classes[0].label == 4
     assert 3 not in {of.label for of in classes}
@@ -180,8 +224,12 @@ def test_classes_and_confusions_by_plain_counting(said):
 def test_calibration_by_torchmetrics_and_by_plain_counting(said):
     found, probabilities = said
     bins = report.reliability(found)
-    expected = multiclass_calibration_error(probabilities, torch.from_numpy(found.labels), num_classes=7, n_bins=15)
-    assert report.calibration_error(bins) == pytest.approx(100 * float(expected), rel=1e-6)  # it counts in float32
+    expected = multiclass_calibration_error(
+        probabilities, torch.from_numpy(found.labels), num_classes=7, n_bins=15
+    )
+    assert report.calibration_error(bins) == pytest.approx(
+        100 * float(expected), rel=1e-6
+    )  # it counts in float32
     assert (found.confidence == 1).sum() >= 20
     places = {}
     for confidence, true, said_class in zip(found.confidence, found.labels, found.predicted, strict=True):
@@ -230,26 +278,40 @@ def test_the_verdict_is_the_sentence_of_the_last_line(train, ran):
     short = published.comparison(cfg, clock, 7, range(120), range(30), {})
     assert short.count("; ") >= 2
     for sentence in (within, short):
-        for rest in ("; best of ema 82.30 % in checkpoints/step-00000007", "; 3 damaged images were replaced (quarantine.jsonl)", ""):
-            summary = f"top-1 82.20 % (ema weights, raw 80.00 %) after step 7; {sentence}{rest}; everything is in runs/a/"
+        for rest in (
+            "; best of ema 82.30 % in checkpoints/step-00000007",
+            "; 3 damaged images were replaced (quarantine.jsonl)",
+            "",
+        ):
+            summary = (
+                f"top-1 82.20 % (ema weights, raw 80.00 %) after step 7; {sentence}{rest}; everything is in"
+                " runs/a/"
+            )
             assert report.verdict(ran([], *recipe, summary=summary)) == sentence
-    assert report.verdict(ran([], *recipe, reason="running")) == "not compared: the run has not come to its end"
+    assert (
+        report.verdict(ran([], *recipe, reason="running")) == "not compared: the run has not come to its end"
+    )
     assert report.verdict(ran([])) == "recipe=demo reproduces no published number"
     assert report.row([ran([], *recipe)]).published == "82.1 ± 0.2"
 
 
-# ---- the page ---------------------------------------------------------------------------------------------------------
+# ---- the page ----------------------------------------------------------------------------------------------
 
 
 def test_three_runs(runs, command, capsys):
     code, said = command("runs/s0", "runs/s1", "runs/lr")
     assert code == 0
-    last = {name: json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("s0", "s1", "lr")}
+    last = {
+        name: json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[-1])
+        for name in ("s0", "s1", "lr")
+    }
     top1 = [last[name]["raw_top1"] for name in ("s0", "s1")]
     expected = f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}"
     (row,) = [line for line in said.splitlines() if line.startswith("s0 ... s1 (mean ± std of 2)")]
     assert expected in row
-    assert f"{last['lr']['ema_top1']:.2f}" in next(line for line in said.splitlines() if line.startswith("lr "))
+    assert f"{last['lr']['ema_top1']:.2f}" in next(
+        line for line in said.splitlines() if line.startswith("lr ")
+    )
     assert said.splitlines()[-1] == "report.html"
 
     page = Page("report.html")
@@ -267,7 +329,11 @@ def test_three_runs(runs, command, capsys):
     text = Path("report.html").read_text()
     referred = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
     assert {one or other for one, other in referred} <= set(identifiers)
-    assert not [address for address in re.findall(r"https?://[^\"'<> ]+", text) if not address.startswith("http://www.w3.org/")]
+    assert not [
+        address
+        for address in re.findall(r"https?://[^\"'<> ]+", text)
+        if not address.startswith("http://www.w3.org/")
+    ]
     assert "seed 0 1 1 optim.lr" in page.text.partition("Settings in which the runs differ")[2]
 
     command("runs/s0", "runs/s1", "runs/lr", "--to", "again.html")
@@ -298,15 +364,27 @@ def test_the_images_are_the_best_and_the_worst(runs, command, digits):
         losses, predicted = file[f"{kind}/losses"], file[f"{kind}/predicted"]
     order = np.argsort(losses)
     paths = sorted((digits / "val").glob("*/*"))
-    titles = [attributes["title"] for tag, attributes in Page("runs/s0/report.html").tags if tag == "figure" and "title" in attributes]
+    titles = [
+        attributes["title"]
+        for tag, attributes in Page("runs/s0/report.html").tags
+        if tag == "figure" and "title" in attributes
+    ]
     assert [title.partition(" (")[0] for title in titles[:12]] == [str(paths[image]) for image in order[:12]]
-    assert [title.partition(" (")[0] for title in titles[12:]] == [str(paths[image]) for image in order[::-1][:12]]
+    assert [title.partition(" (")[0] for title in titles[12:]] == [
+        str(paths[image]) for image in order[::-1][:12]
+    ]
     worst = order[-1]
     assert predicted[worst] != labels[worst]
     assert f"{predicted[worst]} , is {labels[worst]}" in Page("runs/s0/report.html").text
 
 
-HOSTILE = ["<script>alert(1)</script", '"><img src=x onerror=alert(1)>', "{{ 7*7 }}{% raw %}", "$\\frac{1}$&amp;", "' onload='alert(1)"]
+HOSTILE = [
+    "<script>alert(1)</script",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7*7 }}{% raw %}",
+    "$\\frac{1}$&amp;",
+    "' onload='alert(1)",
+]
 
 
 def test_hostile_names_are_only_text(digits, train, command):
@@ -320,7 +398,9 @@ def test_hostile_names_are_only_text(digits, train, command):
     page = Page("evil.html")
     assert page.count("script") == 0
     assert page.count("b") == 2  # the two numbers
-    assert not [attributes for _, attributes in page.tags if {"onerror", "onclick", "onload"} & set(attributes)]
+    assert not [
+        attributes for _, attributes in page.tags if {"onerror", "onclick", "onload"} & set(attributes)
+    ]
     assert "<b onclick=alert(1)>" in page.text
     for label, name in enumerate(HOSTILE):
         assert f"{label}{name.replace('/', '')}" in page.text
@@ -332,7 +412,11 @@ def test_a_thousand_classes_by_their_names(runs, command):
     labels = np.repeat(np.arange(1000), 5)
     predicted = np.where(random.random(5000) < 0.8, labels, random.integers(0, 1000, 5000))
     predicted[:5] = 1  # tench is a goldfish, always
-    columns = {"ema/predicted": predicted, "ema/confidence": random.random(5000), "ema/losses": random.random(5000)}
+    columns = {
+        "ema/predicted": predicted,
+        "ema/confidence": random.random(5000),
+        "ema/losses": random.random(5000),
+    }
     np.savez(runs / "s0" / "outcomes.npz", step=14, fingerprint="f", labels=labels, **columns)
     (runs / "s0" / "classes.txt").write_text("".join(f"{name}\n" for name in synsets.imagenet1k()))
     assert command("runs/s0")[0] == 0
@@ -348,10 +432,18 @@ def test_a_thousand_classes_by_their_names(runs, command):
 @pytest.mark.parametrize(
     ("arguments", "lacks", "said"),
     [
-        (["steps=7", "evaluate_every=never"], ["validation loss", "top-1, %"], ["Not evaluated.", "no outcomes.npz"]),
+        (
+            ["steps=7", "evaluate_every=never"],
+            ["validation loss", "top-1, %"],
+            ["Not evaluated.", "no outcomes.npz"],
+        ),
         (["steps=1"], [], ["evaluated"]),
         (["steps=3", "ema.decay=null"], [], ["top-1, raw", "What the raw weights said of 30"]),
-        (["steps=1", "data.val=null", "evaluate_every=never"], ["validation loss", "top-1, %"], ["Not evaluated."]),
+        (
+            ["steps=1", "data.val=null", "evaluate_every=never"],
+            ["validation loss", "top-1, %"],
+            ["Not evaluated."],
+        ),
     ],
 )
 def test_runs_that_lack_something(train, command, arguments, lacks, said):
@@ -375,7 +467,9 @@ def test_a_run_in_progress_and_its_seeds(runs, command):
     early = [line for line in lines if "loss" in json.loads(line)][:2]
     (run / "metrics.jsonl").write_text("".join(early) + lines[2][:15])
     (run / "status.json").write_text(
-        json.dumps(json.loads((run / "status.json").read_text()) | {"reason": "running", "step": 4, "summary": ""})
+        json.dumps(
+            json.loads((run / "status.json").read_text()) | {"reason": "running", "step": 4, "summary": ""}
+        )
     )
     (run / "outcomes.npz").unlink()
     shutil.rmtree(run / "checkpoints")
@@ -429,14 +523,16 @@ def fewer_losses(run):
         (None, ["runs"], 66, "is no run"),
         (None, [], 2, "RUN"),
         (None, ["runs/s0", "runs/s1", "runs/../runs/s0/checkpoints"], 2, "twice"),
-        (None, ["runs/s0", "--to", "nowhere/x.html"], 66, "nowhere/x.html cannot be written: No such file or directory"),
+        (None, ["runs/s0", "--to", "nowhere/x.html"], 66,
+            "nowhere/x.html cannot be written: No such file or directory"),
         (None, ["runs/s0", "--to", "."], 66, ". cannot be written: it is a folder"),
         (None, ["runs/s0", "--to", "x" * 300], 2, "cannot be written: File name too long"),
         (lambda run: (run / "metrics.jsonl").unlink(), ["runs/s0"], 66, "has no metrics.jsonl"),
         (lambda run: (run / "status.json").unlink(), ["runs/s0"], 66, "status.json"),
         (damage("metrics.jsonl", lambda text: text.replace(b"{", b"[", 1)), ["runs/s0"], 65, "metrics.jsonl"),
         (damage("metrics.jsonl", lambda text: b"[1]\n" + text), ["runs/s0"], 65, "a line without a step"),
-        (damage("metrics.jsonl", lambda text: text + b'{"step": 99, "loss": "low"}\n'), ["runs/s0"], 65, "loss is no number"),
+        (damage("metrics.jsonl", lambda text: text + b'{"step": 99, "loss": "low"}\n'), ["runs/s0"], 65,
+            "loss is no number"),
         (damage("metrics.jsonl", lambda text: b"\xff" + text), ["runs/s0"], 65, "metrics.jsonl"),
         (damage("environment.json", lambda text: text[:-20]), ["runs/s0"], 65, "environment.json"),
         (damage("status.json", lambda text: b"{}"), ["runs/s0"], 65, "reason"),
@@ -444,7 +540,8 @@ def fewer_losses(run):
         (damage("outcomes.npz", lambda text: text[:-100]), ["runs/s0"], 65, "outcomes.npz"),
         (damage("outcomes.npz", lambda text: b""), ["runs/s0"], 65, "outcomes.npz"),
         (damage("outcomes.npz", lambda text: b"text"), ["runs/s0"], 65, "outcomes.npz"),
-        (damage("outcomes.npz", lambda text: text[:300] + bytes([text[300] ^ 1]) + text[301:]), ["runs/s0"], 65, "outcomes.npz"),
+        (damage("outcomes.npz", lambda text: text[:300] + bytes([text[300] ^ 1]) + text[301:]), ["runs/s0"],
+            65, "outcomes.npz"),
         (other_labels, ["runs/s0"], 65, "among the 10 of classes.txt"),
         (fewer_losses, ["runs/s0"], 65, "columns of 30, 30, 30, 29 images"),
     ],
@@ -470,15 +567,19 @@ def test_a_full_disk(runs, command, small_disk):
     assert [path.name for path in small_disk.iterdir()] == ["rest"]
 
 
-# ---- in a browser -----------------------------------------------------------------------------------------------------
+# ---- in a browser ------------------------------------------------------------------------------------------
 
-# A window is at least 500 pixels wide, a frame as wide as it is told; it keeps the page's own policy, by which no script may run in it.
-FRAME = """<title></title><iframe srcdoc="{page}" style="width: {width}px; height: 2000px; border: 0"></iframe><script>
+# A window is at least 500 pixels wide, a frame as wide as it is told; it keeps the page's own policy, by
+# which no script may run in it.
+FRAME = """<title></title>
+<iframe srcdoc="{page}" style="width: {width}px; height: 2000px; border: 0"></iframe>
+<script>
 onload = () => {{
   const {{ contentWindow, contentDocument }} = document.querySelector("iframe");
   contentDocument.querySelectorAll("details").forEach(part => part.open = true);
-  const sizes = [...contentDocument.querySelectorAll("svg, img")].map(part => part.getBoundingClientRect()).map(box => [box.width, box.height]);
-  document.title = JSON.stringify({{ inner: contentWindow.innerWidth, page: contentDocument.documentElement.scrollWidth, sizes }});
+  const boxes = [...contentDocument.querySelectorAll("svg, img")].map(part => part.getBoundingClientRect());
+  const sizes = boxes.map(box => [box.width, box.height]), inner = contentWindow.innerWidth;
+  document.title = JSON.stringify({{ inner, page: contentDocument.documentElement.scrollWidth, sizes }});
 }};
 </script>"""
 
@@ -490,13 +591,25 @@ def chromium(tmp_path):
     require("chromium", browser, "chromium is not installed (apt-get install chromium)")
 
     def chromium(option, page, width, dark=False):
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0"]
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--enable-logging=stderr",
+            "--v=0",
+        ]
         flags += [
             f"--user-data-dir={tmp_path}/profile",
             f"--window-size={width},2400",
             f"--blink-settings=preferredColorScheme={int(not dark)}",
         ]
-        ended = subprocess.run([browser, *flags, option, Path(page).resolve().as_uri()], capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(
+            [browser, *flags, option, Path(page).resolve().as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert ended.returncode == 0, ended.stderr
         return ended.stdout, ended.stderr
 

@@ -1,4 +1,4 @@
-"""R2: killed at any instant, restored from any checkpoint, with other workers, a run ends with the same bits."""
+"""R2: killed at any instant, restored from any checkpoint, with other workers: the same bits."""
 
 import json
 import os
@@ -29,7 +29,15 @@ def whole(tmp_path_factory, digits):
     from conftest import SMALL
 
     folder = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"data.root={digits}", f"data.cache={folder}/cache", "run=whole", *EVERY]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *SMALL,
+        f"data.root={digits}",
+        f"data.cache={folder}/cache",
+        "run=whole",
+        *EVERY,
+    ]
     subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
     return folder / "runs" / "whole"
 
@@ -41,10 +49,16 @@ EVERY = [f"steps={STEPS}", "save_every=1", "evaluate_every=3", "log_every=1", "k
 
 
 def copy(whole, name, last):
-    """The run as it was after `last` steps: later checkpoints and the end are gone, later metrics are still there."""
+    """The run as it was after `last` steps: later checkpoints and the end are gone, later metrics are still
+    there.
+    """
     Path("runs").mkdir(exist_ok=True)
     folder = Path("runs") / name
-    shutil.copytree(whole, folder, ignore=lambda path, names: [n for n in names if n.startswith("step-") and int(n[5:]) > last])
+    shutil.copytree(
+        whole,
+        folder,
+        ignore=lambda path, names: [n for n in names if n.startswith("step-") and int(n[5:]) > last],
+    )
     (folder / "status.json").unlink()
     return folder
 
@@ -56,7 +70,10 @@ def expected(whole):
 
 def records(folder, *without):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")}
+        for line in lines
+    ]
 
 
 def test_restoring_at_every_step_gives_the_same_tail(whole, train):
@@ -87,7 +104,12 @@ def test_global_generators_are_poisoned_and_untouched(whole, train):
 @pytest.mark.parametrize("harm", ["flip", "cut"])
 def test_a_damaged_newest_checkpoint_is_named_and_skipped(whole, train, capsys, harm):
     folder = copy(whole, "a", 5)
-    file = folder / "checkpoints" / "step-00000005" / ("model.safetensors" if harm == "flip" else "optimizer.safetensors")
+    file = (
+        folder
+        / "checkpoints"
+        / "step-00000005"
+        / ("model.safetensors" if harm == "flip" else "optimizer.safetensors")
+    )
     content = bytearray(file.read_bytes())
     if harm == "flip":
         content[len(content) // 2] ^= 4
@@ -110,7 +132,9 @@ def test_all_checkpoints_bad_stops(whole, train, capsys):
 
 
 def kill_until_done(start, arguments, kills, seed):
-    """Start, kill -9 at a random moment of training or saving, start again with other workers; let the last one finish."""
+    """Start, kill -9 at a random moment of training or saving, start again with other workers; let the last
+    one finish.
+    """
     chosen = random.Random(seed)
     for kill in range(kills):
         process = start(*arguments, f"workers={chosen.randrange(3)}")
@@ -129,7 +153,15 @@ def kill_until_done(start, arguments, kills, seed):
 
 @pytest.mark.parametrize(("kills", "steps"), [(1, 30), pytest.param(6, 42, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_ends_with_the_same_bits(start, train, kills, steps):
-    arguments = [*CHANCE, f"steps={steps}", "epochs=10", "save_every=2", "keep=2", "evaluate_every=20", "log_every=1"]
+    arguments = [
+        *CHANCE,
+        f"steps={steps}",
+        "epochs=10",
+        "save_every=2",
+        "keep=2",
+        "evaluate_every=20",
+        "log_every=1",
+    ]
     assert train(*arguments, "run=uninterrupted") == 0
     kill_until_done(start, [*arguments, "run=killed"], kills, seed=kills)
     assert bits("killed") == bits("uninterrupted")
@@ -144,7 +176,9 @@ def test_a_signal_saves_at_this_step_and_exits_75(start, train, name):
     for line in process.stdout:
         if line.startswith("step 2/"):
             break
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     assert children
     for pid in [process.pid, *map(int, children)]:  # as SLURM and terminals do: every process of the job
         os.kill(pid, getattr(signal, name))
@@ -175,7 +209,10 @@ CHANGES = [
     (["batch=32"], "batch: this run began with 16, and now it is 32"),
     (["precision=bf16"], "precision"),
     (["data.mean=[0,0,0]"], "data.mean"),
-    (["seed=1", "optim.eps=1e-7"], "seed: this run began with 0, and now it is 1; optim.eps: this run began with 1e-08"),
+    (
+        ["seed=1", "optim.eps=1e-7"],
+        "seed: this run began with 0, and now it is 1; optim.eps: this run began with 1e-08",
+    ),
     (["threads=2"], "threads: this run began with 1, and now it is 2"),
 ]
 
@@ -198,13 +235,20 @@ def test_a_change_may_be_allowed_by_name_and_is_recorded(whole, train, capsys):
     assert train(*EVERY, "run=a", "optim.lr=1e-3", "resume_allow=[optim.lr]") == 0
     assert "promise R2 is lost" in capsys.readouterr().out
     lost = json.loads((folder / "environment.json").read_text())["lost"]
-    assert [(entry["promise"], entry["because"], entry["to"]) for entry in lost] == [("R2", "optim.lr", 0.001)]
+    assert [(entry["promise"], entry["because"], entry["to"]) for entry in lost] == [
+        ("R2", "optim.lr", 0.001)
+    ]
     assert bits("a") != expected(whole)
 
 
 @pytest.mark.parametrize(
     ("fact", "value"),
-    [("code", "another hash"), ("versions", {"torch": "2.10.0"}), ("hardware", "another CPU"), ("data", {"train": "other files"})],
+    [
+        ("code", "another hash"),
+        ("versions", {"torch": "2.10.0"}),
+        ("hardware", "another CPU"),
+        ("data", {"train": "other files"}),
+    ],
 )
 def test_other_code_versions_hardware_or_data_are_refused(whole, train, capsys, fact, value):
     folder = copy(whole, "a", 6)
@@ -222,7 +266,15 @@ def test_other_code_versions_hardware_or_data_are_refused(whole, train, capsys, 
 def test_free_settings_may_change(whole, train, tmp_path, digits):
     folder = copy(whole, "a", 3)
     shutil.copytree(digits, tmp_path / "elsewhere")
-    free = ["workers=1", "save_every=0", "evaluate_every=0", "tracker=tensorboard", f"data.root={tmp_path}/elsewhere", "data.cache=there", "copy_ahead=false"]  # fmt: skip
+    free = [
+        "workers=1",
+        "save_every=0",
+        "evaluate_every=0",
+        "tracker=tensorboard",
+        f"data.root={tmp_path}/elsewhere",
+        "data.cache=there",
+        "copy_ahead=false",
+    ]
     assert train(*EVERY, "run=a", *free) == 0
     assert bits("a") == expected(whole)
     assert (folder / "tensorboard").is_dir()
@@ -232,15 +284,26 @@ def test_threads_are_those_of_the_first_start(whole, train):
     """Whatever the environment or the number of cores says at a restart."""
     folder = copy(whole, "a", 3)
     torch.set_num_threads(2)
-    assert train(*[argument for argument in EVERY if not argument.startswith("threads")], "threads=null", "run=a") == 0
+    assert (
+        train(
+            *[argument for argument in EVERY if not argument.startswith("threads")], "threads=null", "run=a"
+        )
+        == 0
+    )
     assert bits("a") == expected(whole)
     assert json.loads((folder / "environment.json").read_text())["facts"]["threads"] == 1
 
 
 def test_a_signal_before_an_evaluation_does_not_lose_it(whole, train):
-    """As if a signal had come after step 6, where an evaluation was due: the checkpoint is there, its evaluation is not."""
+    """As if a signal had come after step 6, where an evaluation was due: the checkpoint is there, its
+    evaluation is not.
+    """
     folder = copy(whole, "a", 6)
-    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if not ("raw_top1" in line and '"step": 6' in line)]
+    lines = [
+        line
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if not ("raw_top1" in line and '"step": 6' in line)
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert train(*EVERY, "run=a") == 0
     assert records(folder) == records(whole)
@@ -250,7 +313,12 @@ def test_a_signal_in_the_middle_of_an_evaluation_saves_the_step_and_evaluates_la
     from reconverge import signals
 
     def hook(module, inputs):
-        if type(module).__name__ == "ConvNeXt" and not inputs[0].is_meta and not module.training and not signals._came:
+        if (
+            type(module).__name__ == "ConvNeXt"
+            and not inputs[0].is_meta
+            and not module.training
+            and not signals._came
+        ):
             signals._came[signal.SIGTERM] = 0.0
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
@@ -265,7 +333,18 @@ def test_a_signal_in_the_middle_of_an_evaluation_saves_the_step_and_evaluates_la
     assert [line["step"] for line in records(Path("runs/a")) if "raw_top1" in line] == [3, 6, 8]
 
 
-@pytest.mark.parametrize("how", ["channels_last=true", "precision=bf16", "precision=fp16", "fused=false", "checkpointing=true", "ema.decay=null", "optim.clip=0.1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        "channels_last=true",
+        "precision=bf16",
+        "precision=fp16",
+        "fused=false",
+        "checkpointing=true",
+        "ema.decay=null",
+        "optim.clip=0.1",
+    ],
+)
 def test_resume_is_exact_however_the_machine_computes(train, how):
     arguments = [*TINY, "steps=5", "save_every=3", "evaluate_every=never", "log_every=1", how]
     assert train(*arguments, "run=whole") == 0
@@ -276,7 +355,9 @@ def test_resume_is_exact_however_the_machine_computes(train, how):
 
 
 def test_the_best_is_kept_and_remembered_through_a_resume(train):
-    """The checkpoints of the best raw and of the best EMA weights are saved though save_every is not due, and stay though newer ones come."""
+    """The checkpoints of the best raw and of the best EMA weights are saved though save_every is not due, and
+    stay though newer ones come.
+    """
     arguments = [*TINY, "save_every=0", "evaluate_every=1", "keep=1", "optim.lr=1e-2", "run=a"]
     assert train(*arguments, "steps=4") == 0
     assert train(*arguments, "steps=8") == 0
@@ -287,7 +368,9 @@ def test_the_best_is_kept_and_remembered_through_a_resume(train):
         steps.add(best["step"])
         said = f"best of {kind} {best[f'{kind}_top1']:.2f} % in checkpoints/step-{best['step']:08d}"
         assert (said in summary) == (best["step"] != 8)
-    assert [path.name for path in sorted(Path("runs/a/checkpoints").iterdir())] == [f"step-{step:08d}" for step in sorted(steps)]
+    assert [path.name for path in sorted(Path("runs/a/checkpoints").iterdir())] == [
+        f"step-{step:08d}" for step in sorted(steps)
+    ]
     assert len(steps) > 1  # else nothing is tested
 
 
@@ -298,10 +381,16 @@ def test_a_cap_below_the_saved_step_evaluates_and_ends(whole, train):
 
 
 @pytest.mark.parametrize("name", ["environment.json", "config.yaml"])
-@pytest.mark.parametrize("harm", ["lost", 196, 200, 204, 208])  # bytes that are left: ends of lines, and parts of a word
+@pytest.mark.parametrize(
+    "harm", ["lost", 196, 200, 204, 208]
+)  # bytes that are left: ends of lines, and parts of a word
 def test_a_lost_or_cut_record_stops(whole, train, capsys, name, harm):
     folder = copy(whole, "a", 5)
-    (folder / name).unlink() if harm == "lost" else (folder / name).write_text((folder / name).read_text()[:harm])
+    (
+        (folder / name).unlink()
+        if harm == "lost"
+        else (folder / name).write_text((folder / name).read_text()[:harm])
+    )
     assert train(*EVERY, "run=a") in (65, 2)
     assert "given" in capsys.readouterr().err
 

@@ -1,4 +1,6 @@
-"""reconverge selftest keeps still on a sound build, and names the promise that each of some broken builds does not keep."""
+"""reconverge selftest keeps still on a sound build, and names the promise that each of some broken builds
+does not keep.
+"""
 
 import os
 import shutil
@@ -14,7 +16,8 @@ from reconverge.commands import selftest
 BREAKS = {
     "unkeyed mixing": (
         "R1", "src/reconverge/data/mix.py",
-        '        with chance.scope(*key[:1], "mix", *key[1:]):\n            return self.mixup(images, labels)',
+        '        with chance.scope(*key[:1], "mix", *key[1:]):\n'
+        "            return self.mixup(images, labels)",
         "        return self.mixup(images, labels)",
     ),
     "order by rank": (
@@ -67,7 +70,9 @@ def test_a_sound_build_keeps_everything(build, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     code, said = run(build)
     assert code == 0, said
-    assert [line.split()[:2] for line in said.splitlines()[1:]] == [["kept", name] for name in selftest.CHECKS]
+    assert [line.split()[:2] for line in said.splitlines()[1:]] == [
+        ["kept", name] for name in selftest.CHECKS
+    ]
     assert not list(tmp_path.glob("reconverge-selftest-*"))
 
 
@@ -101,6 +106,9 @@ def test_what_selftest_compares_can_differ(tmp_path):
     one = folder("one")
     selftest.agree(one, folder("same"), "images", 1)
     selftest.agree(one, folder("near", grad_norm=1.00001), "grad_norm", 1, within=1e-4)
-    for other, key in ((folder("images", images="b"), "images"), (folder("norm", grad_norm=0.5), "grad_norm")):
+    for other, key in (
+        (folder("images", images="b"), "images"),
+        (folder("norm", grad_norm=0.5), "grad_norm"),
+    ):
         with pytest.raises(selftest.Broken, match=f"step 1: {key} is"):
             selftest.agree(one, other, key, 1, within=1e-4 if key == "grad_norm" else 0.0)

@@ -115,7 +115,9 @@ ELSEWHERE = {
     "compile": "test_train.py (slow): the compiled model trains to the same loss",
     "resume_allow": "test_resume.py: a change is refused, and allowed by name",
     "data.on_bad_image": "test_shards.py: damaged images stop the run, or are replaced when asked",
-    "data.native": "test_native.py: the same weights and another line in the panel; on refuses to start without it",
+    "data.native": (
+        "test_native.py: the same weights and another line in the panel; on refuses to start without it"
+    ),
     "data.max_substitutes": "test_shards.py: one too many stops the run",
     "tracker.project": "test_tracker.py: the offline file names it",
 }
@@ -132,7 +134,9 @@ def observe(train, capsys, photographs, shards, monkeypatch, tmp_path):
     def observe(*arguments):
         arguments = [actual for argument in arguments for actual in meant.get(argument, [argument])]
         name = next((argument[4:] for argument in arguments if argument.startswith("run=")), "a")
-        (tmp_path / "runs").exists() and (tmp_path / "runs").rename(tmp_path / f"before{len(list(tmp_path.iterdir()))}")
+        (tmp_path / "runs").exists() and (tmp_path / "runs").rename(
+            tmp_path / f"before{len(list(tmp_path.iterdir()))}"
+        )
         capsys.readouterr()
         seen = {"block calls": 0, "evaluation calls": 0, "loaded": 0}
 
@@ -143,7 +147,8 @@ def observe(train, capsys, photographs, shards, monkeypatch, tmp_path):
                 seen["evaluation calls"] += not module.training
                 seen.setdefault("loaded at first step", seen["loaded"])
                 stem = module.stem[0].weight
-                seen["memory format"] = inputs[0].is_contiguous(memory_format=torch.channels_last), stem.is_contiguous(memory_format=torch.channels_last)  # fmt: skip
+                last = {"memory_format": torch.channels_last}
+                seen["memory format"] = inputs[0].is_contiguous(**last), stem.is_contiguous(**last)
                 seen["deterministic"] = torch.are_deterministic_algorithms_enabled()
 
         load = Images.__getitem__
@@ -166,8 +171,15 @@ def observe(train, capsys, photographs, shards, monkeypatch, tmp_path):
         folder = Path("runs") / name
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return seen | {
-            "folder": [*sorted(path.name for path in Path("runs").glob("*/*") if not path.name.startswith("tracker")), name],
-            "files": sorted(path.name for path in Path().iterdir() if path.is_dir() and not path.name.startswith("before")),
+            "folder": [
+                *sorted(
+                    path.name for path in Path("runs").glob("*/*") if not path.name.startswith("tracker")
+                ),
+                name,
+            ],
+            "files": sorted(
+                path.name for path in Path().iterdir() if path.is_dir() and not path.name.startswith("before")
+            ),
             "weights": weights(name),
             "ema": weights(name, "ema") if list(folder.glob("checkpoints/*/ema.safetensors")) else None,
             "inputs": hashlib.sha256((folder / "first_batch.png").read_bytes()).hexdigest(),
@@ -185,7 +197,9 @@ def observe(train, capsys, photographs, shards, monkeypatch, tmp_path):
 _bases = {}
 
 
-@pytest.mark.parametrize(("name", "base", "change", "shows"), EFFECTS, ids=[f"{name}-{change}" for name, _, change, _ in EFFECTS])
+@pytest.mark.parametrize(
+    ("name", "base", "change", "shows"), EFFECTS, ids=[f"{name}-{change}" for name, _, change, _ in EFFECTS]
+)
 def test_effect(observe, name, base, change, shows):
     # Evaluating and drawing it takes as long as all the rest: only where it shows.
     base = base if shows in EVALUATED else ["evaluate_every=never", *base]

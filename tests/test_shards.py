@@ -61,11 +61,16 @@ def place(root, sample):
     """Shard, byte where the image begins, bytes, key."""
     source = open_shards(root, None)[0]
     row = source.index.row(sample)
-    return root / source.shards[row["shard"]]["name"], int(row["offset"]), int(row["size"]), source.index.key(sample)
+    return (
+        root / source.shards[row["shard"]]["name"],
+        int(row["offset"]),
+        int(row["size"]),
+        source.index.key(sample),
+    )
 
 
-# What is done to the shard of sample 13, the fourteenth of 60, given where its image begins and how long it is; what stops the
-# opening; what stops the reading of the image; what `check` says.
+# What is done to the shard of sample 13, the fourteenth of 60, given where its image begins and how long it
+# is; what stops the opening; what stops the reading of the image; what `check` says.
 DAMAGE = {
     "a cut inside a member": (lambda at, size: cut(at + size // 2), 65, None, "bytes in place of"),
     "a cut at a member boundary": (lambda at, size: cut(at - 512), 65, None, "bytes in place of"),
@@ -119,7 +124,9 @@ def test_each_damage_is_detected_and_nothing_wrong_is_read(damage, shards, copy,
             assert stopped.value.code == at_reading
         else:
             assert source.read(sample) == good[sample]
-    assert source.labels(np.arange(60)).tolist() == open_shards(shards, None)[0].labels(np.arange(60)).tolist()
+    assert (
+        source.labels(np.arange(60)).tolist() == open_shards(shards, None)[0].labels(np.arange(60)).tolist()
+    )
 
 
 def test_a_label_that_was_changed_in_the_index_is_found_at_opening(copy):
@@ -183,11 +190,19 @@ def test_a_data_set_without_validation_images_is_refused_unless_none_are_asked_f
     assert (len(train), val) == (60, None)
 
 
-# ---- training on shards ---------------------------------------------------------------------------------------------
+# ---- training on shards ------------------------------------------------------------------------------------
 
 
 def test_training_resumes_bit_by_bit_on_shards_in_windows_with_local_copies(shards, train):
-    base = ["data=shards", f"data.root={shards}", "data.window=2", "steps=8", "save_every=3", "augment.repeats=2", "evaluate_every=never"]
+    base = [
+        "data=shards",
+        f"data.root={shards}",
+        "data.window=2",
+        "steps=8",
+        "save_every=3",
+        "augment.repeats=2",
+        "evaluate_every=never",
+    ]
     assert train(*base, "run=whole") == 0
     assert train(*base, "run=parts", "data.stage=here", "steps=4") == 0
     assert train(*base, "run=parts", "data.stage=here", "workers=1") == 0
@@ -226,7 +241,13 @@ def test_a_damaged_image_is_replaced_when_asked_the_same_in_every_layout(copy, t
     for sample in damaged:
         path, at, size, _ = place(copy, sample)
         edit(path, flip(at + size // 2))
-    base = ["data=shards", f"data.root={copy}", "data.on_bad_image=substitute", "steps=8", "evaluate_every=never"]
+    base = [
+        "data=shards",
+        f"data.root={copy}",
+        "data.on_bad_image=substitute",
+        "steps=8",
+        "evaluate_every=never",
+    ]
     assert train(*base, "run=a") == 0
     said = capsys.readouterr().out
     assert "3 damaged images were replaced (quarantine.jsonl)" in said
@@ -267,13 +288,15 @@ def test_a_set_of_nothing_but_damaged_images_stops(copy):
     for sample in range(60):
         path, at, size, _ = place(copy, sample)
         edit(path, flip(at + size // 2))
-    images = Images(open_shards(copy, None)[0], transforms.training(Augment(size=32), [0.5] * 3), 4, "substitute")
+    images = Images(
+        open_shards(copy, None)[0], transforms.training(Augment(size=32), [0.5] * 3), 4, "substitute"
+    )
     stop = images[Order(60, 16, 2, seed=4).microbatch(0, 0)]
     assert isinstance(stop, Stop)
     assert stop.code == Exit.DAMAGED
 
 
-# ---- faults of disk and network -------------------------------------------------------------------------------------
+# ---- faults of disk and network ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
@@ -314,12 +337,14 @@ def test_a_shard_that_disappears_while_training_is_missing(copy):
     assert explain(stopped.value).code == Exit.MISSING
 
 
-# ---- fourteen million -----------------------------------------------------------------------------------------------
+# ---- fourteen million --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_fourteen_million_rows_are_neither_read_nor_held(tmp_path):
-    """A worker that opens them and reads 2,000 microbatches all over the epochs: what it reads and holds is counted by the system."""
+    """A worker that opens them and reads 2,000 microbatches all over the epochs: what it reads and holds is
+    counted by the system.
+    """
     rows, shards = 14_000_000, 7_000
     write = """
 import numpy as np, sys
@@ -337,7 +362,10 @@ table.flush()
     path = tmp_path / "train.index.npy"
     subprocess.run([sys.executable, "-c", write, str(path), str(rows), str(shards)], check=True)
     told = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "index.py"), str(path), str(shards)], check=True, capture_output=True, text=True
+        [sys.executable, str(ROOT / "benchmarks" / "index.py"), str(path), str(shards)],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     seen = json.loads(told.stdout)
     assert seen["rows"] == rows

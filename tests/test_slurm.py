@@ -1,4 +1,6 @@
-"""launch/slurm.sbatch on a real Slurm: a private cluster of two nodes, each a slurmd with a host name of its own, on this machine."""
+"""launch/slurm.sbatch on a real Slurm: a private cluster of two nodes, each a slurmd with a host name of its
+own, on this machine.
+"""
 
 import json
 import os
@@ -47,18 +49,34 @@ JobRequeue=1
 KillWait=5
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
-PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP
-PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF State=UP
+NodeName=DEFAULT NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+NodeName=n1 Port={ports[1]}
+NodeName=n2 Port={ports[2]}
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE State=UP
+PartitionName=low Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high PriorityTier=9 PreemptMode=OFF
 """
 GPUS = "AutoDetect=off\nName=gpu File={root}/dev/gpu[0-1]\n"
-JOB = [*SMALL, "batch=32", "microbatch=8", "device=cpu", "model=timm", "model.timm=test_resnet", "save_every=0", "evaluate_every=never", "log_every=1", "optim.warmup_epochs=0", "mix.mixup=0.8"]  # fmt: skip
+JOB = [
+    *SMALL,
+    "batch=32",
+    "microbatch=8",
+    "device=cpu",
+    "model=timm",
+    "model.timm=test_resnet",
+    "save_every=0",
+    "evaluate_every=never",
+    "log_every=1",
+    "optim.warmup_epochs=0",
+    "mix.mixup=0.8",
+]
 SCRIPT = str(ROOT / "launch" / "slurm.sbatch")
 
 
 class Cluster:
-    """Two nodes n1, n2 of four cores and two GPUs (which are no devices) each; partition `high` preempts `low`."""
+    """Two nodes n1, n2 of four cores and two GPUs (which are no devices) each; partition `high` preempts
+    `low`.
+    """
 
     def __init__(self, root):
         self.root = root
@@ -72,11 +90,17 @@ class Cluster:
             (root / folder).mkdir(parents=True)
         for number in range(2):
             os.mknod(root / "dev" / f"gpu{number}", 0o666 | 0o020000, os.makedev(1, 3))
-        (root / "slurm.conf").write_text(CONFIGURATION.format(root=root, ports=ports, host=socket.gethostname()))
+        (root / "slurm.conf").write_text(
+            CONFIGURATION.format(root=root, ports=ports, host=socket.gethostname())
+        )
         (root / "gres.conf").write_text(GPUS.format(root=root))
         (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # else slurmd wants systemd
         (root / "hosts").write_text("127.0.0.1 localhost n1 n2\n")
-        self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        self.environment = os.environ | {
+            "SLURM_CONF": str(root / "slurm.conf"),
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+        }
         self.ask("slurmctld")
         for node in ("n1", "n2"):
             own = f"mount -t tmpfs tmpfs {root}/mine; " if node == "n2" else ""
@@ -86,7 +110,13 @@ class Cluster:
 
     def ask(self, *command, code=0, **others):
         done = subprocess.run(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180, **others
+            command,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=180,
+            **others,
         )
         assert code is None or done.returncode == code, done.stdout
         return done.stdout.strip()
@@ -98,7 +128,9 @@ class Cluster:
             time.sleep(0.2)
 
     def submit(self, *arguments, script=SCRIPT, options=()):
-        return re.search(r"job (\d+)", self.ask("sbatch", *options, *([script] if script else []), *arguments)).group(1)
+        return re.search(
+            r"job (\d+)", self.ask("sbatch", *options, *([script] if script else []), *arguments)
+        ).group(1)
 
     def state(self, job, key="JobState"):
         return re.search(rf"\b{key}=(\S+)", self.ask("scontrol", "-o", "show", "job", job)).group(1)
@@ -110,9 +142,10 @@ class Cluster:
         self.until(lambda: text in self.said(job), seconds, lambda: self.said(job))
 
     def at_once(self, job):
-        """What was queued again waits for two minutes, unless it is told otherwise once its nodes are free."""
+        """A requeued job waits for two minutes, unless it is told otherwise once its nodes are free."""
         if self.state(job) == "PENDING" and self.state(job, "Restarts") != "0":
-            time.sleep(2)  # within the second in which it ended, nodes take it for the job that they have just been told to end
+            # Within the second in which it ended, nodes take it for the job that they were just told to end.
+            time.sleep(2)
             self.ask("scontrol", "update", f"JobId={job}", "StartTime=now", code=None)
 
     def ends(self, job, seconds=150):
@@ -142,7 +175,11 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    require("slurm", shutil.which("slurmctld") and os.getuid() == 0, "slurmctld (apt-get install slurm-wlm) and root are needed")
+    require(
+        "slurm",
+        shutil.which("slurmctld") and os.getuid() == 0,
+        "slurmctld (apt-get install slurm-wlm) and root are needed",
+    )
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     yield cluster
     cluster.end()
@@ -155,7 +192,9 @@ def job(cluster, digits):
 
 
 def hashes(folder):
-    files = json.loads((Path(folder) / "checkpoints" / "step-00000050" / "MANIFEST.json").read_text())["files"]
+    files = json.loads((Path(folder) / "checkpoints" / "step-00000050" / "MANIFEST.json").read_text())[
+        "files"
+    ]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
 
 
@@ -164,7 +203,7 @@ NODES = ["--nodes=2", "--gpus-per-node=0"]
 
 @pytest.fixture(scope="module")
 def whole(cluster, job, tmp_path_factory):
-    """What the job leaves when srun starts it, a task a node, and nothing interrupts it: hashes of its files."""
+    """What the job leaves when srun starts it, a task a node, without interruption: hashes of its files."""
     folder = tmp_path_factory.mktemp("whole")
     srun = ["srun", *NODES, "--ntasks-per-node=1", sys.executable, str(ROOT / "train.py"), *job, "run=whole"]
     assert "2 ranks by srun" in cluster.ask(*srun, cwd=folder)
@@ -189,7 +228,9 @@ def test_a_job_survives_signals_and_preemption_with_the_bits_of_srun_alone(clust
     cluster.ask("scancel", "--full", "--signal=USR1", script)
     cluster.runs_again(script, 2)
     cluster.wait_for(script, "\nstep 20/")
-    sooner = cluster.submit(options=["--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1"], script=None)
+    sooner = cluster.submit(
+        options=["--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1"], script=None
+    )
     cluster.until(lambda: cluster.state(script) != "RUNNING", 60, lambda: cluster.said(script))
     assert cluster.ends(sooner) == 0
     assert cluster.ends(script) == 0
@@ -221,7 +262,7 @@ def test_a_killed_rank_is_started_again_in_the_job(cluster, job, whole):
 
 
 def test_what_no_repetition_mends_is_not_repeated(cluster, job):
-    """A job that has been queued again too often, one that its owner cancels, and a run that began otherwise."""
+    """A job that was requeued too often, one that its owner cancels, and a run that began otherwise."""
     cluster.environment["RECONVERGE_MAX_REQUEUES"] = "0"
     script = cluster.submit(*job, "run=often", options=NODES)
     del cluster.environment["RECONVERGE_MAX_REQUEUES"]
@@ -289,14 +330,17 @@ def test_ranks_have_their_gpus_whether_each_sees_one_or_all(cluster, tmp_path, m
     """A script in the place of python says what each rank was given; the GPUs of this cluster are none."""
     said = tmp_path / "python"
     said.write_text(
-        '#!/bin/sh\n[ "$2" = model=x ] && echo "$SLURMD_NODENAME $SLURM_LOCALID $CUDA_VISIBLE_DEVICES $SLURM_CPUS_PER_TASK"\nexit 0\n'
+        '#!/bin/sh\n[ "$2" = model=x ] && echo "$SLURMD_NODENAME $SLURM_LOCALID $CUDA_VISIBLE_DEVICES'
+        ' $SLURM_CPUS_PER_TASK"\nexit 0\n'
     )
     said.chmod(0o755)
     monkeypatch.setitem(cluster.environment, "PYTHON", str(said))
     job = cluster.submit("model=x", options=options)
     assert cluster.ends(job) == 0
     tasks = range(1 if each == "0 4" else 2)
-    lines = [line for line in cluster.said(job).splitlines() if not line.startswith("srun:")]  # which waits for the end of the step before
+    lines = [
+        line for line in cluster.said(job).splitlines() if not line.startswith("srun:")
+    ]  # which waits for the end of the step before
     assert sorted(lines) == [f"n{node} {task} {each or f'{task} 2'}" for node in (1, 2) for task in tasks]
 
 

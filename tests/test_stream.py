@@ -1,4 +1,6 @@
-"""What reaches the model is the same for every layout: world size, workers, order, start, local copies of shards."""
+"""What reaches the model is the same for every layout: world size, workers, order, start, local copies of
+shards.
+"""
 
 import shutil
 import time
@@ -36,7 +38,11 @@ def stream(root, window, ranks=1, workers=0, start=0, repeats=1):
     order = order_of(source, window, repeats)
     images = Images(source, transforms.training(Augment(size=32), [0.5] * 3), seed=4)
     for rank in range(ranks):
-        mine = [(step, number) for step in range(start, STEPS) for number in range(rank * 8 // ranks, (rank + 1) * 8 // ranks)]
+        mine = [
+            (step, number)
+            for step in range(start, STEPS)
+            for number in range(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+        ]
         feed = Feed(images, order.steps(start, STEPS, rank, ranks), workers, CPU, ahead=True)
         for at, part, batch in zip(mine, order.steps(start, STEPS, rank, ranks), feed, strict=True):
             assert batch.labels.tolist() == source.labels(part.ids).tolist()
@@ -50,7 +56,9 @@ def test_every_layout_sees_the_same_images_in_the_same_order(window, shards):
     assert sorted(reference) == [(step, number) for step in range(STEPS) for number in range(8)]
     for epoch in range(3):
         ids = [sample for of_epoch, ids, *_ in reference.values() if of_epoch == epoch for sample in ids]
-        assert len(ids) == len(set(ids)) == 48  # three batches of sixteen; the tail that fills none is dropped
+        assert (
+            len(ids) == len(set(ids)) == 48
+        )  # three batches of sixteen; the tail that fills none is dropped
     for ranks, workers in ((1, 1), (1, 3), (2, 1), (4, 3), (8, 0), (8, 1)):
         assert stream(shards, window, ranks, workers) == reference, (ranks, workers)
     assert stream(shards, "2" if window == "all" else "1") != reference
@@ -60,7 +68,9 @@ def test_every_layout_sees_the_same_images_in_the_same_order(window, shards):
 def test_it_starts_at_any_step(window, shards):
     reference = stream(shards, window)
     for start in range(STEPS):
-        assert stream(shards, window, ranks=1 + start % 2, start=start) == {at: seen for at, seen in reference.items() if at[0] >= start}
+        assert stream(shards, window, ranks=1 + start % 2, start=start) == {
+            at: seen for at, seen in reference.items() if at[0] >= start
+        }
 
 
 def test_repeated_augmentation_draws_anew_in_another_microbatch(shards):
@@ -90,18 +100,31 @@ def test_repeated_augmentation_draws_anew_in_another_microbatch(shards):
     seed=st.integers(0, 2**32),
     epoch=st.integers(0, 50),
 )
-def test_each_repeat_of_each_sample_at_most_once_an_epoch(images_of, width, windows, microbatches, repeats, seed, epoch):
+def test_each_repeat_of_each_sample_at_most_once_an_epoch(
+    images_of, width, windows, microbatches, repeats, seed, epoch
+):
     images, batch, repeats = sum(images_of), 2 * microbatches, min(repeats, microbatches)
     steps = images // batch
     if not steps:
         return
-    order = Order(images, batch, 2, seed, repeats=repeats, windows=Windows(np.array(images_of), width, seed) if windows else None)
+    order = Order(
+        images,
+        batch,
+        2,
+        seed,
+        repeats=repeats,
+        windows=Windows(np.array(images_of), width, seed) if windows else None,
+    )
     seen = []
     for step in range(epoch * steps, (epoch + 1) * steps):
         parts = list(order.steps(step, step + 1))
         assert all(part.epoch == epoch for part in parts)
-        assert all(len(set(part.ids.tolist())) == 2 for part in parts), "two repeats of a sample in one microbatch"
-        seen += [pair for part in parts for pair in zip(part.ids.tolist(), part.repeats.tolist(), strict=True)]
+        assert all(len(set(part.ids.tolist())) == 2 for part in parts), (
+            "two repeats of a sample in one microbatch"
+        )
+        seen += [
+            pair for part in parts for pair in zip(part.ids.tolist(), part.repeats.tolist(), strict=True)
+        ]
         for ranks in {1, 2, 4, 8} & set(range(1, microbatches + 1)):
             shared = [part for rank in range(ranks) for part in order.steps(step, step + 1, rank, ranks)]
             assert [part.ids.tolist() for part in shared] == [part.ids.tolist() for part in parts]
@@ -109,7 +132,11 @@ def test_each_repeat_of_each_sample_at_most_once_an_epoch(images_of, width, wind
     assert all(0 <= sample < images and 0 <= repeat < repeats for sample, repeat in seen)
 
 
-@given(images_of=st.lists(st.integers(0, 30), min_size=1, max_size=12), width=st.integers(1, 5), seed=st.integers(0, 99))
+@given(
+    images_of=st.lists(st.integers(0, 30), min_size=1, max_size=12),
+    width=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
 def test_a_window_is_finished_before_the_next_begins(images_of, width, seed):
     windows = Windows(np.array(images_of), width, seed)
     images = sum(images_of)
@@ -137,7 +164,9 @@ def test_windows_are_uniform_and_independent():
     orders = np.stack([windows.ids(epoch, np.arange(images)) for epoch in range(epochs)])
     tenth = np.argsort(orders, axis=1) * 10 // images
     counts = np.stack([(tenth == number).sum(0) for number in range(10)])
-    chi2 = ((counts - epochs / 10) ** 2 / (epochs / 10)).sum(0)  # 9 degrees of freedom an image; images of a shard move together
+    chi2 = ((counts - epochs / 10) ** 2 / (epochs / 10)).sum(
+        0
+    )  # 9 degrees of freedom an image; images of a shard move together
     assert abs(chi2.mean() - 9) < 1.2
     assert not np.array_equal(orders[0], orders[1])
     inside = orders[:, :100] % 25  # place in its shard of what comes first
@@ -150,7 +179,7 @@ def test_golden_windows(golden):
     golden("order_windows.txt", "\n".join(map(str, ids.tolist())))
 
 
-# ---- local copies -----------------------------------------------------------------------------------------------------
+# ---- local copies ------------------------------------------------------------------------------------------
 
 
 def staged(root, folder, gigabytes=1.0, slowly=0.0, limit=None):
@@ -190,7 +219,9 @@ def test_local_copies_are_what_is_read(shards, tmp_path):
             time.sleep(0.01)
         for path in root.glob("train-*.tar"):
             path.unlink()
-        assert [source.read(int(sample)) for sample in first.ids] == [opened(shards).read(int(sample)) for sample in first.ids]
+        assert [source.read(int(sample)) for sample in first.ids] == [
+            opened(shards).read(int(sample)) for sample in first.ids
+        ]
 
 
 def test_a_copy_that_is_not_the_shard_stops_the_run(shards, tmp_path):

@@ -12,8 +12,12 @@ from reconverge.errors import Exit, Stop
 
 
 def test_combinations_are_read_in_hydras_grammar():
-    assert config.combinations(["seed=range(0,3)", "model=a,roadmap/b", "data.root='x,y'", "resume_allow=[a,b]"]) == [
-        [f"seed={seed}", f"model={model}", "data.root='x,y'", "resume_allow=[a,b]"] for seed in range(3) for model in ("a", "roadmap/b")
+    assert config.combinations(
+        ["seed=range(0,3)", "model=a,roadmap/b", "data.root='x,y'", "resume_allow=[a,b]"]
+    ) == [
+        [f"seed={seed}", f"model={model}", "data.root='x,y'", "resume_allow=[a,b]"]
+        for seed in range(3)
+        for model in ("a", "roadmap/b")
     ]
     assert config.combinations(["seed=1"]) == [["seed=1"]]
 
@@ -25,7 +29,10 @@ def test_runs_that_would_share_a_folder_are_named_by_what_differs():
     ]  # fmt: skip
     assert sweep.names(combinations, ["a"] * 4)[1] == "a-seed-0-optim.lr-0.002"
     assert sweep.names(combinations, list("abcd")) == list("abcd")
-    assert sweep.names([["model=roadmap/00_resnet50"], ["model=vit_s"]], ["x", "x"]) == ["x-model-roadmap-00_resnet50", "x-model-vit_s"]
+    assert sweep.names([["model=roadmap/00_resnet50"], ["model=vit_s"]], ["x", "x"]) == [
+        "x-model-roadmap-00_resnet50",
+        "x-model-vit_s",
+    ]
     with pytest.raises(Stop, match="for model=a/b and for model=a-b"):
         sweep.names([["model=a/b"], ["model=a-b"]], ["x", "x"])
 

@@ -27,8 +27,14 @@ def scalars(folder):
 
 
 def test_tensorboard_mirrors_every_number_once_through_a_resume(train):
-    assert train("run=a", "steps=4", "log_every=1", "tracker=tensorboard", "evaluate_every=2", "save_every=2") == 0
-    assert train("run=a", "steps=6", "log_every=1", "tracker=tensorboard", "evaluate_every=2", "save_every=2") == 0
+    assert (
+        train("run=a", "steps=4", "log_every=1", "tracker=tensorboard", "evaluate_every=2", "save_every=2")
+        == 0
+    )
+    assert (
+        train("run=a", "steps=6", "log_every=1", "tracker=tensorboard", "evaluate_every=2", "save_every=2")
+        == 0
+    )
     records = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
     found = scalars(Path("runs/a/tensorboard"))
     expected = {}
@@ -36,7 +42,9 @@ def test_tensorboard_mirrors_every_number_once_through_a_resume(train):
         for key, value in record.items():
             if key != "step":
                 expected.setdefault(key, {})[record["step"]] = value
-    assert {key: sorted(steps) for key, steps in found.items()} == {key: sorted(steps) for key, steps in expected.items()}
+    assert {key: sorted(steps) for key, steps in found.items()} == {
+        key: sorted(steps) for key, steps in expected.items()
+    }
     for key, steps in found.items():
         for step, values in steps.items():
             assert len(values) == 1
@@ -56,7 +64,9 @@ def test_wandb_offline_without_a_key(train, monkeypatch):
 
 @pytest.mark.slow
 def test_a_dead_server_neither_delays_nor_breaks_the_run(start):
-    """A key, but nobody who answers: the steps do not wait, the end waits a bounded time, and the record goes offline."""
+    """A key, but nobody who answers: the steps do not wait, the end waits a bounded time, and the record goes
+    offline.
+    """
     dead = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     process = start("run=a", "steps=4", "log_every=1", "tracker=wandb", **dead)
     assert process.wait(120) == 0
@@ -77,12 +87,17 @@ def test_a_mirror_that_fails_is_told(train, capsys, tmp_path):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "tensorboard").write_text("a file where the folder should be")
     assert train("run=a", "steps=2", "tracker=tensorboard") == 0
-    assert "the tracker failed with exit code 1, see tracker.log; metrics.jsonl is complete" in capsys.readouterr().out
+    assert (
+        "the tracker failed with exit code 1, see tracker.log; metrics.jsonl is complete"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_mirror_ends_when_its_run_is_killed(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    mirror = subprocess.Popen([sys.executable, "-m", "reconverge.tracker", "tensorboard", "p", str(tmp_path)], stdin=subprocess.PIPE)
+    mirror = subprocess.Popen(
+        [sys.executable, "-m", "reconverge.tracker", "tensorboard", "p", str(tmp_path)], stdin=subprocess.PIPE
+    )
     mirror.stdin.close()  # as the end of the training process closes it
     assert mirror.wait(180) == 0
     assert scalars(tmp_path / "tensorboard") == {"loss": {1: [2.0]}}

@@ -25,8 +25,23 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     assert train("steps=12", "run=a", "evaluate_every=6", "save_every=6", "log_every=2") == 0
     folder = Path("runs/a")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "record.jsonl", "status.json", "classes.txt", "checkpoints", "curves.png", "first_batch.png", "predictions.png", "outcomes.npz"}  # fmt: skip
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000006", "step-00000012"]
+    assert names == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "record.jsonl",
+        "status.json",
+        "classes.txt",
+        "checkpoints",
+        "curves.png",
+        "first_batch.png",
+        "predictions.png",
+        "outcomes.npz",
+    }
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "step-00000006",
+        "step-00000012",
+    ]
     records = metrics("a")
     assert [record["step"] for record in records] == [2, 4, 6, 6, 8, 10, 12, 12]
     assert records[-1]["raw_top1"] > 5
@@ -34,10 +49,27 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     assert (status["reason"], status["exit_code"], status["step"]) == ("done", 0, 12)
     said = capsys.readouterr().out
     assert f"top-1 {max(records[-1]['raw_top1'], records[-1]['ema_top1']):.2f} %" in said.splitlines()[-1]
-    for part in ("3.38 M parameters", "16 images = 2 microbatches x 8", "7 of them warm-up", "half-life 34 steps, 4.9 epochs", "120 training", "R2 resumed", "runs/a/"):  # fmt: skip
+    for part in (
+        "3.38 M parameters",
+        "16 images = 2 microbatches x 8",
+        "7 of them warm-up",
+        "half-life 34 steps, 4.9 epochs",
+        "120 training",
+        "R2 resumed",
+        "runs/a/",
+    ):
         assert part in said
     environment = json.loads((folder / "environment.json").read_text())
-    assert set(environment["facts"]) == {"code", "versions", "threads", "hardware", "ranks", "forward_images", "pixels", "data"}
+    assert set(environment["facts"]) == {
+        "code",
+        "versions",
+        "threads",
+        "hardware",
+        "ranks",
+        "forward_images",
+        "pixels",
+        "data",
+    }
     assert environment["promises"] == {"R1": True, "R2": True, "R3": True, "R4": False}
     assert environment["facts"]["data"]["order"] == "order-1"
     assert len(environment["starts"]) == 1
@@ -53,7 +85,9 @@ def test_layer_decay_is_shown_layer_by_layer(train, capsys):
     assert rows[6].split(None, 2)[2] == "lr x 1, 3,850 parameters: head.fc.bias ... head.norm.weight"
 
 
-def test_without_validation_images_nothing_is_evaluated_and_the_end_says_so(train, capsys, digits, tmp_path, evaluate):
+def test_without_validation_images_nothing_is_evaluated_and_the_end_says_so(
+    train, capsys, digits, tmp_path, evaluate
+):
     shutil.copytree(digits / "train", tmp_path / "images" / "train")
     arguments = [f"data.root={tmp_path / 'images'}", "data.val=null", "evaluate_every=never", "run=a"]
     assert train(*arguments, "steps=3") == 0
@@ -80,7 +114,10 @@ def test_a_run_that_was_not_evaluated_can_be_at_its_end(train, capsys):
 def test_the_end_compares_with_what_is_published(train, capsys):
     assert train("steps=1", "run=a", "recipe=in1k", "augment.size=32", "evaluate.size=32") == 0
     summary = capsys.readouterr().out.splitlines()[-1]
-    assert "; not comparable: no top-1 of convnext_atto with recipe=in1k is published; everything is in" in summary
+    assert (
+        "; not comparable: no top-1 of convnext_atto with recipe=in1k is published; everything is in"
+        in summary
+    )
     assert json.loads(Path("runs/a/status.json").read_text())["summary"] == summary
 
 
@@ -100,12 +137,27 @@ def test_the_same_command_gives_the_same_bits_in_another_process(train, start):
     assert train(*arguments, "run=a") == 0
     process = start(*arguments, "run=b", "workers=2")
     assert process.wait(180) == 0
-    assert [weights("a", kind) for kind in ("model", "ema", "optimizer")] == [weights("b", kind) for kind in ("model", "ema", "optimizer")]
+    assert [weights("a", kind) for kind in ("model", "ema", "optimizer")] == [
+        weights("b", kind) for kind in ("model", "ema", "optimizer")
+    ]
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(train, capsys, digits):
-    """A learning rate beyond all bounds: step 2 still moves the weights (the first one's rate is 0), step 3 meets infinities."""
-    assert train("run=a", "optim.lr=1e30", "save_every=1", "evaluate_every=0", "log_every=10", "keep=9", "augment.auto=none") == 70
+    """A learning rate beyond all bounds: step 2 still moves the weights (the first one's rate is 0), step 3
+    meets infinities.
+    """
+    assert (
+        train(
+            "run=a",
+            "optim.lr=1e30",
+            "save_every=1",
+            "evaluate_every=0",
+            "log_every=10",
+            "keep=9",
+            "augment.auto=none",
+        )
+        == 70
+    )
     said = capsys.readouterr().err
     assert "step 3: the loss is nan" in said
     assert f"its sample ids: {Order(120, 16, 8, 0).step_ids(2)}" in said
@@ -113,13 +165,20 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(train, capsys, 
     assert saved[-1].name == "step-00000002"
     from safetensors.torch import load_file
 
-    assert all(tensor.isfinite().all() for path in saved for tensor in load_file(path / "model.safetensors").values())
+    assert all(
+        tensor.isfinite().all() for path in saved for tensor in load_file(path / "model.safetensors").values()
+    )
     status = json.loads(Path("runs/a/status.json").read_text())
     assert (status["reason"], status["exit_code"]) == ("failed", 70)
 
 
 def test_the_suppressed_step_is_found_at_the_log_interval(train, capsys):
-    assert train("run=a", "optim.lr=1e30", "save_every=0", "evaluate_every=0", "log_every=5", "augment.auto=none") == 70
+    assert (
+        train(
+            "run=a", "optim.lr=1e30", "save_every=0", "evaluate_every=0", "log_every=5", "augment.auto=none"
+        )
+        == 70
+    )
     assert "step 3:" in capsys.readouterr().err
     assert metrics("a") == []
 
@@ -133,14 +192,30 @@ def test_other_precisions_train(train, precision):
 
 
 def test_fp16_overflow_skips_the_update_and_the_clock_goes_on(train, capsys):
-    """A loss times 65536 overflows float16 where the head's weights are large: the scale halves until it fits."""
-    assert train("run=a", "steps=6", "precision=fp16", "log_every=1", "model.head_init_scale=3e4", "augment.auto=none") == 0
+    """A loss times 65536 overflows float16 where the head's weights are large: the scale halves until it
+    fits.
+    """
+    assert (
+        train(
+            "run=a",
+            "steps=6",
+            "precision=fp16",
+            "log_every=1",
+            "model.head_init_scale=3e4",
+            "augment.auto=none",
+        )
+        == 0
+    )
     assert any(record.get("grad_norm", 0) is None for record in metrics("a"))
-    assert json.loads(Path("runs/a/checkpoints/step-00000006/state.json").read_text())["scaler"]["scale"] < 65536
+    assert (
+        json.loads(Path("runs/a/checkpoints/step-00000006/state.json").read_text())["scaler"]["scale"] < 65536
+    )
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(train, small_disk, monkeypatch, capsys):
-    subprocess.run(["mount", "-o", "remount,size=75m", str(small_disk)], check=True)  # one checkpoint of 54 MB, not two
+    subprocess.run(
+        ["mount", "-o", "remount,size=75m", str(small_disk)], check=True
+    )  # one checkpoint of 54 MB, not two
     monkeypatch.chdir(small_disk)
     assert train("run=a", "steps=4", "save_every=1", "evaluate_every=never") == 74
     assert "24 MB free for a checkpoint of 54 MB" in capsys.readouterr().err
@@ -169,7 +244,12 @@ def test_a_broken_image_stops_with_its_name(train, digits, tmp_path, capsys):
         (OSError(28, "No space left on device"), Exit.DISK),
         (MemoryError(), Exit.OUT_OF_MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory"), Exit.OUT_OF_MEMORY),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), Exit.OUT_OF_MEMORY),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"
+            ),
+            Exit.OUT_OF_MEMORY,
+        ),
         (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), Exit.OUT_OF_MEMORY),
     ],
 )
@@ -209,7 +289,9 @@ def test_a_model_that_the_meta_device_cannot_run_is_not_refused_for_its_size():
 
 def test_check_says_what_it_looked_at(train, capsys):
     assert train("--check", "run=a", "data.root=/nowhere") == 0
-    assert "a: the settings fit together; neither images nor devices were looked at" in capsys.readouterr().out
+    assert (
+        "a: the settings fit together; neither images nor devices were looked at" in capsys.readouterr().out
+    )
     assert train("--check", "microbatch=7") == 2
     assert not Path("runs").exists()
 
@@ -222,7 +304,16 @@ def test_a_gpu_that_is_not_there_is_refused(train, capsys):
 
 
 def debug(monkeypatch, digits, *arguments):
-    return _main("train", [*[item for item in SMALL if not item.startswith("epochs")], f"data.root={digits}", "epochs=40", *arguments], monkeypatch)  # fmt: skip
+    return _main(
+        "train",
+        [
+            *[item for item in SMALL if not item.startswith("epochs")],
+            f"data.root={digits}",
+            "epochs=40",
+            *arguments,
+        ],
+        monkeypatch,
+    )
 
 
 def test_debug_overfit_drives_the_loss_to_nothing(monkeypatch, digits):
@@ -235,16 +326,29 @@ def test_debug_synthetic_short_and_profile(monkeypatch, digits, tmp_path):
     assert debug(monkeypatch, digits, "debug=synthetic", "steps=2", "data.images=32", "data.classes=7") == 0
     assert metrics("convnext_atto-demo-synthetic-s0")[-1]["step"] == 2
     assert debug(monkeypatch, digits, "debug=short") == 0
-    assert [record["step"] for record in metrics("convnext_atto-demo-folder-s0-short") if "loss" in record] == list(range(1, 21))
+    assert [
+        record["step"] for record in metrics("convnext_atto-demo-folder-s0-short") if "loss" in record
+    ] == list(range(1, 21))
     assert debug(monkeypatch, digits, "debug=profile", "debug.profile=2", "steps=5") == 0
     trace = json.loads(Path("runs/convnext_atto-demo-folder-s0-profile/trace.json").read_text())
     assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
 
 
 def test_two_steps_of_the_recipe_at_224_pixels(monkeypatch, photographs):
-    arguments = ["model=convnext_atto", "recipe=in1k", "data=folder", f"data.root={photographs}", "batch=8", "microbatch=4", "steps=2", "threads=2"]  # fmt: skip
+    arguments = [
+        "model=convnext_atto",
+        "recipe=in1k",
+        "data=folder",
+        f"data.root={photographs}",
+        "batch=8",
+        "microbatch=4",
+        "steps=2",
+        "threads=2",
+    ]
     assert _main("train", [*arguments, "run=a", "workers=1", "log_every=1"], monkeypatch) == 0
-    assert [record["lr"] for record in metrics("a") if "lr" in record] == pytest.approx([0, 4e-3 / (20 * 7 - 1)])
+    assert [record["lr"] for record in metrics("a") if "lr" in record] == pytest.approx(
+        [0, 4e-3 / (20 * 7 - 1)]
+    )
 
 
 @pytest.mark.parametrize("arguments", [["steps=3", "debug.profile=10"], ["steps=1", "debug.profile=2"]])
@@ -259,7 +363,17 @@ def test_an_evaluation_that_is_not_finite_stops(train, capsys):
 
 
 def test_metrics_are_json_whatever_overflows(train):
-    assert train("run=a", "steps=2", "precision=fp16", "log_every=1", "model.head_init_scale=1e8", "evaluate_every=0") == 70
+    assert (
+        train(
+            "run=a",
+            "steps=2",
+            "precision=fp16",
+            "log_every=1",
+            "model.head_init_scale=1e8",
+            "evaluate_every=0",
+        )
+        == 70
+    )
     text = Path("runs/a/metrics.jsonl").read_text()
     assert text
     assert "NaN" not in text
@@ -283,7 +397,10 @@ def test_a_file_where_a_folder_is_wanted(train, capsys):
 def test_a_reader_that_goes_away_does_not_end_the_training(small):
     import shlex
 
-    command = f"{sys.executable} {ROOT}/train.py {shlex.join(small)} run=a steps=6 log_every=1 evaluate_every=never | head -3"
+    command = (
+        f"{sys.executable} {ROOT}/train.py {shlex.join(small)} run=a steps=6 log_every=1 evaluate_every=never"
+        " | head -3"
+    )
     subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL, timeout=100)
     for _ in range(100):
         if json.loads(Path("runs/a/status.json").read_text())["reason"] == "done":
@@ -294,7 +411,15 @@ def test_a_reader_that_goes_away_does_not_end_the_training(small):
 
 @pytest.mark.slow
 def test_convnext_t_trains_at_224_pixels_as_the_readme_says(monkeypatch, photographs):
-    arguments = ["model=convnext_t", "recipe=in1k", "data=folder", f"data.root={photographs}", "batch=8", "microbatch=4", "steps=2"]
+    arguments = [
+        "model=convnext_t",
+        "recipe=in1k",
+        "data=folder",
+        f"data.root={photographs}",
+        "batch=8",
+        "microbatch=4",
+        "steps=2",
+    ]
     assert _main("train", [*arguments, "run=a", "threads=1", "workers=0"], monkeypatch) == 0
 
 
@@ -306,17 +431,24 @@ def test_the_compiled_model_trains_to_the_same_loss(train):
     assert plain == pytest.approx(compiled, rel=1e-4)
     assert weights("a") != weights("b")  # other kernels, other bits: else nothing was compiled
     names = json.loads(Path("runs/b/checkpoints/step-00000003/MANIFEST.json").read_text())
-    assert names["files"].keys() == json.loads(Path("runs/a/checkpoints/step-00000003/MANIFEST.json").read_text())["files"].keys()
+    assert (
+        names["files"].keys()
+        == json.loads(Path("runs/a/checkpoints/step-00000003/MANIFEST.json").read_text())["files"].keys()
+    )
 
 
 @pytest.mark.slow
 def test_the_default_run_reaches_97_percent():
     """python train.py as it is: the promise of the README's first command."""
-    done = subprocess.run([sys.executable, str(ROOT / "train.py")], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py")], capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr
     last = metrics("convnext_atto-demo-digits-s0")[-1]
     assert max(last["raw_top1"], last["ema_top1"]) >= 97
-    again = subprocess.run([sys.executable, str(ROOT / "train.py")], capture_output=True, text=True, timeout=180)
+    again = subprocess.run(
+        [sys.executable, str(ROOT / "train.py")], capture_output=True, text=True, timeout=180
+    )
     assert again.returncode == 0
     assert "is finished" in again.stdout
     assert os.path.exists("runs/convnext_atto-demo-digits-s0/curves.png")

@@ -1,4 +1,7 @@
-"""What init= is for: weights trained on other labels, at another resolution, must help. benchmarks/transfer.py with one parent and fewer steps."""
+"""What init= is for: weights trained on other labels, at another resolution, must help.
+
+benchmarks/transfer.py with one parent and fewer steps.
+"""
 
 import os
 import subprocess

@@ -26,13 +26,17 @@ POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m3-mstd0.5-inc1"]
 def image(number, size=None):
     random = np.random.Generator(np.random.PCG64(number))
     size = size or (int(random.integers(40, 500)), int(random.integers(40, 500)))
-    return Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    return Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
 
 
 def jpeg(number, size=None):
     """The same as a file, without loss of a pixel from one decoder to another: both read these bytes."""
     buffer = io.BytesIO()
-    image(number, size).save(buffer, "JPEG", quality=90, subsampling=2 * (number % 2), progressive=number % 5 == 0)
+    image(number, size).save(
+        buffer, "JPEG", quality=90, subsampling=2 * (number % 2), progressive=number % 5 == 0
+    )
     return buffer.getvalue()
 
 
@@ -49,7 +53,14 @@ def shipped(pixels):
 @pytest.mark.usefixtures("decoder")
 def test_evaluation_at_224_is_the_official_transform():
     """Resize the shorter side to 256, bicubic; crop the centre; ToTensor; Normalize."""
-    official = tv.Compose([tv.Resize(256, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(224), tv.ToTensor(), tv.Normalize(MEAN, STD)])  # fmt: skip
+    official = tv.Compose(
+        [
+            tv.Resize(256, interpolation=tv.InterpolationMode.BICUBIC),
+            tv.CenterCrop(224),
+            tv.ToTensor(),
+            tv.Normalize(MEAN, STD),
+        ]
+    )
     ours = transforms.evaluation(Evaluate())
     assert transforms.resized_side(Evaluate()) == 256
     for number in range(12):
@@ -58,7 +69,13 @@ def test_evaluation_at_224_is_the_official_transform():
 
 @pytest.mark.usefixtures("decoder")
 def test_evaluation_at_384_is_a_squash():
-    official = tv.Compose([tv.Resize((384, 384), interpolation=tv.InterpolationMode.BICUBIC), tv.ToTensor(), tv.Normalize(MEAN, STD)])
+    official = tv.Compose(
+        [
+            tv.Resize((384, 384), interpolation=tv.InterpolationMode.BICUBIC),
+            tv.ToTensor(),
+            tv.Normalize(MEAN, STD),
+        ]
+    )
     ours = transforms.evaluation(Evaluate(size=384, crop_ratio=1.0, mode="squash"))
     for number in range(6):
         assert torch.equal(normalise(shipped(ours(jpeg(number))))[0], official(opened(jpeg(number))))
@@ -66,7 +83,8 @@ def test_evaluation_at_384_is_a_squash():
 
 def timms(augment):
     return create_transform(
-        augment.size, is_training=True, color_jitter=0.4, auto_augment=augment.auto, interpolation=augment.interpolation,
+        augment.size, is_training=True, color_jitter=0.4, auto_augment=augment.auto,
+        interpolation=augment.interpolation,
         re_prob=augment.erase, re_mode="pixel", re_count=1, mean=tuple(MEAN), std=tuple(STD),
     )  # fmt: skip
 
@@ -113,7 +131,9 @@ def test_what_reaches_the_model_has_the_distribution_of_timms():
         lambda x: (x[:, :, 1:] - x[:, :, :-1]).abs().mean((1, 2, 3)),  # erased noise shows here
         lambda x: (x.abs() > 2.7).float().mean((1, 2, 3)),  # beyond white and black: only noise
     ):
-        assert stats.ks_2samp(statistic(torch.cat(batches)).numpy(), statistic(reference).numpy()).pvalue > 1e-3
+        assert (
+            stats.ks_2samp(statistic(torch.cat(batches)).numpy(), statistic(reference).numpy()).pvalue > 1e-3
+        )
 
 
 def test_erasing_and_mixing_do_not_know_of_each_other():
@@ -133,7 +153,7 @@ def test_erasing_and_mixing_do_not_know_of_each_other():
 
 
 def test_mix_is_mixup_or_cutmix_of_a_microbatch_with_itself_flipped():
-    """Against the definitions, pixel by pixel: one lambda or one box a microbatch, and targets that match it."""
+    """Against the definitions, pixel by pixel: one lambda or one box a microbatch, and targets that match."""
     mix, classes = Mix(0.0, MixSettings(), classes=5), 5
     labels = torch.tensor([0, 1, 2, 3])
     kinds = set()
@@ -158,7 +178,9 @@ def test_mix_is_mixup_or_cutmix_of_a_microbatch_with_itself_flipped():
 
 
 def test_mix_off_is_label_smoothing_alone():
-    images, targets = Mix(0.0, MixSettings(mixup=0, cutmix=0), classes=4)(torch.ones(2, 3, 8, 8), torch.tensor([1, 2]), (0, 0, 0))
+    images, targets = Mix(0.0, MixSettings(mixup=0, cutmix=0), classes=4)(
+        torch.ones(2, 3, 8, 8), torch.tensor([1, 2]), (0, 0, 0)
+    )
     assert (images == 1).all()
     assert targets[0].tolist() == pytest.approx([0.025, 0.925, 0.025, 0.025])
 
@@ -167,7 +189,9 @@ def test_mix_is_a_function_of_its_key():
     mix = Mix(0.5, MixSettings(), classes=5)
 
     def mixed(*key):
-        return mix(torch.from_numpy(chance.uniform((4, 3, 20, 20), 0)).float(), torch.tensor([0, 1, 2, 3]), key)[0]
+        return mix(
+            torch.from_numpy(chance.uniform((4, 3, 20, 20), 0)).float(), torch.tensor([0, 1, 2, 3]), key
+        )[0]
 
     assert torch.equal(mixed(0, 1, 2), mixed(0, 1, 2))
     for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
@@ -177,7 +201,9 @@ def test_mix_is_a_function_of_its_key():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_five_thousand_draws_of_each_shipped_policy(policy):
     """Pillow 13 raises on posterize with 0 bits; the published recipe got a black image."""
-    transform = rand_augment_transform(policy, {"translate_const": 10, "img_mean": (124, 116, 104), "interpolation": Image.BICUBIC})
+    transform = rand_augment_transform(
+        policy, {"translate_const": 10, "img_mean": (124, 116, 104), "interpolation": Image.BICUBIC}
+    )
     picture = image(1, (24, 24))
     for draw in range(5000):
         with chance.scope(draw):
@@ -187,5 +213,10 @@ def test_five_thousand_draws_of_each_shipped_policy(policy):
 def test_shipped_policies_are_all_tested():
     from conftest import ROOT
 
-    shipped = {line.split("auto:")[1].split("#")[0].strip() for path in ROOT.glob("conf/**/*.yaml") for line in path.read_text().splitlines() if "auto:" in line and "{" not in line}  # fmt: skip
+    shipped = {
+        line.split("auto:")[1].split("#")[0].strip()
+        for path in ROOT.glob("conf/**/*.yaml")
+        for line in path.read_text().splitlines()
+        if "auto:" in line and "{" not in line
+    }
     assert shipped == set(POLICIES)

@@ -1,4 +1,6 @@
-"""Ranks on two hosts with addresses and names of their own, network namespaces of this machine, and a link that can be cut."""
+"""Ranks on two hosts with addresses and names of their own, network namespaces of this machine, and a link
+that can be cut.
+"""
 
 import json
 import os
@@ -13,7 +15,20 @@ import pytest
 from conftest import ROOT, SMALL, require
 
 pytestmark = pytest.mark.slow
-JOB = [*SMALL, "batch=32", "device=cpu", "model=timm", "model.timm=test_resnet", "save_every=5", "keep=99", "evaluate_every=never", "log_every=1", "optim.warmup_epochs=0", "epochs=40", "steps=40"]  # fmt: skip
+JOB = [
+    *SMALL,
+    "batch=32",
+    "device=cpu",
+    "model=timm",
+    "model.timm=test_resnet",
+    "save_every=5",
+    "keep=99",
+    "evaluate_every=never",
+    "log_every=1",
+    "optim.warmup_epochs=0",
+    "epochs=40",
+    "steps=40",
+]
 ENTER = 'mount --bind "$1" /etc/hosts; hostname "$2"; shift 2; exec "$@"'
 
 
@@ -25,7 +40,11 @@ def ip(*arguments):
 def names(tmp_path_factory):
     """Two hosts, 10.77.0.1 and 10.77.0.2."""
     tools = shutil.which("ip") and shutil.which("nsenter") and os.getuid() == 0
-    require("netns", tools and subprocess.run(["unshare", "-n", "true"]).returncode == 0, "network namespaces need root and iproute2")
+    require(
+        "netns",
+        tools and subprocess.run(["unshare", "-n", "true"]).returncode == 0,
+        "network namespaces need root and iproute2",
+    )
     names = [f"w{number}-{os.getpid()}" for number in (1, 2)]
     for name in names:
         ip("netns", "add", name)
@@ -41,18 +60,43 @@ def names(tmp_path_factory):
 
 @pytest.fixture
 def on_both(names, digits, tmp_path):
-    """Start a command on each host, with {number} for 0 and 1: their processes, whose output goes to the files out-0 and out-1."""
+    """Start a command on each host, with {number} for 0 and 1: their processes, whose output goes to the
+    files out-0 and out-1.
+    """
     processes = []
     hosts = tmp_path / "hosts"
-    hosts.write_text("127.0.0.1 localhost\n" + "".join(f"10.77.0.{number} {name}\n" for number, name in enumerate(names, 1)))
+    hosts.write_text(
+        "127.0.0.1 localhost\n"
+        + "".join(f"10.77.0.{number} {name}\n" for number, name in enumerate(names, 1))
+    )
 
     def on_both(*launcher, train=(), **environment):
         for number, name in enumerate(names):
             own = {key: value.format(number=number) for key, value in environment.items()}
-            enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "-m", "-u", "sh", "-c", ENTER, "-", str(hosts), name]
+            enter = [
+                "nsenter",
+                f"--net=/run/netns/{name}",
+                "unshare",
+                "-m",
+                "-u",
+                "sh",
+                "-c",
+                ENTER,
+                "-",
+                str(hosts),
+                name,
+            ]
             with open(f"out-{number}", "w") as out:
                 process = subprocess.Popen(
-                    [*enter, sys.executable, *launcher, str(ROOT / "train.py"), *train, *JOB, f"data.root={digits}"],
+                    [
+                        *enter,
+                        sys.executable,
+                        *launcher,
+                        str(ROOT / "train.py"),
+                        *train,
+                        *JOB,
+                        f"data.root={digits}",
+                    ],
                     env=os.environ | {"GLOO_SOCKET_IFNAME": "veth", "OMP_NUM_THREADS": "1"} | own,
                     stdout=out,
                     stderr=subprocess.STDOUT,
@@ -69,7 +113,12 @@ def on_both(names, digits, tmp_path):
 
 
 def children(process):
-    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    return [
+        int(pid)
+        for pid in subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+    ]
 
 
 # What torchrun would give them; without it, exit codes are their own.
@@ -100,7 +149,9 @@ def ended(processes, seconds=150):
 
 
 def hashes(run):
-    files = json.loads((Path("runs") / run / "checkpoints" / "step-00000040" / "MANIFEST.json").read_text())["files"]
+    files = json.loads((Path("runs") / run / "checkpoints" / "step-00000040" / "MANIFEST.json").read_text())[
+        "files"
+    ]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
 
 
@@ -137,7 +188,13 @@ def test_hosts_train_together_through_a_short_cut_a_long_one_and_a_killed_rank(n
     assert "resumed after step" in said()
 
     # torchrun starts all ranks again when one is killed.
-    c10d = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29572", "--rdzv-id=killed"]
+    c10d = [
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=10.77.0.1:29572",
+        "--rdzv-id=killed",
+    ]
     both = on_both("-m", "torch.distributed.run", *c10d, "--max-restarts=1", train=["run=killed"])
     wait_for("\nstep 12/")
     (victim,) = children(both[1])

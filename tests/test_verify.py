@@ -15,7 +15,14 @@ from reconverge import commands, compare, config
 from reconverge.data.files import sha256_of
 from reconverge.settings import Train
 
-STEPS = ["steps=4", "save_every=2", "log_every=1", "model.drop_path=0.2", "augment.erase=0.25", "evaluate_every=4"]
+STEPS = [
+    "steps=4",
+    "save_every=2",
+    "log_every=1",
+    "model.drop_path=0.2",
+    "augment.erase=0.25",
+    "evaluate_every=4",
+]
 
 
 @pytest.fixture
@@ -47,7 +54,11 @@ def a(trained):
 
 
 def contents(folder):
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
 
 
 def edit(path, change):
@@ -77,7 +88,10 @@ def test_the_same_steps_from_a_checkpoint_and_the_run_is_only_read(a, verify):
     before = contents("runs/a")
     code, said = verify("runs/a", "--from", "2")
     assert code == 0, said
-    assert "steps 3 to 4 gave the same images, losses and gradient norms again, bit for bit; the checkpoints after steps 4 too" in said
+    assert (
+        "steps 3 to 4 gave the same images, losses and gradient norms again, bit for bit; the checkpoints"
+        " after steps 4 too" in said
+    )
     assert contents("runs/a") == before
     assert [path.name for path in Path("runs").iterdir()] == ["a"]
 
@@ -90,7 +104,10 @@ def test_the_first_step_and_tensor_that_differ_are_named(a, verify):
     assert code == 1, said
     assert "step 4 is the first that differs: the loss (loss)" in said
     assert "the same in it: images and lr and grad_norm" in said
-    assert "optimizer.safetensors: stem.0.weight/exp_avg (40, 3, 4, 4) is the first tensor that differs: 1 of 1920 numbers, by up to 0.001" in said  # fmt: skip
+    assert (
+        "optimizer.safetensors: stem.0.weight/exp_avg (40, 3, 4, 4) is the first tensor that differs: 1 of"
+        " 1920 numbers, by up to 0.001" in said
+    )
     (kept,) = Path("runs").glob(".verify-a-*")
     assert str(kept) in said
 
@@ -100,7 +117,10 @@ def test_another_environment_is_not_comparable(a, verify):
     code, said = verify("runs/a", "--steps", "1")
     assert code == 78, said
     assert "versions: the run had {'numpy': '1.0'}, and here it is {'numpy':" in said
-    assert "no kept checkpoint among steps 1 to 1: only their records are compared; --steps 2 reaches the next" in said
+    assert (
+        "no kept checkpoint among steps 1 to 1: only their records are compared; --steps 2 reaches the next"
+        in said
+    )
     assert [path.name for path in Path("runs").iterdir()] == ["a"]
 
 
@@ -138,11 +158,17 @@ def test_a_run_of_many_ranks_is_trained_again_by_as_many(train, verify):
     assert code == 0, said
     assert "again, on 2 ranks" in said
     code, said = verify("runs/tree", "--ranks", "3")
-    assert (code, "given    3 ranks for 8 microbatches a step with reduce=tree" in said, "elastic" in said) == (78, True, False)
+    assert (
+        code,
+        "given    3 ranks for 8 microbatches a step with reduce=tree" in said,
+        "elastic" in said,
+    ) == (78, True, False)
     assert train("run=ddp", *command) == 0
     code, said = verify("runs/ddp", "--ranks", "2")
     assert (code, "ranks: the run had 1, and here it is 2" in said) == (78, True)
-    edit(Path("runs/ddp/environment.json"), lambda about: about["facts"].update(ranks=2))  # its sums were made by one
+    edit(
+        Path("runs/ddp/environment.json"), lambda about: about["facts"].update(ranks=2)
+    )  # its sums were made by one
     code, said = verify("runs/ddp")
     assert code == 1, said
     assert "again, on 2 ranks" in said
@@ -160,22 +186,40 @@ def test_what_cannot_be_compared_is_refused_before_a_process_starts(a, verify):
     code, said = verify("runs/a", "--from", "2")
     assert (code, "model.safetensors has 0 bytes" in said) == (65, True)
     entry = {"time": "2000-01-01T00:00:01+00:00", "promise": "R2", "because": "code", "from": "x", "to": "y"}
-    starts = [{"time": f"2000-01-01T00:00:0{second}+00:00", "after_step": step} for second, step in ((0, 0), (2, 3))]
+    starts = [
+        {"time": f"2000-01-01T00:00:0{second}+00:00", "after_step": step} for second, step in ((0, 0), (2, 3))
+    ]
     edit(a / "environment.json", lambda about: about.update(lost=[entry], starts=starts))
     code, said = verify("runs/a")
     assert code == 78
     assert "after step 3 the run went on with another code (x -> y)" in said
     edit(a / "environment.json", lambda about: about.update(lost=[]))
-    (a / "config.yaml").write_text((a / "config.yaml").read_text().replace("deterministic: true", "deterministic: false"))
+    (a / "config.yaml").write_text(
+        (a / "config.yaml").read_text().replace("deterministic: true", "deterministic: false")
+    )
     code, said = verify("runs/a")
     assert (code, "deterministic=false" in said) == (78, True)
 
 
 def test_train_py_composes_exactly_a_runs_configuration_again(tmp_path, monkeypatch):
-    """What no file of conf/ says, too: tables, numbers that decimal fractions do not hold, null, text that YAML might read otherwise."""
-    given = ["model=swin_t", "recipe=swin", "data=folder", "data.root=/a", "optim.clip=null", "run=007", "optim.lr=0.1"]
+    """What no file of conf/ says, too: tables, numbers that decimal fractions do not hold, null, text that
+    YAML might read otherwise.
+    """
+    given = [
+        "model=swin_t",
+        "recipe=swin",
+        "data=folder",
+        "data.root=/a",
+        "optim.clip=null",
+        "run=007",
+        "optim.lr=0.1",
+    ]
     cfg = config.of_training(given)
-    odd = replace(cfg, optim=replace(cfg.optim, lr=0.1 + 0.2, eps=5e-324), recipe=replace(cfg.recipe, drop_path={"1e3": 1 / 3}))
+    odd = replace(
+        cfg,
+        optim=replace(cfg.optim, lr=0.1 + 0.2, eps=5e-324),
+        recipe=replace(cfg.recipe, drop_path={"1e3": 1 / 3}),
+    )
     odd = replace(odd, data=replace(cfg.data, root="/a b/': 1e3 #"))
     monkeypatch.setattr(sys, "argv", ["train.py"])
     for number, expected in enumerate((cfg, odd)):
@@ -198,7 +242,11 @@ def test_checkpoints_are_compared_by_hash_and_then_by_tensor(tmp_path):
     one = checkpoint("one", a=a, b10=b, b9=b)
     assert compare.checkpoints(one, checkpoint("same", a=a, b10=b, b9=b)) is None
     assert "b9 is in" in compare.checkpoints(one, checkpoint("less", a=a, b10=b))
-    assert "b9 is torch.float32 (3,) and torch.float64 (3,)" in compare.checkpoints(one, checkpoint("type", a=a, b10=b + 1, b9=b.double()))
+    assert "b9 is torch.float32 (3,) and torch.float64 (3,)" in compare.checkpoints(
+        one, checkpoint("type", a=a, b10=b + 1, b9=b.double())
+    )
     said = compare.checkpoints(one, checkpoint("zero", a=a, b10=b, b9=b * -1))
     assert "b9 (3,) is the first tensor that differs: 2 of 3 numbers, by up to 4" in said
-    assert "b9 (3,) is the first tensor" in compare.checkpoints(one, checkpoint("sign", a=a, b10=b, b9=torch.tensor([-0.0, 1, 2])))
+    assert "b9 (3,) is the first tensor" in compare.checkpoints(
+        one, checkpoint("sign", a=a, b10=b, b9=torch.tensor([-0.0, 1, 2]))
+    )

@@ -1,4 +1,6 @@
-"""Weights of other code in our models: the same function, every key accounted for, the head by its rule, positions resampled."""
+"""Weights of other code in our models: the same function, every key accounted for, the head by its rule,
+positions resampled.
+"""
 
 import importlib.resources
 import json
@@ -42,7 +44,9 @@ def scrambled(net, seed=0):
 def save(net, path="w.safetensors", **changed):
     """The weights of a net, or those with some changed; None takes one away."""
     tensors = {**net.state_dict(), **changed}
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path)
+    safetensors.torch.save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path
+    )
     return path
 
 
@@ -55,7 +59,11 @@ def stopped(*arguments, code=Exit.USAGE):
 
 def same(net, other, leave_out=()):
     theirs = other.state_dict()
-    return all(torch.equal(tensor, theirs[name]) for name, tensor in net.state_dict().items() if not name.startswith(leave_out or "-"))
+    return all(
+        torch.equal(tensor, theirs[name])
+        for name, tensor in net.state_dict().items()
+        if not name.startswith(leave_out or "-")
+    )
 
 
 # ---- the same function ----
@@ -86,7 +94,9 @@ def test_official_weights_give_the_official_logits(size, classes, pixels):
         given = official.drawn(official.shapes(depth, official.WIDTHS[size], classes))
     torch.save({"model": given}, "official.pth")
     with torch.device("meta"):
-        net = models.MODELS[f"convnext_{size}"].build(Model("", size, drop_path=0.0, layer_scale=layer_scale), classes)
+        net = models.MODELS[f"convnext_{size}"].build(
+            Model("", size, drop_path=0.0, layer_scale=layer_scale), classes
+        )
     net = net.to_empty(device="cpu").eval()  # whatever is not loaded stays undefined
     origin = weights.load(net, "official.pth", True, "keep", names(classes))
     images = torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
@@ -95,10 +105,16 @@ def test_official_weights_give_the_official_logits(size, classes, pixels):
     theirs = (official.isotropic if size in official.ISOTROPIC else official.convnext)(images, given, depth)
     assert theirs.std() > 0.5
     assert (ours - theirs).abs().max() < 2e-6
-    assert sum(len(origin["keys"][kind]) for kind in ("loaded", "converted", "of the head")) == len(given) == len(net.state_dict())
+    assert (
+        sum(len(origin["keys"][kind]) for kind in ("loaded", "converted", "of the head"))
+        == len(given)
+        == len(net.state_dict())
+    )
 
 
-@pytest.mark.parametrize("change", ["stages.2.5.gamma", "downsample_layers.3.0.bias", "norm.weight", "stages.0.1.pwconv1.bias"])
+@pytest.mark.parametrize(
+    "change", ["stages.2.5.gamma", "downsample_layers.3.0.bias", "norm.weight", "stages.0.1.pwconv1.bias"]
+)
 def test_the_reference_feels_every_kind_of_weight(change):
     given = official.drawn(official.shapes((1, 2, 6, 1), (8, 16, 24, 32), 5))
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -176,11 +192,17 @@ def test_a_weight_with_and_without_a_prefix_is_refused():
 def test_nothing_partial_without_being_told():
     source, net = small(), scrambled(small(), 9)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    path = save(source, **{"stem.0.bias": None, "stem.9.bias": torch.zeros(3), "stem.1.weight": torch.ones(5)})
+    path = save(
+        source, **{"stem.0.bias": None, "stem.9.bias": torch.zeros(3), "stem.1.weight": torch.ones(5)}
+    )
     said = stopped(net, path, True, "keep", names(4))
     total = len(before) - 4
     assert f"{total} loaded, 0 converted, 1 missing, 1 unexpected, 1 of another shape" in said
-    for line in ("missing          stem.0.bias", "unexpected       stem.9.bias", "of another shape stem.1.weight (5,) for (24,)"):
+    for line in (
+        "missing          stem.0.bias",
+        "unexpected       stem.9.bias",
+        "of another shape stem.1.weight (5,) for (24,)",
+    ):
         assert line in said
     assert f"init_strict=false to load the {total} that fit" in said
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
@@ -205,20 +227,26 @@ def test_two_names_of_one_weight_are_not_both_taken():
 
 def test_another_architecture_is_refused_with_the_first_keys():
     torch.save(torchvision.models.resnet18().state_dict(), "resnet.pth")
-    said = stopped(small(), "resnet.pth", False, "auto", names(4))  # init_strict=false does not help: nothing fits
+    said = stopped(
+        small(), "resnet.pth", False, "auto", names(4)
+    )  # init_strict=false does not help: nothing fits
     assert "0 loaded, 0 converted" in said
     assert "unexpected       conv1.weight, bn1.weight" in said
     assert "missing          stem.0.weight, stem.0.bias" in said
     timm.models.save_for_hf(timm.create_model("test_vit"), "vit", safe_serialization=True)
     assert "the weights are of test_vit" in stopped(small(), "vit", True, "auto", names(4))
     save(small(), "convnext.safetensors")
-    assert "0 loaded" in stopped(timm.create_model("test_vit"), "convnext.safetensors", True, "auto", names(1000))
+    assert "0 loaded" in stopped(
+        timm.create_model("test_vit"), "convnext.safetensors", True, "auto", names(1000)
+    )
 
 
 def test_weights_that_are_not_finite_are_damaged():
     source = small()
     path = save(source, **{"stem.0.bias": torch.full((24,), float("nan"))})
-    assert "stem.0.bias has values that are not finite" in stopped(small(), path, True, "auto", names(4), code=Exit.DAMAGED)
+    assert "stem.0.bias has values that are not finite" in stopped(
+        small(), path, True, "auto", names(4), code=Exit.DAMAGED
+    )
 
 
 def test_other_number_types_become_ours():
@@ -230,7 +258,10 @@ def test_other_number_types_become_ours():
 
 def test_batch_norms_counter_may_be_absent():
     """torch's own loader takes files without num_batches_tracked; it is no weight."""
-    source, net = timm.create_model("test_resnet", num_classes=4), timm.create_model("test_resnet", num_classes=4)
+    source, net = (
+        timm.create_model("test_resnet", num_classes=4),
+        timm.create_model("test_resnet", num_classes=4),
+    )
     counters = {name: None for name in source.state_dict() if name.endswith("num_batches_tracked")}
     origin = weights.load(net, save(source, **counters), True, "keep", names(4))
     assert sorted(origin["keys"]["recomputed"]) == sorted(counters)
@@ -254,7 +285,10 @@ def test_the_same_number_of_other_classes_starts_afresh_and_is_said():
     fresh = net.head.fc.weight.detach().clone()
     origin = weights.load(net, save(source), True, "auto", names(4))
     assert torch.equal(net.head.fc.weight, fresh)
-    assert "the names of the 4 classes of the weights are unknown: init_head=keep would take them by position" in origin["head"]
+    assert (
+        "the names of the 4 classes of the weights are unknown: init_head=keep would take them by position"
+        in origin["head"]
+    )
     weights.load(net, "w.safetensors", True, "keep", names(4))
     assert same(net, source)
 
@@ -262,14 +296,18 @@ def test_the_same_number_of_other_classes_starts_afresh_and_is_said():
 def test_a_head_for_the_same_classes_is_kept():
     """A file of 1000 rows is taken for ImageNet's; a folder of timm says itself."""
     source, net = small(1000), scrambled(small(1000), 9)
-    synsets = importlib.resources.files("timm.data._info").joinpath("imagenet_synsets.txt").read_text().split()
+    synsets = (
+        importlib.resources.files("timm.data._info").joinpath("imagenet_synsets.txt").read_text().split()
+    )
     origin = weights.load(net, save(source), True, "auto", synsets)
     assert same(net, source)
     assert origin["head"] == "kept, 1000 classes; taken for ImageNet's 1000 synsets by their number"
     net = scrambled(small(1000), 9)
     weights.load(net, "w.safetensors", True, "auto", synsets[::-1])
     assert not torch.equal(net.head.fc.weight, source.head.fc.weight)
-    timm.models.save_for_hf(small(3), "folder", model_config={"label_names": ["cat", "cow", "dog"]}, safe_serialization=True)
+    timm.models.save_for_hf(
+        small(3), "folder", model_config={"label_names": ["cat", "cow", "dog"]}, safe_serialization=True
+    )
     net = scrambled(small(3), 9)
     assert weights.load(net, "folder", True, "auto", ["cat", "cow", "dog"])["head"] == "kept, 3 classes"
     assert same(net, small(3))
@@ -277,7 +315,10 @@ def test_a_head_for_the_same_classes_is_kept():
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_22k_head_is_mapped_by_synset(reverse):
-    """Never by position: the classes of the data in another order get their own rows. IN-22K has no n04399382."""
+    """Never by position: the classes of the data in another order get their own rows.
+
+    IN-22K has no n04399382.
+    """
     source, net = small(21841), scrambled(small(1000), 9)
     rows = torch.arange(21841.0)
     with torch.no_grad():
@@ -296,26 +337,40 @@ def test_a_22k_head_is_mapped_by_synset(reverse):
         else:
             assert (net.head.fc.weight[row] == large.index(label)).all()
             assert net.head.fc.bias[row] == -large.index(label)
-    assert origin["head"] == "mapped by name, 999 of 1000 classes from 21841; fresh rows for n04399382; taken for ImageNet's 21841 synsets by their number"  # fmt: skip
+    assert (
+        origin["head"]
+        == "mapped by name, 999 of 1000 classes from 21841; fresh rows for n04399382; taken for ImageNet's"
+        " 21841 synsets by their number"
+    )
 
 
 def test_what_a_head_cannot_do_is_refused():
     path = save(small(6))
-    assert "init_head=keep with a head of 6 classes for data of 4" in stopped(small(4), path, True, "keep", names(4))
+    assert "init_head=keep with a head of 6 classes for data of 4" in stopped(
+        small(4), path, True, "keep", names(4)
+    )
     assert "whose names are unknown" in stopped(small(4), path, True, "mapped", names(4))
     path = save(small(1000))
     assert "none of which has the name" in stopped(small(4), path, True, "mapped", names(4))
     path = save(small(4), **{"head.fc.weight": None, "head.fc.bias": None})
     assert "no head of this width" in stopped(small(4), path, True, "keep", names(4))
-    assert weights.load(small(4), path, True, "auto", names(4))["head"] == "fresh, 4 classes; the weights have no whole one"
+    assert (
+        weights.load(small(4), path, True, "auto", names(4))["head"]
+        == "fresh, 4 classes; the weights have no whole one"
+    )
     path = save(small(4), **{"head.fc.bias": None})
     assert "1 missing" in stopped(small(4), path, True, "auto", names(4))
 
 
 def test_a_head_that_is_a_convolution():
     """BiT's head is a 1x1 convolution."""
-    source, net = timm.create_model("resnetv2_50x1_bit", num_classes=6), timm.create_model("resnetv2_50x1_bit", num_classes=4)
-    timm.models.save_for_hf(source, "folder", model_config={"label_names": list("abcdef")}, safe_serialization=True)
+    source, net = (
+        timm.create_model("resnetv2_50x1_bit", num_classes=6),
+        timm.create_model("resnetv2_50x1_bit", num_classes=4),
+    )
+    timm.models.save_for_hf(
+        source, "folder", model_config={"label_names": list("abcdef")}, safe_serialization=True
+    )
     weights.load(net, "folder", True, "mapped", ["f", "a", "b", "z"])
     assert torch.equal(net.head.fc.weight[:3], source.head.fc.weight[[5, 0, 1]])
 
@@ -324,7 +379,9 @@ def test_a_head_that_is_a_convolution():
 
 
 def test_vit_positions_are_resampled():
-    """deit_tiny from 224 to 160 px: the class token's row stays, the 14 x 14 grid becomes 10 x 10 by antialiased bicubic interpolation."""
+    """deit_tiny from 224 to 160 px: the class token's row stays, the 14 x 14 grid becomes 10 x 10 by
+    antialiased bicubic interpolation.
+    """
     source = timm.create_model("deit_tiny_patch16_224", num_classes=4)
     net = timm.create_model("deit_tiny_patch16_224", num_classes=4, img_size=160)
     with torch.no_grad():
@@ -341,7 +398,9 @@ def test_vit_positions_are_resampled():
 
 
 def test_swin_positions_are_resampled():
-    """Windows of 7 to windows of 8: each table of 13 x 13 relative positions becomes 15 x 15, as timm loads it; a constant stays one."""
+    """Windows of 7 to windows of 8: each table of 13 x 13 relative positions becomes 15 x 15, as timm loads
+    it; a constant stays one.
+    """
     source = timm.create_model("swin_tiny_patch4_window7_224", num_classes=4)
     net = timm.create_model("swin_tiny_patch4_window7_224", num_classes=4, img_size=256, window_size=8)
     tables = [name for name in source.state_dict() if name.endswith("relative_position_bias_table")]
@@ -352,15 +411,22 @@ def test_swin_positions_are_resampled():
     origin = weights.load(net, save(source), True, "keep", names(4))
     assert set(origin["keys"]["converted"]) == set(tables)
     timms = {"pretrained": True, "pretrained_cfg_overlay": {"file": "w.safetensors", "num_classes": 4}}
-    reference = timm.create_model("swin_tiny_patch4_window7_224", num_classes=4, img_size=256, window_size=8, **timms)
+    reference = timm.create_model(
+        "swin_tiny_patch4_window7_224", num_classes=4, img_size=256, window_size=8, **timms
+    )
     assert same(net, reference)
     assert torch.allclose(net.state_dict()[tables[0]], torch.tensor(0.7), atol=1e-6)
     assert net.state_dict()[tables[0]].shape == (225, 3)
 
 
 def test_swins_published_layout():
-    """Its files keep buffers that the model computes, and downsample at the end of a stage instead of the beginning."""
-    source, net = timm.create_model("swin_tiny_patch4_window7_224", num_classes=4), timm.create_model("swin_tiny_patch4_window7_224", num_classes=4)  # fmt: skip
+    """Its files keep buffers that the model computes, and downsample at the end of a stage instead of the
+    beginning.
+    """
+    source, net = (
+        timm.create_model("swin_tiny_patch4_window7_224", num_classes=4),
+        timm.create_model("swin_tiny_patch4_window7_224", num_classes=4),
+    )
     published = {}
     for name, tensor in source.state_dict().items():
         for stage in (1, 2, 3):

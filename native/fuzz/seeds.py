@@ -1,4 +1,4 @@
-"""Small JPEGs of every kind as seeds for fuzz.c: python native/fuzz/seeds.py FOLDER [whole|truncated|flipped]"""
+"""Small JPEGs of every kind, as seeds: python native/fuzz/seeds.py FOLDER [whole|truncated|flipped]"""
 
 import io
 import random
@@ -25,7 +25,9 @@ def main(folder: Path, damage: str) -> None:
         width, height = draw.randint(1, 60), draw.randint(1, 60)
         image = Image.effect_noise((width, height), 60).resize((width, height))
         image = Image.merge("RGB", (image, image.rotate(90), image.rotate(180)))
-        image = image.convert("L") if number % 7 == 0 else image.convert("CMYK") if number % 11 == 0 else image
+        image = (
+            image.convert("L") if number % 7 == 0 else image.convert("CMYK") if number % 11 == 0 else image
+        )
         options = {} if image.mode != "RGB" else KINDS[number % len(KINDS)]
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=draw.randint(20, 95), **options)
@@ -37,7 +39,9 @@ def main(folder: Path, damage: str) -> None:
                 data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         left, top = draw.randrange(width), draw.randrange(height)
         box = left, top, draw.randint(1, width - left), draw.randint(1, height - top)
-        head = struct.pack("<8H", *box, draw.randint(1, 69), draw.randint(1, 69), draw.randrange(8), draw.randrange(2))
+        head = struct.pack(
+            "<8H", *box, draw.randint(1, 69), draw.randint(1, 69), draw.randrange(8), draw.randrange(2)
+        )
         (folder / f"{damage}-{number:02d}").write_bytes(head + data)
 
 

@@ -19,24 +19,34 @@ from reconverge.world import World, default_workers
 
 
 def bench(cfg: Train, seconds: float, gpu: float) -> int:
-    """Measure with the data, augmentation and workers of `cfg`. `seconds`: of the loader. `gpu`: images/s that one GPU trains."""
+    """Measure with the data, augmentation and workers of `cfg`. `seconds`: of the loader.
+
+    `gpu`: images/s that one GPU trains.
+    """
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     workers = default_workers(world.device) if cfg.workers is None else cfg.workers
     torch.set_num_threads(1)
     training, _ = sources.open_sources(cfg.data)
     images = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed)
     order = Order.of(cfg, training)
-    say(f"{cfg.data.name}: {len(training)} images; {cfg.augment.size} px, decode {cfg.data.decode}, microbatches of {cfg.microbatch}")
+    say(
+        f"{cfg.data.name}: {len(training)} images; {cfg.augment.size} px, decode {cfg.data.decode},"
+        f" microbatches of {cfg.microbatch}"
+    )
     say(f"decoder: {native.choose(cfg.data.native)}")
 
     # ---- one image after the other, in this process: where the time goes ----
     ids = order.microbatch(0, 0).ids[:64].tolist()
-    crop_alone = transforms.training(replace(cfg.augment, auto="none", flip=0.0), cfg.data.mean, cfg.data.decode)
+    crop_alone = transforms.training(
+        replace(cfg.augment, auto="none", flip=0.0), cfg.data.mean, cfg.data.decode
+    )
     cropping = Images(training, crop_alone, cfg.seed)
     read = _milliseconds(training.read, ids, seconds / 10)
     cropped = _milliseconds(lambda sample: cropping.sample(0, sample, 0), ids, seconds / 10)
     whole = _milliseconds(lambda sample: images.sample(0, sample, 0), ids, seconds / 10)
-    collate = max(0.0, _milliseconds(lambda _: images[order.microbatch(0, 0)], [0], 0) / cfg.microbatch - whole)
+    collate = max(
+        0.0, _milliseconds(lambda _: images[order.microbatch(0, 0)], [0], 0) / cfg.microbatch - whole
+    )
     for name, value in (
         ("read and verify", read),
         ("decode, crop, resize", cropped - read),
@@ -44,15 +54,21 @@ def bench(cfg: Train, seconds: float, gpu: float) -> int:
         ("collate", collate),
     ):
         say(f"  {name:<22} {value:7.3f} ms an image")
-    say(f"  {'together':<22} {whole + collate:7.3f} ms: {1000 / (whole + collate):.0f} images/s of one process")
+    say(
+        f"  {'together':<22} {whole + collate:7.3f} ms: {1000 / (whole + collate):.0f} images/s of one"
+        " process"
+    )
 
     # ---- the loader, with its workers, as train.py has it ----
     microbatches = order.steps(0, sys.maxsize // order.microbatches)
-    speed, latencies = _drain(iter(Feed(images, microbatches, workers, world.device, cfg.copy_ahead)), cfg.microbatch, seconds)
+    speed, latencies = _drain(
+        iter(Feed(images, microbatches, workers, world.device, cfg.copy_ahead)), cfg.microbatch, seconds
+    )
     per_worker = f", {speed / workers:.0f} a worker" if workers else ""
     say(f"{workers} workers: {speed:.0f} images/s{per_worker}")
     say(
-        f"a microbatch comes after {latencies[len(latencies) // 2] * 1000:.1f} ms (p50), {latencies[len(latencies) * 99 // 100] * 1000:.1f} ms (p99)"
+        f"a microbatch comes after {latencies[len(latencies) // 2] * 1000:.1f} ms (p50),"
+        f" {latencies[len(latencies) * 99 // 100] * 1000:.1f} ms (p99)"
     )
     needed = f"; one needs {gpu / (speed / workers):.0f} workers" if workers else ""
     say(f"feeds {speed / gpu:.2g} GPUs that train {gpu:g} images/s each{needed}")
@@ -73,7 +89,10 @@ def _milliseconds(job: Callable[[int], object], ids: list[int], seconds: float) 
 
 
 def _drain(batches: Iterator[object], images: int, seconds: float) -> tuple[float, list[float]]:
-    """Images/s of batches of so many `images`, and the sorted times between them. The first few fill the queues and do not count."""
+    """Images/s of batches of so many `images`, and the sorted times between them.
+
+    The first few fill the queues and do not count.
+    """
     for _ in range(3):
         next(batches)
     latencies: list[float] = []

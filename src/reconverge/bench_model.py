@@ -1,4 +1,6 @@
-"""How fast a model is, and how much memory it takes: inference and training, by batch size, up to where the memory ends."""
+"""How fast a model is, and how much memory it takes: inference and training, by batch size, up to where the
+memory ends.
+"""
 
 import json
 import statistics
@@ -30,7 +32,10 @@ def bench(cfg: Train, batches: list[int], seconds: float, phases: list[str], jso
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     world.set_threads(cfg.threads or default_threads(world.device, 0))
     sizes = {"inference": cfg.evaluate.size, "training": cfg.augment.size}
-    models.refuse_sizes(models.on_meta(cfg.model, CLASSES), {"evaluate.size": cfg.evaluate.size, "augment.size": cfg.augment.size})
+    models.refuse_sizes(
+        models.on_meta(cfg.model, CLASSES),
+        {"evaluate.size": cfg.evaluate.size, "augment.size": cfg.augment.size},
+    )
     say(f"{cfg.model.name} on {world.hardware()}; {_how(cfg, world)}")
     say("")
     say("| | px | batch | images/s | ms a batch | peak memory, GB |")
@@ -48,19 +53,45 @@ def bench(cfg: Train, batches: list[int], seconds: float, phases: list[str], jso
                     raise
                 ended[phase] = f"a batch of {batch} does not fit"
                 break
-            rows.append({"phase": phase, "size": sizes[phase], "batch": batch, "images_per_second": 1000 * batch / milliseconds, "ms": milliseconds, "peak_gb": memory})  # fmt: skip
-            say(f"| {phase} | {sizes[phase]} | {batch} | {1000 * batch / milliseconds:.4g} | {milliseconds:.4g} | {memory:.3g} |")
+            rows.append(
+                {
+                    "phase": phase,
+                    "size": sizes[phase],
+                    "batch": batch,
+                    "images_per_second": 1000 * batch / milliseconds,
+                    "ms": milliseconds,
+                    "peak_gb": memory,
+                }
+            )
+            say(
+                f"| {phase} | {sizes[phase]} | {batch} | {1000 * batch / milliseconds:.4g} |"
+                f" {milliseconds:.4g} | {memory:.3g} |"
+            )
         del prepared
     say("")
-    known = {size: throughput.published(cfg.model.name, size) for size in dict.fromkeys(sizes[phase] for phase in phases)}
+    known = {
+        size: throughput.published(cfg.model.name, size)
+        for size in dict.fromkeys(sizes[phase] for phase in phases)
+    }
     for phase, reason in ended.items():
         say(f"{phase}: {reason}")
     for size, figures in known.items():
         for name, value in figures.items():
             say(f"published at {size} px: {name}: {value:g}")
     if json_to:
-        about = {"model": asdict(cfg.model), "hardware": world.hardware(), "torch": torch.__version__, "precision": cfg.precision, "compile": cfg.compile, "channels_last": cfg.channels_last, "checkpointing": cfg.checkpointing, "threads": world.threads}  # fmt: skip
-        json_to.write_text(json.dumps(about | {"measured": rows, "ended": ended, "published": known}, indent=1) + "\n")
+        about = {
+            "model": asdict(cfg.model),
+            "hardware": world.hardware(),
+            "torch": torch.__version__,
+            "precision": cfg.precision,
+            "compile": cfg.compile,
+            "channels_last": cfg.channels_last,
+            "checkpointing": cfg.checkpointing,
+            "threads": world.threads,
+        }
+        json_to.write_text(
+            json.dumps(about | {"measured": rows, "ended": ended, "published": known}, indent=1) + "\n"
+        )
         say(f"written to {json_to}")
     return Exit.DONE
 
@@ -86,7 +117,9 @@ def _inference(cfg: Train, world: World) -> Pass:
 
 
 def _training(cfg: Train, world: World) -> Pass:
-    """A step as train.py has it, of one microbatch: stochastic depth, forward, backward, AdamW; no images, no EMA."""
+    """A step as train.py has it, of one microbatch: stochastic depth, forward, backward, AdamW; no images, no
+    EMA.
+    """
     net = world.place(models.build(cfg.model, CLASSES, cfg.seed), cfg.channels_last).train()
     rates = drop_path.rates(net)
     if cfg.checkpointing:
@@ -98,7 +131,10 @@ def _training(cfg: Train, world: World) -> Pass:
     def train(images: Tensor) -> None:
         masks = drop_path.draw(rates, len(images), (cfg.seed, 0, 0), world.device)
         with world.autocast():
-            loss = cross_entropy(masked(images, masks).float(), torch.zeros(len(images), dtype=torch.long, device=images.device))
+            loss = cross_entropy(
+                masked(images, masks).float(),
+                torch.zeros(len(images), dtype=torch.long, device=images.device),
+            )
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -111,7 +147,9 @@ PHASES = {"inference": _inference, "training": _training}
 
 
 def _measured(run: Pass, batch: int, size: int, world: World, seconds: float) -> tuple[float, float]:
-    """Median milliseconds of a batch, and peak GB: what torch allocated on a GPU, on a CPU what the process held."""
+    """Median milliseconds of a batch, and peak GB: what torch allocated on a GPU, on a CPU what the process
+    held.
+    """
     images = torch.randn(batch, 3, size, size, generator=chance.generator("bench", batch)).to(world.device)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -21,7 +21,10 @@ def key(*parts: int | str) -> int:
 
 
 def uniform(shape: tuple[int, ...], *parts: int | str) -> np.ndarray:
-    """float64 numbers in [0, 1), of `shape`. Philox's raw stream is fixed for all versions of numpy; its distributions are not."""
+    """float64 numbers in [0, 1), of `shape`.
+
+    Philox's raw stream is fixed for all versions of numpy; its distributions are not.
+    """
     raw = np.random.Philox(key=key(*parts)).random_raw(int(np.prod(shape)))
     return ((raw >> np.uint64(11)) * 2.0**-53).reshape(shape)
 
@@ -31,16 +34,19 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(key(*parts))
 
 
-# Takes the place of numpy's global generator in a scope: saving and restoring that one's state would take longer than all of the rest.
+# Takes the place of numpy's global generator in a scope: saving and restoring that one's state would take
+# longer than all of the rest.
 _stand_in = np.random.MT19937(0)
 
 
 @contextmanager
 def scope(*parts: int | str) -> Iterator[None]:
-    """Seed the global generators of python, numpy and torch (CPU) for the draws of one library call; put them back after it.
+    """Seed the global generators of python, numpy and torch (CPU) for the draws of one library call; put them
+    back after it.
 
     Each has a key of its own: seeded alike, python and numpy are the same generator, and what a library draws
-    from one would repeat what it draws from the other. Without CUDA's: nothing here draws random numbers on a GPU.
+    from one would repeat what it draws from the other. Without CUDA's: nothing here draws random numbers on a
+    GPU.
     """
     before = random.getstate(), mtrand.get_bit_generator(), torch.default_generator.get_state()
     assert before[1] is not _stand_in, "scopes do not nest"

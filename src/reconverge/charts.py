@@ -1,4 +1,7 @@
-"""The report's figures, as text for a page: charts as SVG, pictures as data: addresses. No text in them is anybody's but ours."""
+"""The report's figures, as text for a page: charts as SVG, pictures as data: addresses.
+
+No text in them is anybody's but ours.
+"""
 
 import base64
 import io
@@ -28,13 +31,22 @@ RAW: Any = {"linestyle": "--", "marker": "x"}
 
 
 def colours(count: int) -> list[str]:
-    """One a group, as CSS and matplotlib know them; ten that are easy to tell apart, else as many as are asked for."""
-    table = matplotlib.colormaps["tab10"].colors if count <= 10 else matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))  # type: ignore[attr-defined]
+    """One a group, as CSS and matplotlib know them; ten that are easy to tell apart, else as many as are
+    asked for.
+    """
+    table = (
+        matplotlib.color_sequences["tab10"]
+        if count <= 10
+        else matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))
+    )
     return [matplotlib.colors.to_hex(colour) for colour in table[:count]]
 
 
-def curves(groups: Sequence[Sequence[Ran]], title: str, raw: str, ema: str | None = None, scale: float = 1) -> Markup | None:
-    """Over the epochs, what metrics.jsonl names `raw`, and dashed beside it where runs have `ema`; None if no run has either.
+def curves(
+    groups: Sequence[Sequence[Ran]], title: str, raw: str, ema: str | None = None, scale: float = 1
+) -> Markup | None:
+    """Over the epochs, what metrics.jsonl names `raw`, and dashed beside it where runs have `ema`; None if no
+    run has either.
 
     Of several seeds the mean, a band of a standard deviation to either side, and each run as a faint line.
     """
@@ -52,10 +64,24 @@ def curves(groups: Sequence[Sequence[Ran]], title: str, raw: str, ema: str | Non
                     _line(axes, found.epochs, scale * found.mean, color=colour, linewidth=1.4, **looks[key])
                 if found is not None and found.std is not None:
                     low, high = scale * (found.mean - found.std), scale * (found.mean + found.std)
-                    axes.fill_between(thinned(found.epochs), thinned(low), thinned(high), color=colour, alpha=0.2, linewidth=0)
+                    axes.fill_between(
+                        thinned(found.epochs),
+                        thinned(low),
+                        thinned(high),
+                        color=colour,
+                        alpha=0.2,
+                        linewidth=0,
+                    )
                     for run in group:
                         steps, values = np.array([*series(run, key).items()]).reshape(-1, 2).T
-                        _line(axes, steps / steps_per_epoch(run), scale * values, color=colour, alpha=0.3, linewidth=0.7)
+                        _line(
+                            axes,
+                            steps / steps_per_epoch(run),
+                            scale * values,
+                            color=colour,
+                            alpha=0.3,
+                            linewidth=0.7,
+                        )
         if both:
             for look, label in ((EMA, "EMA"), (RAW, "raw")):
                 axes.plot([], [], color="0.3", linewidth=1.4, markersize=4, label=label, **look)
@@ -67,13 +93,22 @@ def curves(groups: Sequence[Sequence[Ran]], title: str, raw: str, ema: str | Non
 
 def _line(axes: Any, x: np.ndarray, y: np.ndarray, **look: Any) -> None:
     marker = "." if len(x) == 1 else ""  # one point is no line
-    axes.plot(thinned(x), thinned(y), **{"marker": marker, "markersize": 4, "markevery": max(1, len(thinned(x)) // 20), **look})
+    axes.plot(
+        thinned(x),
+        thinned(y),
+        **{"marker": marker, "markersize": 4, "markevery": max(1, len(thinned(x)) // 20), **look},
+    )
 
 
 def thinned(values: np.ndarray) -> np.ndarray:
     """At most POINTS means of neighbours; the last ones that fill no whole group are one of their own."""
     width = -(-len(values) // POINTS)
-    return values if width <= 1 else np.add.reduceat(values, starts := np.arange(0, len(values), width)) / np.diff([*starts, len(values)])
+    return (
+        values
+        if width <= 1
+        else np.add.reduceat(values, starts := np.arange(0, len(values), width))
+        / np.diff([*starts, len(values)])
+    )
 
 
 def reliability(bins: Sequence[Bin], name: str) -> Markup:
@@ -99,7 +134,12 @@ def svg(figure: Figure, name: str, title: str) -> Markup:
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
+    text = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
+        count=1,
+    )
     text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
 

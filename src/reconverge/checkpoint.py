@@ -1,7 +1,7 @@
 """Checkpoints: saved whole or not at all, verified before they are believed. How, not when.
 
-checkpoints/step-00001234/ holds one safetensors file a set of tensors, state.json, and MANIFEST.json, written last, with the
-size and sha256 of each. Nothing that is loaded can run code.
+checkpoints/step-00001234/ holds one safetensors file a set of tensors, state.json, and MANIFEST.json, written
+last, with the size and sha256 of each. Nothing that is loaded can run code.
 """
 
 import json
@@ -20,11 +20,18 @@ from reconverge.errors import Exit, Stop
 FORMAT = "checkpoint-1"
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> dict[str, str]:
-    """Write checkpoints of `step` below `folder`; return the sha256 of each file. Errors: Stop(DISK), and the old ones are kept."""
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+) -> dict[str, str]:
+    """Write checkpoints of `step` below `folder`; return the sha256 of each file.
+
+    Errors: Stop(DISK), and the old ones are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _clean(folder)
-    needed = sum(tensor.numel() * tensor.element_size() for group in tensors.values() for tensor in group.values())
+    needed = sum(
+        tensor.numel() * tensor.element_size() for group in tensors.values() for tensor in group.values()
+    )
     free = shutil.disk_usage(folder).free
     if free < needed + 2**20:
         raise Stop(
@@ -37,10 +44,14 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
     try:
         new.mkdir()
         for name, group in tensors.items():
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}, new / f"{name}.safetensors")
+            save_file(
+                {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()},
+                new / f"{name}.safetensors",
+            )
         (new / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         files: dict[str, dict[str, Any]] = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(new.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in sorted(new.iterdir())
         }
         for name in files:
             _sync(new / name)
@@ -100,7 +111,12 @@ def choose(path: Path) -> tuple[Path, list[str]]:
     if path.parent.name != "checkpoints":
         newest, skipped = newest_valid(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if newest is None:
-            raise Stop(Exit.MISSING, f"{path} has no checkpoint yet", "a run that has saved one", "save_every=, or wait")
+            raise Stop(
+                Exit.MISSING,
+                f"{path} has no checkpoint yet",
+                "a run that has saved one",
+                "save_every=, or wait",
+            )
         return newest, skipped
     if fault := verify(path):
         raise Stop(
@@ -135,13 +151,16 @@ def verify(path: Path) -> str | None:
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Tensors by set, on the CPU, and the state of a checkpoint that was verified."""
-    return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, json.loads((path / "state.json").read_text())
+    return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, json.loads(
+        (path / "state.json").read_text()
+    )
 
 
 def prune(folder: Path, step: int, keep: int, best: Collection[int]) -> None:
     """Remove all but the newest `keep` checkpoints up to `step` and those of the steps `best`.
 
-    Newer ones than `step`, which was saved just now, are those that were found damaged when the run was resumed.
+    Newer ones than `step`, which was saved just now, are those that were found damaged when the run was
+    resumed.
     """
     kept = [step_of(path) for path in steps(folder) if step_of(path) <= step][-keep:]
     for path in steps(folder):

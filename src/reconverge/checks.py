@@ -14,7 +14,12 @@ def check(cfg: Train) -> None:
         fitting = [size for size in range(2, cfg.batch + 1, 2) if cfg.batch % size == 0]
         nearest = min(fitting, key=lambda size: abs(size - cfg.microbatch), default=None)
         if nearest is None:
-            raise Stop(Exit.USAGE, f"batch={cfg.batch}", "an even batch: Mixup pairs the images of a microbatch", f"batch={cfg.batch + 1}")
+            raise Stop(
+                Exit.USAGE,
+                f"batch={cfg.batch}",
+                "an even batch: Mixup pairs the images of a microbatch",
+                f"batch={cfg.batch + 1}",
+            )
         raise Stop(
             Exit.USAGE,
             f"microbatch={cfg.microbatch} with batch={cfg.batch}",
@@ -49,13 +54,28 @@ def check(cfg: Train) -> None:
         ("augment.ratio", cfg.augment.ratio, 0.0, float("inf")),
     ):
         if len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
-            raise Stop(Exit.USAGE, f"{key}={pair}", f"[smallest, largest], above {low}, at most {high}", f"{key}=[{max(low, 0.08)},1.0]")
+            raise Stop(
+                Exit.USAGE,
+                f"{key}={pair}",
+                f"[smallest, largest], above {low}, at most {high}",
+                f"{key}=[{max(low, 0.08)},1.0]",
+            )
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
-        raise Stop(Exit.USAGE, f"optim.betas={cfg.optim.betas}", "two numbers from 0 up to, but not, 1", "optim.betas=[0.9,0.999]")
+        raise Stop(
+            Exit.USAGE,
+            f"optim.betas={cfg.optim.betas}",
+            "two numbers from 0 up to, but not, 1",
+            "optim.betas=[0.9,0.999]",
+        )
     if cfg.init is None:
         for key, unread in (("init_head", cfg.init_head != "auto"), ("init_strict", not cfg.init_strict)):
             if unread:
-                raise Stop(Exit.USAGE, f"{key}={getattr(cfg, key)} without init", help_of(Train, "init"), f"init=..., or {key} as it was")
+                raise Stop(
+                    Exit.USAGE,
+                    f"{key}={getattr(cfg, key)} without init",
+                    help_of(Train, "init"),
+                    f"init=..., or {key} as it was",
+                )
     known = {key for key, *_ in flat(cfg)} | {"code", "versions", "data", "hardware", "pixels"}
     for name in cfg.resume_allow:
         if name not in known:
@@ -88,18 +108,30 @@ def check(cfg: Train) -> None:
             "data=digits or data=folder data.root=...",
         )
     if cfg.precision == "tf32" and cfg.device == "cpu":
-        raise Stop(Exit.USAGE, "precision=tf32 with device=cpu", "fp32, bf16, fp16 on a CPU", "precision=fp32")
+        raise Stop(
+            Exit.USAGE, "precision=tf32 with device=cpu", "fp32, bf16, fp16 on a CPU", "precision=fp32"
+        )
 
 
 def check_data(data: Data) -> None:
     for key, triple in (("data.mean", data.mean), ("data.std", data.std)):
         if len(triple) != 3 or (key == "data.std" and not all(value > 0 for value in triple)):
-            raise Stop(Exit.USAGE, f"{key}={triple}", "three numbers, for R, G, B in 0..1; deviations above 0", f"{key}=[0.5,0.5,0.5]")
+            raise Stop(
+                Exit.USAGE,
+                f"{key}={triple}",
+                "three numbers, for R, G, B in 0..1; deviations above 0",
+                f"{key}=[0.5,0.5,0.5]",
+            )
     if data.kind in ("folder", "shards", "evaluation") and not data.root:
-        raise Stop(Exit.USAGE, f"data={data.name} without data.root", help_of(Train, "data.root"), "data.root=/path")
+        raise Stop(
+            Exit.USAGE, f"data={data.name} without data.root", help_of(Train, "data.root"), "data.root=/path"
+        )
     if data.window != "all" and data.kind != "shards":
         raise Stop(
-            Exit.USAGE, f"data.window={data.window} with data={data.name}", "windows of shards", "data.window=all, or reconverge prepare"
+            Exit.USAGE,
+            f"data.window={data.window} with data={data.name}",
+            "windows of shards",
+            "data.window=all, or reconverge prepare",
         )
     if data.stage is not None and data.window == "all":
         raise Stop(
@@ -118,7 +150,10 @@ def evaluation_data(given: Data, trained: Data | None) -> Data:
     if given.kind == "trained":
         if trained is None:
             raise Stop(
-                Exit.USAGE, "a checkpoint of no run without data=", "a data set: only a run knows its own", "data=imagenet1k data.root=..."
+                Exit.USAGE,
+                "a checkpoint of no run without data=",
+                "a data set: only a run knows its own",
+                "data=imagenet1k data.root=...",
             )
         return replace(trained, **{name: getattr(given, name) for name in named("data")})
     check_data(given)
@@ -128,22 +163,46 @@ def evaluation_data(given: Data, trained: Data | None) -> Data:
 def normalised_as(given: Data, mean: list[float], std: list[float]) -> Data:
     """The same with the mean and deviation of a model, where the command line names no others."""
     given_names = named("data")
-    return replace(given, mean=given.mean if "mean" in given_names else mean, std=given.std if "std" in given_names else std)
+    return replace(
+        given,
+        mean=given.mean if "mean" in given_names else mean,
+        std=given.std if "std" in given_names else std,
+    )
 
 
 def named(section: str) -> set[str]:
     """The settings of a section that the command line names."""
-    return {argument.partition("=")[0].removeprefix(f"{section}.") for argument in sys.argv if argument.startswith(f"{section}.")}
+    return {
+        argument.partition("=")[0].removeprefix(f"{section}.")
+        for argument in sys.argv
+        if argument.startswith(f"{section}.")
+    }
 
 
 def evaluation(cfg: Eval) -> None:
     """Refuse what eval.py cannot do together. Errors: Stop(USAGE)."""
-    asked = [f"data={cfg.data.name}"] * (cfg.data.kind != "trained") + [f"suite={cfg.suite.name}"] * (cfg.suite.name != "none")
+    asked = [f"data={cfg.data.name}"] * (cfg.data.kind != "trained") + [f"suite={cfg.suite.name}"] * (
+        cfg.suite.name != "none"
+    )
     asked += [f"images={cfg.images}"] * (cfg.images is not None)
     if len(asked) > 1:
-        raise Stop(Exit.USAGE, " ".join(asked), "one of data=, suite= and images=", f"drop {' and '.join(asked[1:])}")
+        raise Stop(
+            Exit.USAGE, " ".join(asked), "one of data=, suite= and images=", f"drop {' and '.join(asked[1:])}"
+        )
     if cfg.suite.name != "none" and not cfg.suite.root:
-        raise Stop(Exit.USAGE, f"suite={cfg.suite.name} without suite.root", help_of(Eval, "suite.root"), "suite.root=/path")
+        raise Stop(
+            Exit.USAGE,
+            f"suite={cfg.suite.name} without suite.root",
+            help_of(Eval, "suite.root"),
+            "suite.root=/path",
+        )
     paths = [cfg.images] if isinstance(cfg.images, str) else cfg.images
-    if paths is not None and not (isinstance(paths, list) and paths and all(isinstance(path, str) for path in paths)):
-        raise Stop(Exit.USAGE, f"images={cfg.images}", help_of(Eval, "images"), "images=FOLDER, or images=[a.jpg,b.jpg]")
+    if paths is not None and not (
+        isinstance(paths, list) and paths and all(isinstance(path, str) for path in paths)
+    ):
+        raise Stop(
+            Exit.USAGE,
+            f"images={cfg.images}",
+            help_of(Eval, "images"),
+            "images=FOLDER, or images=[a.jpg,b.jpg]",
+        )

@@ -48,5 +48,7 @@ class Clock:
         )
 
     def due(self, every: int | None, step: int) -> bool:
-        """Whether something that happens `every` so many steps, and at the end, happens after `step` of them; None: never."""
+        """Whether something that happens `every` so many steps, and at the end, happens after `step` of them;
+        None: never.
+        """
         return every is not None and (step == self.end or (every > 0 and step % every == 0))

@@ -1,7 +1,8 @@
-"""From the command line to plain, checked dataclasses. The only file that says hydra or omegaconf; imports no torch.
+"""From the command line to plain, checked dataclasses. The only file that says hydra or omegaconf; imports no
+torch.
 
-Hydra composes the yaml files and the overrides, the schema of settings.py refuses what it does not know, and every
-refusal becomes three lines: what was given, what is allowed, what to change.
+Hydra composes the yaml files and the overrides, the schema of settings.py refuses what it does not know, and
+every refusal becomes three lines: what was given, what is allowed, what to change.
 """
 
 import difflib
@@ -30,12 +31,27 @@ from reconverge.settings import Eval, Train
 Schema = TypeVar("Schema", Train, Eval)
 Loaded = TypeVar("Loaded")
 
-FLAGS = ("-h", "--help", "--cfg", "-c", "--resolve", "--package", "-p", "--shell-completion", "-sc", "--info", "-i")
+FLAGS = (
+    "-h",
+    "--help",
+    "--cfg",
+    "-c",
+    "--resolve",
+    "--package",
+    "-p",
+    "--shell-completion",
+    "-sc",
+    "--info",
+    "-i",
+)
 LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
 def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
-    """Compose `conf/name.yaml` with sys.argv. Ends the process (exit 0) after --help, --cfg and completion. Errors: Stop(USAGE)."""
+    """Compose `conf/name.yaml` with sys.argv. Ends the process (exit 0) after --help, --cfg and completion.
+
+    Errors: Stop(USAGE).
+    """
     for argument in sys.argv[1:]:
         _refuse_override(argument)
     ConfigStore.instance().store(name="schema", node=schema)
@@ -44,12 +60,18 @@ def from_command_line(conf: Path, name: str, schema: type[Schema]) -> Schema:
             return _typed(_answered(conf, name), schema)
         with hydra.initialize_config_dir(str(conf.absolute()), job_name=name, version_base="1.3"):
             return _typed(hydra.compose(name, sys.argv[1:]), schema)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null or a number
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+    ) as error:  # ValueError: a group set to null or a number
         raise _explain(error, schema, conf) from None
 
 
 def _answered(conf: Path, name: str) -> DictConfig:
-    """Let Hydra answer --help, --cfg or completion, which ends the process; it would compose twice where it goes on."""
+    """Let Hydra answer --help, --cfg or completion, which ends the process; it would compose twice where it
+    goes on.
+    """
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of a report of Hydra's own and exit 1
     hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(composed.append)()
@@ -59,7 +81,10 @@ def _answered(conf: Path, name: str) -> DictConfig:
 
 
 def combinations(arguments: list[str]) -> list[list[str]]:
-    """Of key=a,b and key=range(0,3) each combination of one value a key, in Hydra's grammar. Errors: Stop(USAGE)."""
+    """Of key=a,b and key=range(0,3) each combination of one value a key, in Hydra's grammar.
+
+    Errors: Stop(USAGE).
+    """
     choices = []
     for argument in arguments:
         _refuse_override(argument)
@@ -68,7 +93,12 @@ def combinations(arguments: list[str]) -> list[list[str]]:
         except HydraException as error:
             raise _explain(error, Train) from None
         if override is None or (override.is_sweep_override() and override.value_type not in LISTED):
-            raise Stop(Exit.USAGE, f"-m with {argument}", "key=value, key=value,value,... and key=range(0,3)", f"-m without {argument}")
+            raise Stop(
+                Exit.USAGE,
+                f"-m with {argument}",
+                "key=value, key=value,value,... and key=range(0,3)",
+                f"-m without {argument}",
+            )
         swept = override.sweep_string_iterator() if override.is_sweep_override() else []
         choices.append([f"{override.key_or_group}={value}" for value in swept] or [argument])
     return [list(combination) for combination in itertools.product(*choices)]
@@ -81,12 +111,20 @@ def of_training(overrides: list[str]) -> Train:
 
 
 def from_text(text: str, schema: type[Schema]) -> Schema:
-    """The configuration that `to_text` wrote. Errors: Stop(USAGE), Stop(DAMAGED) for text that was cut off or is no YAML."""
+    """The configuration that `to_text` wrote.
+
+    Errors: Stop(USAGE), Stop(DAMAGED) for text that was cut off or is no YAML.
+    """
     try:
         return _typed(OmegaConf.create(text), schema)
     except YAMLError as error:
         where = " ".join(str(error).split())
-        raise Stop(Exit.DAMAGED, f"config.yaml: {where}", "the file as the run wrote it", "restore it, or run=NAME for a new run") from None
+        raise Stop(
+            Exit.DAMAGED,
+            f"config.yaml: {where}",
+            "the file as the run wrote it",
+            "restore it, or run=NAME for a new run",
+        ) from None
     except OmegaConfBaseException as error:
         raise _explain(error, schema) from None
 
@@ -97,16 +135,23 @@ def to_text(config: Train | Eval) -> str:
 
 
 def write_conf(folder: Path, config: Train) -> None:
-    """Into `folder` a config.yaml of which a train.py beside it composes exactly `config`, whatever became of the files of conf/."""
+    """Into `folder` a config.yaml of which a train.py beside it composes exactly `config`, whatever became of
+    the files of conf/.
+    """
     quiet = [{f"override hydra/{name}_logging": "none"} for name in ("job", "hydra")]
     hydra = {"output_subdir": None, "run": {"dir": "."}}
-    text = {"defaults": ["schema", "_self_", *quiet], "hydra": hydra, **OmegaConf.to_container(OmegaConf.structured(config))}  # type: ignore[dict-item]
+    text = {
+        "defaults": ["schema", "_self_", *quiet],
+        "hydra": hydra,
+        **OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[dict-item]
+    }
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(text)))
 
 
 def _typed(config: Any, schema: type[Loaded]) -> Loaded:
-    # Through a plain container: merged as it is, the composed configuration would bring keys that the schema lacks.
+    # Through a plain container: merged as it is, the composed configuration would bring keys that the schema
+    # lacks.
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     loaded: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
     for key, value, checks in flat(loaded):
@@ -136,12 +181,22 @@ def _check_value(key: str, value: Any, checks: Any) -> None:
         )
     low, high = checks["low"], checks["high"]
     if (low is not None and not value >= low) or (high is not None and not value <= high):
-        bounds = " and ".join([f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None))
+        bounds = " and ".join(
+            [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+        )
         raise Stop(
-            Exit.USAGE, f"{key}={value}", f"{key}: {bounds} ({checks['help']})", f"{key}={low if low is not None and value < low else high}"
+            Exit.USAGE,
+            f"{key}={value}",
+            f"{key}: {bounds} ({checks['help']})",
+            f"{key}={low if low is not None and value < low else high}",
         )
     if checks["pattern"] and not re.fullmatch(checks["pattern"], str(value)):
-        raise Stop(Exit.USAGE, f"{key}={value}", f"{key}: {checks['help']}; it matches {checks['pattern']}", f"another {key}")
+        raise Stop(
+            Exit.USAGE,
+            f"{key}={value}",
+            f"{key}: {checks['help']}; it matches {checks['pattern']}",
+            f"another {key}",
+        )
 
 
 def _refuse_override(argument: str) -> None:
@@ -149,15 +204,29 @@ def _refuse_override(argument: str) -> None:
         if argument.split("=")[0] not in FLAGS:
             raise Stop(Exit.USAGE, argument, f"key=value, or {' '.join(FLAGS)}", "python train.py --help")
     elif argument.startswith(("+", "~")):
-        raise Stop(Exit.USAGE, argument, "key=value, with a key that exists: none can be added or removed", argument.lstrip("+~"))
+        raise Stop(
+            Exit.USAGE,
+            argument,
+            "key=value, with a key that exists: none can be added or removed",
+            argument.lstrip("+~"),
+        )
     elif "/" in argument and "=" not in argument:
-        raise Stop(Exit.USAGE, argument, "key=value", f"a key before it, such as init={argument} or, to evaluate, checkpoint={argument}")
+        raise Stop(
+            Exit.USAGE,
+            argument,
+            "key=value",
+            f"a key before it, such as init={argument} or, to evaluate, checkpoint={argument}",
+        )
     elif "/" in (group := argument.partition("=")[0]):
         group, _, folder = group.partition("/")
         name = argument.partition("=")[2] or "NAME"
-        raise Stop(Exit.USAGE, argument, f"a file of a folder as {group}=FOLDER/NAME", f"{group}={folder}/{name}")
+        raise Stop(
+            Exit.USAGE, argument, f"a file of a folder as {group}=FOLDER/NAME", f"{group}={folder}/{name}"
+        )
     elif argument.startswith("hydra"):
-        raise Stop(Exit.USAGE, argument, "the settings of reconverge; the run's folder is set by run=NAME", "drop it")
+        raise Stop(
+            Exit.USAGE, argument, "the settings of reconverge; the run's folder is set by run=NAME", "drop it"
+        )
 
 
 def closest(given: str, allowed: Any) -> str:
@@ -173,11 +242,21 @@ def _explain(error: Exception, schema: type, conf: Path | None = None) -> Stop:
     where = str(error).splitlines()[0]
     if isinstance(error, MissingConfigException) and error.options is not None and conf is not None:
         group, _, choice = str(error.missing_cfg_file).partition("/")
-        options = sorted(str(path.relative_to(conf / group).with_suffix("")) for path in (conf / group).rglob("*.yaml"))
-        return Stop(Exit.USAGE, f"{group}={choice}", f"{group}: {', '.join(options)}", f"{group}={closest(choice, options)}")
+        options = sorted(
+            str(path.relative_to(conf / group).with_suffix("")) for path in (conf / group).rglob("*.yaml")
+        )
+        return Stop(
+            Exit.USAGE,
+            f"{group}={choice}",
+            f"{group}: {', '.join(options)}",
+            f"{group}={closest(choice, options)}",
+        )
     if isinstance(error, OverrideParseException):
         return Stop(
-            Exit.USAGE, error.override, "key=value; quote what the shell or Hydra's grammar would read otherwise", "'key=\"value\"'"
+            Exit.USAGE,
+            error.override,
+            "key=value; quote what the shell or Hydra's grammar would read otherwise",
+            "'key=\"value\"'",
         )
     if isinstance(cause, InterpolationKeyError):
         return _missing_size(cause)
@@ -201,7 +280,12 @@ def _explain(error: Exception, schema: type, conf: Path | None = None) -> Stop:
         kind = next(field.type for field in fields(section) if field.name == name)  # type: ignore[arg-type]
         kind = kind.__name__ if type(kind) is type else kind  # dict[str, float] says more than its name
         reason = str(cause).splitlines()[0]
-        return Stop(Exit.USAGE, f"{key}: {reason}", f"{key}: {kind}: {help_of(schema, key)}", f"{key}=... of that type")
+        return Stop(
+            Exit.USAGE,
+            f"{key}: {reason}",
+            f"{key}: {kind}: {help_of(schema, key)}",
+            f"{key}=... of that type",
+        )
     return Stop(Exit.USAGE, where, "what python train.py --help shows", "the override")
 
 
@@ -223,7 +307,9 @@ def _missing_size(error: InterpolationKeyError) -> Stop:
 
 def _section(schema: Any, dotted: str) -> Any:
     for part in filter(None, dotted.split(".")):
-        schema = next((field.type for field in fields(schema) if field.name == part and is_dataclass(field.type)), None)
+        schema = next(
+            (field.type for field in fields(schema) if field.name == part and is_dataclass(field.type)), None
+        )
         if schema is None:
             return None
     return schema
@@ -232,41 +318,66 @@ def _section(schema: Any, dotted: str) -> Any:
 def help_of(schema: Any, key: str) -> str:
     parent, _, name = key.rpartition(".")
     section = _section(schema, parent)
-    return next((field.metadata.get("help", "") for field in fields(section) if field.name == name), "") if section else ""
+    return (
+        next((field.metadata.get("help", "") for field in fields(section) if field.name == name), "")
+        if section
+        else ""
+    )
 
 
-# ---- comparing configurations -----------------------------------------------------------------------------------------
+# ---- comparing configurations ------------------------------------------------------------------------------
 
 
 def notices(cfg: Train) -> list[str]:
-    """What might not be meant: a batch that lr was not chosen for, fine-tuning's settings from scratch, what differs from the published recipe."""
+    """What might not be meant: a batch that lr was not chosen for, fine-tuning's settings from scratch, what
+    differs from the published recipe.
+    """
     found = []
-    if cfg.batch != cfg.recipe.batch and not cfg.optim.lr_batch and not any(argument.startswith("optim.lr=") for argument in sys.argv):
+    if (
+        cfg.batch != cfg.recipe.batch
+        and not cfg.optim.lr_batch
+        and not any(argument.startswith("optim.lr=") for argument in sys.argv)
+    ):
         found.append(
-            f"batch={cfg.batch} is not the recipe's {cfg.recipe.batch}: the learning rate is not rescaled and stays {cfg.optim.lr:g}; "
-            f"the linear rule would give optim.lr={cfg.optim.lr * cfg.batch / cfg.recipe.batch:g}"
+            f"batch={cfg.batch} is not the recipe's {cfg.recipe.batch}: the learning rate is not rescaled and"
+            f" stays {cfg.optim.lr:g}; the linear rule would give"
+            f" optim.lr={cfg.optim.lr * cfg.batch / cfg.recipe.batch:g}"
         )
     if cfg.evaluate.size != cfg.augment.size:
         found.append(
-            f"trained at augment.size={cfg.augment.size} and evaluated at evaluate.size={cfg.evaluate.size}, which is set by itself"
+            f"trained at augment.size={cfg.augment.size} and evaluated at evaluate.size={cfg.evaluate.size},"
+            " which is set by itself"
         )
     if cfg.init is None:
         if cfg.recipe.starts_from:
-            found.append(f"the run starts from scratch, and recipe={cfg.recipe.name} from {cfg.recipe.starts_from}")
+            found.append(
+                f"the run starts from scratch, and recipe={cfg.recipe.name} from {cfg.recipe.starts_from}"
+            )
         if cfg.optim.layer_decay != 1:
-            found.append(f"optim.layer_decay={cfg.optim.layer_decay:g} is for fine-tuning: from scratch it holds back the first layers")
+            found.append(
+                f"optim.layer_decay={cfg.optim.layer_decay:g} is for fine-tuning: from scratch it holds back"
+                " the first layers"
+            )
         if 0 < cfg.model.head_init_scale < 1:
-            found.append(f"model.head_init_scale={cfg.model.head_init_scale:g} is for fine-tuning: from scratch it stalls the first steps")
+            found.append(
+                f"model.head_init_scale={cfg.model.head_init_scale:g} is for fine-tuning: from scratch it"
+                " stalls the first steps"
+            )
     elif cfg.recipe.dataset and not cfg.recipe.starts_from:
         found.append(f"the run starts from init={cfg.init}, and recipe={cfg.recipe.name} from scratch")
-    found += [f"{key}={now} is not recipe={cfg.recipe.name}: published {then} ({help})" for key, then, now, help in departures(cfg)]
+    found += [
+        f"{key}={now} is not recipe={cfg.recipe.name}: published {then} ({help})"
+        for key, then, now, help in departures(cfg)
+    ]
     return found
 
 
 def departures(cfg: Train) -> list[tuple[str, Any, Any, str]]:
-    """The settings that are not as published, of a recipe that reproduces a published run: key, published, now, what it is and its source.
+    """The settings that are not as published, of a recipe that reproduces a published run: key, published,
+    now, what it is and its source.
 
-    Read from the files of the recipe and the model; what may change on resume (free) decides no result and is left out.
+    Read from the files of the recipe and the model; what may change on resume (free) decides no result and is
+    left out.
     """
     if cfg.recipe.dataset is None:
         return []

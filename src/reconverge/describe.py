@@ -16,28 +16,48 @@ from reconverge.settings import Train
 from reconverge.world import World
 
 
-def job(cfg: Train, clock: Clock, net: nn.Module, groups: Sequence[Mapping[str, Any]], data: str) -> dict[str, str]:
-    """What will be trained, wherever it runs; `net` may be on the meta device. `groups`: those of optim.parameter_groups; `data`: the images, in words."""
+def job(
+    cfg: Train, clock: Clock, net: nn.Module, groups: Sequence[Mapping[str, Any]], data: str
+) -> dict[str, str]:
+    """What will be trained, wherever it runs; `net` may be on the meta device.
+
+    `groups`: those of optim.parameter_groups; `data`: the images, in words.
+    """
     parameters = sum(parameter.numel() for parameter in net.parameters()) / 1e6
-    schedule = f"{cfg.epochs} epochs of {clock.steps_per_epoch} steps = {clock.total} steps, {clock.warmup} of them warm-up"
+    schedule = (
+        f"{cfg.epochs} epochs of {clock.steps_per_epoch} steps = {clock.total} steps, {clock.warmup} of them"
+        " warm-up"
+    )
     if clock.end < clock.total:
         schedule += f"; stops after step {clock.end}"
-    rate = f"{cfg.optim.lr * clock.lr_factor:g}, cosine to {cfg.optim.min_lr * clock.lr_factor:g} as in {cfg.optim.schedule}'s code"
+    rate = (
+        f"{cfg.optim.lr * clock.lr_factor:g}, cosine to {cfg.optim.min_lr * clock.lr_factor:g} as in"
+        f" {cfg.optim.schedule}'s code"
+    )
     if cfg.optim.lr_batch:
         rate += f"; {cfg.optim.lr:g} x batch {cfg.batch} / {cfg.optim.lr_batch}"
     repeated = f", each chosen one {cfg.augment.repeats} times an epoch" if cfg.augment.repeats > 1 else ""
-    decayed = sum(parameter.numel() for group in groups if group["weight_decay"] for parameter in group["params"]) / 1e6
+    decayed = (
+        sum(parameter.numel() for group in groups if group["weight_decay"] for parameter in group["params"])
+        / 1e6
+    )
     return {
         "model": f"{cfg.model.name}, {parameters:.2f} M parameters, stochastic depth {cfg.model.drop_path:g}",
         "recipe": f"{cfg.recipe.name}, seed {cfg.seed}",
         "data": data,
-        "images": f"trained at {cfg.augment.size} px{repeated}; "
-        f"evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})",
-        "batch": f"{cfg.batch} images = {clock.microbatches} microbatches x {cfg.microbatch}"
-        + (f", in forward passes of {cfg.forward_images}" if cfg.forward_images else ""),
+        "images": (
+            f"trained at {cfg.augment.size} px{repeated}; "
+            f"evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})"
+        ),
+        "batch": (
+            f"{cfg.batch} images = {clock.microbatches} microbatches x {cfg.microbatch}"
+            + (f", in forward passes of {cfg.forward_images}" if cfg.forward_images else "")
+        ),
         "schedule": schedule,
         "learning rate": rate,
-        "weight decay": f"{cfg.optim.weight_decay:g} on {decayed:.2f} M parameters, none on {parameters - decayed:.2f} M",
+        "weight decay": (
+            f"{cfg.optim.weight_decay:g} on {decayed:.2f} M parameters, none on {parameters - decayed:.2f} M"
+        ),
         **(layers(groups) if cfg.optim.layer_decay != 1 else {}),
         "EMA": _ema(cfg.ema.decay, clock),
     }
@@ -45,14 +65,20 @@ def job(cfg: Train, clock: Clock, net: nn.Module, groups: Sequence[Mapping[str, 
 
 def images(cfg: Train, training: Source, validation: Source | None) -> str:
     held_out, notes = (f"{len(validation)}", validation.notes) if validation else ("no", [])
-    text = f"{cfg.data.name}: {len(training)} training and {held_out} validation images of {len(training.classes)} classes"
+    text = (
+        f"{cfg.data.name}: {len(training)} training and {held_out} validation images of"
+        f" {len(training.classes)} classes"
+    )
     return "; ".join([text, *training.notes, *notes])
 
 
 def machine(cfg: Train, world: World, workers: int, decoder: str, run: Run) -> dict[str, str]:
     """Where it runs, and what that promises."""
     return {
-        "machine": f"{_ranks(cfg, world)}: {world.hardware()}, {cfg.precision}, {world.threads} threads, {workers} data workers",
+        "machine": (
+            f"{_ranks(cfg, world)}: {world.hardware()}, {cfg.precision}, {world.threads} threads, {workers}"
+            " data workers"
+        ),
         "decoder": decoder,
         "promises": _promises(run),
         "run": f"{run.folder}/" + (f", resumed after step {run.step}" if run.step else ""),
@@ -60,12 +86,16 @@ def machine(cfg: Train, world: World, workers: int, decoder: str, run: Run) -> d
 
 
 def origin(cfg: Train, run: Run) -> dict[str, str]:
-    """Where the run's first weights came from, and what became of each; nothing for a run that began from scratch."""
+    """Where the run's first weights came from, and what became of each; nothing for a run that began from
+    scratch.
+    """
     loaded = run.recorded("init")
     if loaded is None:
         return {}
     rows = weights.table(loaded)
-    rows["head"] += f" (model.head_init_scale={cfg.model.head_init_scale:g})" if "fresh" in loaded["head"] else ""
+    rows["head"] += (
+        f" (model.head_init_scale={cfg.model.head_init_scale:g})" if "fresh" in loaded["head"] else ""
+    )
     rows["init"] += "; this run's own checkpoint has taken their place" if run.step else ""
     return rows
 
@@ -81,7 +111,9 @@ def layers(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         own = [group for group in groups if group["layer"] == layer]
         names = sorted((name for group in own for name in group["names"]), key=numerically)
         parameters = sum(parameter.numel() for group in own for parameter in group["params"])
-        rows[f"layer {layer}"] = f"lr x {own[0]['lr_scale']:.4g}, {parameters:,} parameters: {names[0]} ... {names[-1]}"
+        rows[f"layer {layer}"] = (
+            f"lr x {own[0]['lr_scale']:.4g}, {parameters:,} parameters: {names[0]} ... {names[-1]}"
+        )
     return rows
 
 
@@ -110,4 +142,8 @@ def _promises(run: Run) -> str:
     kept = run.promises()
     text = " · ".join(f"{level} {meaning}" for level, meaning in means.items() if kept[level])
     given_up = [level for level in ("R1", "R2", "R3") if not kept[level]]
-    return text + (f"; not {' and '.join(given_up)}: {', '.join(run.lost()) or 'deterministic=false'}" if given_up else "")
+    return text + (
+        f"; not {' and '.join(given_up)}: {', '.join(run.lost()) or 'deterministic=false'}"
+        if given_up
+        else ""
+    )

@@ -11,7 +11,17 @@ from typing import Any
 
 from reconverge.ranks import HERE
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "torchmetrics", "hydra-core", "omegaconf")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "torchmetrics",
+    "hydra-core",
+    "omegaconf",
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,13 +37,21 @@ def versions() -> dict[str, str]:
 
 def decisive_versions() -> dict[str, str]:
     """Of the packages another version of which may compute other bits."""
-    return {name: text for name, text in versions().items() if name in ("torch", "torchvision", "timm", "numpy", "pillow")}
+    return {
+        name: text
+        for name, text in versions().items()
+        if name in ("torch", "torchvision", "timm", "numpy", "pillow")
+    }
 
 
 def code_hash() -> str:
     """sha256 over train.py, every module of the package, and native/: the code that decides the bits."""
     digest = sha256()
-    for path in [ROOT / "train.py", *sorted((ROOT / "src" / "reconverge").rglob("*.py")), *sorted((ROOT / "native").glob("*.[ch]"))]:
+    for path in [
+        ROOT / "train.py",
+        *sorted((ROOT / "src" / "reconverge").rglob("*.py")),
+        *sorted((ROOT / "native").glob("*.[ch]")),
+    ]:
         if path.exists():
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
@@ -43,13 +61,18 @@ def git() -> dict[str, str] | None:
     """Commit, and hash of what differs from it; None outside a checkout."""
 
     def ask(*command: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
+        ).stdout
 
     try:
         if Path(ask("rev-parse", "--show-toplevel").strip()) != ROOT:
             return None
         diff = ask("diff", "HEAD", "--", "train.py", "eval.py", "src", "conf")
-        return {"commit": ask("rev-parse", "HEAD").strip(), "diff": sha256(diff.encode()).hexdigest() if diff else ""}
+        return {
+            "commit": ask("rev-parse", "HEAD").strip(),
+            "diff": sha256(diff.encode()).hexdigest() if diff else "",
+        }
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -64,7 +64,10 @@ def explain(error: BaseException) -> Stop | None:
         return Stop(Exit.MISSING, str(error), "files that exist", "the path")
     if isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
         return Stop(
-            Exit.MISSING, str(error), "a folder where a folder is wanted, a file where a file is", "the path, or what stands in its way"
+            Exit.MISSING,
+            str(error),
+            "a folder where a folder is wanted, a file where a file is",
+            "the path, or what stands in its way",
         )
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return Stop(
@@ -73,7 +76,9 @@ def explain(error: BaseException) -> Stop | None:
             "a disk with free space that can be written",
             "free some space and run the same command again: the last good checkpoint is kept",
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # torch raises it wherever the main process is just then
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(
+        error
+    ):  # torch raises it wherever the main process is just then
         return Stop(
             Exit.OUT_OF_MEMORY if "Killed" in str(error) else Exit.BUG,
             f"a data worker died: {str(error).splitlines()[0]}",
@@ -81,7 +86,11 @@ def explain(error: BaseException) -> Stop | None:
             "run the same command again; fewer workers= if memory was short",
         )
     # torch.OutOfMemoryError on a GPU; a plain RuntimeError from torch's CPU allocator.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
         return Stop(
             Exit.OUT_OF_MEMORY,
             str(error).splitlines()[0] if str(error) else "out of memory",
@@ -98,7 +107,9 @@ def reason(error: Exception) -> str:
 
 
 def exit_code(job: Callable[[], int]) -> int:
-    """Run a command; print what stopped it and return the exit code, which is also left in the file RECONVERGE_EXIT_FILE, if it names one."""
+    """Run a command; print what stopped it and return the exit code, which is also left in the file
+    RECONVERGE_EXIT_FILE, if it names one.
+    """
     try:
         code = job()
     except (Exception, KeyboardInterrupt) as error:
@@ -108,7 +119,10 @@ def exit_code(job: Callable[[], int]) -> int:
             traceback.print_exc()
         if stop and not stop.told:
             print(f"reconverge stopped (exit {code}):\n{stop}", file=sys.stderr)
-    if left := os.environ.get("RECONVERGE_EXIT_FILE"):  # torchrun makes 1 of every failure: launch/local.sh reads it here
+    if left := os.environ.get(
+        "RECONVERGE_EXIT_FILE"
+    ):  # torchrun makes 1 of every failure: launch/local.sh reads it here
         Path(left).write_text(str(int(code)))
-    # torchrun starts workers again that end with anything but 0. status.json has the 75, and launch/local.sh returns it.
+    # torchrun starts workers again that end with anything but 0. status.json has the 75, and launch/local.sh
+    # returns it.
     return Exit.DONE if code == Exit.PREEMPTED and "TORCHELASTIC_RUN_ID" in os.environ else code

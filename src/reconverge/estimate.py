@@ -15,7 +15,9 @@ from reconverge.models import drop_path
 
 
 class Memory(NamedTuple):
-    """Bytes on one device at the height of a step, without what kernels and the device's runtime take for themselves."""
+    """Bytes on one device at the height of a step, without what kernels and the device's runtime take for
+    themselves.
+    """
 
     weights: int
     gradients: int
@@ -30,21 +32,26 @@ class Memory(NamedTuple):
 
 
 def operations(net: nn.Module, side: int) -> float:
-    """Floating-point operations of forward and backward of one image, a multiply-add being two; `net` is on the meta device.
+    """Floating-point operations of forward and backward of one image, a multiply-add being two; `net` is on
+    the meta device.
 
-    Three times those of forward, as is usual: for each product, backward computes two of its size. (Counted directly they would
-    be wrong: torch's FlopCounterMode takes the weight gradient of a depthwise convolution for that of a full one.)
+    Three times those of forward, as is usual: for each product, backward computes two of its size. (Counted
+    directly they would be wrong: torch's FlopCounterMode takes the weight gradient of a depthwise convolution
+    for that of a full one.)
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net.eval()(torch.empty(1, 3, side, side, device="meta"))
     return 3 * counter.get_total_flops()
 
 
-def memory(net: nn.Module, images: int, side: int, classes: int, dtype: torch.dtype, ema: bool, gradients: int) -> Memory:
-    """Of training `net`, which is on the meta device and becomes unusable, with AdamW and autocast to `dtype`; `images` of a forward
-    pass, `gradients` that lie side by side.
+def memory(
+    net: nn.Module, images: int, side: int, classes: int, dtype: torch.dtype, ema: bool, gradients: int
+) -> Memory:
+    """Of training `net`, which is on the meta device and becomes unusable, with AdamW and autocast to
+    `dtype`; `images` of a forward pass, `gradients` that lie side by side.
 
-    Forward and backward run on fake tensors, which know their sizes alone, and what lives at the same time is added up.
+    Forward and backward run on fake tensors, which know their sizes alone, and what lives at the same time is
+    added up.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = net.to_empty(device="cpu").train()
@@ -57,11 +64,16 @@ def memory(net: nn.Module, images: int, side: int, classes: int, dtype: torch.dt
             masks, targets = torch.empty(len(drop_path.rates(net)), images), torch.empty(images, classes)
             cross_entropy(drop_path.Masked(net)(pixels, masks).float(), targets).backward()
     average = (weights + buffers) * ema
-    return Memory(weights + buffers, gradients * weights, 2 * weights, average, pixels.nbytes * 6 // 4, living.peak)
+    return Memory(
+        weights + buffers, gradients * weights, 2 * weights, average, pixels.nbytes * 6 // 4, living.peak
+    )
 
 
 class Living(TorchDispatchMode):
-    """While it is entered, adds up the storages that operations make and that still live. `peak`: the most at any time, in bytes."""
+    """While it is entered, adds up the storages that operations make and that still live.
+
+    `peak`: the most at any time, in bytes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,13 +81,19 @@ class Living(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        before = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if not isinstance(leaf, torch.Tensor):
                 continue
             storage = leaf.untyped_storage()
-            if storage._cdata not in before and storage._cdata not in self._sizes:  # neither a view of an input, nor known
+            if (
+                storage._cdata not in before and storage._cdata not in self._sizes
+            ):  # neither a view of an input, nor known
                 self._sizes[storage._cdata] = storage.nbytes()
                 self._now += storage.nbytes()
                 self.peak = max(self.peak, self._now)

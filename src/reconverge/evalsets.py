@@ -1,7 +1,9 @@
-"""The sets that models of ImageNet-1K are compared on: how each is laid out as it is distributed, and how its answers are counted.
+"""The sets that models of ImageNet-1K are compared on: how each is laid out as it is distributed, and how its
+answers are counted.
 
-ImageNet-C, mCE and AlexNet's errors: Hendrycks and Dietterich (2019); C-bar: Mintun et al. (2021); A: Hendrycks et al. (2021);
-R: Hendrycks et al. (2021); Sketch: Wang et al. (2019); V2: Recht et al. (2019), matched-frequency; ReaL: Beyer et al. (2020).
+ImageNet-C, mCE and AlexNet's errors: Hendrycks and Dietterich (2019); C-bar: Mintun et al. (2021); A:
+Hendrycks et al. (2021); R: Hendrycks et al. (2021); Sketch: Wang et al. (2019); V2: Recht et al. (2019),
+matched-frequency; ReaL: Beyer et al. (2020).
 """
 
 import csv
@@ -24,7 +26,8 @@ from reconverge.outcomes import by_class
 from reconverge.progress import say
 from reconverge.settings import Data, Evaluate, Suite
 
-# Mean error of AlexNet over the five severities of each corruption, as the authors publish it: what mCE divides by.
+# Mean error of AlexNet over the five severities of each corruption, as the authors publish it: what mCE
+# divides by.
 ALEXNET = {
     "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
     "defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360,
@@ -33,7 +36,8 @@ ALEXNET = {
 }  # fmt: skip
 GROUPS = ("noise", "blur", "weather", "digital")  # the archives of ImageNet-C; `extra` does not count
 C_BAR = (
-    "blue_noise_sample", "brownish_noise", "caustic_refraction", "checkerboard_cutout", "cocentric_sine_waves",
+    "blue_noise_sample", "brownish_noise", "caustic_refraction", "checkerboard_cutout",
+    "cocentric_sine_waves",
     "inverse_sparkles", "perlin_noise", "plasma_noise", "single_frequency_greyscale", "sparkles",
 )  # fmt: skip
 SEVERITIES = 5
@@ -44,7 +48,9 @@ class Part(NamedTuple):
 
     name: str  # of ImageNet-C: corruption/severity
     source: Source
-    among: list[int] | None = None  # the model's classes that the answer is chosen among, in the order of the source's; None: all
+    among: list[int] | None = (
+        None  # the model's classes that the answer is chosen among, in the order of the source's; None: all
+    )
 
 
 class EvalSet(NamedTuple):
@@ -52,12 +58,14 @@ class EvalSet(NamedTuple):
 
     images: int  # as published, over all parts
     parts: Callable[[Data, list[str]], list[Part]]  # (data, the model's classes). Errors: Stop
-    score: Callable[[Data, list[Part], list[Result]], dict[str, float]]  # percent; the first is the one that papers print
+    score: Callable[
+        [Data, list[Part], list[Result]], dict[str, float]
+    ]  # percent; the first is the one that papers print
     folder: str  # where suite=robustness looks for it below suite.root: the name that its archive unpacks to
     crop_ratio: float | None = None  # where the images are cropped already; None: that of the model
 
 
-# ---- how they are laid out --------------------------------------------------------------------------------------------
+# ---- how they are laid out ---------------------------------------------------------------------------------
 
 
 def _validation(data: Data, classes: list[str]) -> list[Part]:
@@ -84,7 +92,8 @@ def _subset(data: Data, classes: list[str]) -> list[Part]:
     if strangers := [name for name in source.classes if name not in places]:
         raise Stop(
             Exit.NOT_COMPARABLE,
-            f"{root}: {len(strangers)} of {len(source.classes)} classes that the model lacks: {', '.join(strangers[:5])}",
+            f"{root}: {len(strangers)} of {len(source.classes)} classes that the model lacks:"
+            f" {', '.join(strangers[:5])}",
             f"some of the model's {len(classes)} classes",
             "data.root=, or a model of ImageNet-1K",
         )
@@ -110,19 +119,30 @@ def _prepared(root: Path) -> bool:
 
 
 def _corrupted(corruptions: Sequence[str]) -> Callable[[Data, list[str]], list[Part]]:
-    """CORRUPTION/SEVERITY/SYNSET, as distributed: the corruptions in one folder, or in those of the archives."""
+    """CORRUPTION/SEVERITY/SYNSET, as distributed: all in one folder, or in those of the archives."""
 
     def parts(data: Data, classes: list[str]) -> list[Part]:
         root, found = root_of(data), {}
         for name in corruptions:
-            folders = [path for group in ("", *GROUPS) for path in (root / group / name).glob("[0-9]*") if path.is_dir()]
+            folders = [
+                path
+                for group in ("", *GROUPS)
+                for path in (root / group / name).glob("[0-9]*")
+                if path.is_dir()
+            ]
             found[name] = sorted(folders, key=lambda path: path.name)
-        lacking = [f"{name} ({len(folders)} severities)" for name, folders in found.items() if len(folders) != SEVERITIES]
+        lacking = [
+            f"{name} ({len(folders)} severities)"
+            for name, folders in found.items()
+            if len(folders) != SEVERITIES
+        ]
         if lacking:
             raise Stop(
                 Exit.MISSING,
-                f"{root} lacks {', '.join(lacking[:8])}{f' and {len(lacking) - 8} more' if lacking[8:] else ''}",
-                f"CORRUPTION/SEVERITY/SYNSET/*.JPEG of {len(corruptions)} corruptions, with {SEVERITIES} severities each",
+                f"{root} lacks"
+                f" {', '.join(lacking[:8])}{f' and {len(lacking) - 8} more' if lacking[8:] else ''}",
+                f"CORRUPTION/SEVERITY/SYNSET/*.JPEG of {len(corruptions)} corruptions, with {SEVERITIES}"
+                " severities each",
                 "data.root=, or unpack the missing archives there",
             )
         return [
@@ -138,7 +158,7 @@ def _cache(data: Data) -> Path:
     return Path(data.cache).expanduser()
 
 
-# ---- how they are counted ---------------------------------------------------------------------------------------------
+# ---- how they are counted ----------------------------------------------------------------------------------
 
 
 def _top1(data: Data, parts: list[Part], results: list[Result]) -> dict[str, float]:
@@ -153,9 +173,19 @@ def _real(data: Data, parts: list[Part], results: list[Result]) -> dict[str, flo
         labels = json.loads(path.read_text())
         accepted = [set(map(int, entry)) for entry in labels]
     except FileNotFoundError:
-        raise Stop(Exit.MISSING, f"no {path}", "real.json, as google-research/reassessed-imagenet has it", "data.labels=PATH") from None
+        raise Stop(
+            Exit.MISSING,
+            f"no {path}",
+            "real.json, as google-research/reassessed-imagenet has it",
+            "data.labels=PATH",
+        ) from None
     except (ValueError, TypeError) as error:
-        raise Stop(Exit.DAMAGED, f"{path}: {error}", "a list of labels for each validation image", "download it again") from None
+        raise Stop(
+            Exit.DAMAGED,
+            f"{path}: {error}",
+            "a list of labels for each validation image",
+            "download it again",
+        ) from None
     (part,), (result,) = parts, results
     assert isinstance(part.source, Folder | Shards), "the images have names"
     order = _in_order_of_names(part.source)
@@ -167,18 +197,29 @@ def _real(data: Data, parts: list[Part], results: list[Result]) -> dict[str, flo
             "data.labels=, or data.root=",
         )
     if not any(accepted[entry] for entry in order.tolist()):
-        raise Stop(Exit.DAMAGED, f"{path}: no image has a label", "a list of labels for each validation image", "download it again")
+        raise Stop(
+            Exit.DAMAGED,
+            f"{path}: no image has a label",
+            "a list of labels for each validation image",
+            "download it again",
+        )
     return {"real": real_accuracy(accepted, order, result.predicted)}
 
 
 def real_accuracy(accepted: Sequence[set[int]], order: np.ndarray, predicted: np.ndarray) -> float:
     """Percent of the images with labels. `order`: for each sample the entry of `accepted` that is its own."""
-    counted = [int(answer) in accepted[entry] for entry, answer in zip(order.tolist(), predicted, strict=True) if accepted[entry]]
+    counted = [
+        int(answer) in accepted[entry]
+        for entry, answer in zip(order.tolist(), predicted, strict=True)
+        if accepted[entry]
+    ]
     return 100 * sum(counted) / len(counted)
 
 
 def _in_order_of_names(source: Folder | Shards) -> np.ndarray:
-    """For each sample the place of its image among all, by the number in its name, or by the order of the names."""
+    """For each sample the place of its image among all, by the number in its name, or by the order of the
+    names.
+    """
     numbers = _numbered(source)
     if numbers:
         return np.array(numbers) - 1
@@ -230,17 +271,33 @@ SETS = {
 
 
 def of_suite(suite: Suite, data: Data) -> list[Data]:
-    """The sets of a suite that are there, each below its root as its archive unpacks; `data` gives the rest. Errors: Stop(USAGE, MISSING)."""
+    """The sets of a suite that are there, each below its root as its archive unpacks; `data` gives the rest.
+
+    Errors: Stop(USAGE, MISSING).
+    """
     if strangers := [name for name in suite.sets if name not in SETS]:
-        raise Stop(Exit.USAGE, f"suite.sets={suite.sets}", ", ".join(SETS), f"suite.sets without {', '.join(strangers)}")
+        raise Stop(
+            Exit.USAGE,
+            f"suite.sets={suite.sets}",
+            ", ".join(SETS),
+            f"suite.sets without {', '.join(strangers)}",
+        )
     root = Path(str(suite.root)).expanduser()
     places = {name: root / SETS[name].folder for name in suite.sets}
     there = {name: path for name, path in places.items() if path.is_dir()}
     if lacking := [str(path) for name, path in places.items() if name not in there]:
         say(f"not there, and left out: {', '.join(lacking)}")
     if not there:
-        raise Stop(Exit.MISSING, f"{root} has none of the sets of suite={suite.name}", ", ".join(map(str, places.values())), "suite.root=")
-    return [replace(data, name=name, kind="evaluation", dataset=name, root=str(path)) for name, path in there.items()]
+        raise Stop(
+            Exit.MISSING,
+            f"{root} has none of the sets of suite={suite.name}",
+            ", ".join(map(str, places.values())),
+            "suite.root=",
+        )
+    return [
+        replace(data, name=name, kind="evaluation", dataset=name, root=str(path))
+        for name, path in there.items()
+    ]
 
 
 def parts(data: Data, classes: list[str]) -> list[Part]:
@@ -251,13 +308,18 @@ def parts(data: Data, classes: list[str]) -> list[Part]:
 
 
 def settings_of(data: Data, settings: Evaluate, named: Collection[str]) -> Evaluate:
-    """How the images of a set are resized: as those of the model, but for what is cropped already, unless somebody `named` a ratio."""
+    """How the images of a set are resized: as those of the model, but for what is cropped already, unless
+    somebody `named` a ratio.
+    """
     ratio = SETS[str(data.dataset)].crop_ratio if data.kind == "evaluation" else None
     return settings if ratio is None or "crop_ratio" in named else replace(settings, crop_ratio=ratio)
 
 
 def report(data: Data, parts: list[Part], results: dict[str, list[Result]]) -> dict[str, Any]:
-    """For a report: fingerprint and number of images, and for each kind of weights what is counted. Errors: Stop."""
+    """For a report: fingerprint and number of images, and for each kind of weights what is counted.
+
+    Errors: Stop.
+    """
     score = SETS[str(data.dataset)].score if data.kind == "evaluation" else _top1
     images = sum(len(part.source) for part in parts)
     prints = [part.source.fingerprint for part in parts]
@@ -272,12 +334,18 @@ def report(data: Data, parts: list[Part], results: dict[str, list[Result]]) -> d
             found[name] |= {key: getattr(result, key) for key in ("top1", "top5", "loss", "ece", "images")}
             found[name]["per_class"] = per_class(part.source, result.predicted)
         else:
-            found[name]["parts"] = {part.name: result.top1 for part, result in zip(parts, answers, strict=True)}
+            found[name]["parts"] = {
+                part.name: result.top1 for part, result in zip(parts, answers, strict=True)
+            }
     return found
 
 
-def lines(data: Data, found: dict[str, Any], kinds: list[str], who: str, published: dict[str, float]) -> list[str]:
-    """What a person reads of one set: a line for each kind of weights, beside the figure that `who` published."""
+def lines(
+    data: Data, found: dict[str, Any], kinds: list[str], who: str, published: dict[str, float]
+) -> list[str]:
+    """What a person reads of one set: a line for each kind of weights, beside the figure that `who`
+    published.
+    """
     images, known = found["images"], SETS[str(data.dataset)] if data.kind == "evaluation" else None
     said = [
         f"{images:,} images of {'eval/' * bool(known)}{data.name}"
@@ -287,22 +355,40 @@ def lines(data: Data, found: dict[str, Any], kinds: list[str], who: str, publish
     for name in kinds:
         counted = found[name]
         first = next(iter(counted))
-        numbers = [f"{UNITS[key]} {counted[key]:.3f} %" for key in dict.fromkeys([first, *UNITS]) if key in counted]
+        numbers = [
+            f"{UNITS[key]} {counted[key]:.3f} %" for key in dict.fromkeys([first, *UNITS]) if key in counted
+        ]
         if "loss" in counted:
             numbers.append(f"loss {counted['loss']:.4f}  calibration error {counted['ece']:.2f} %")
-        said.append(f"{name:<{max(map(len, kinds)) + 1}} {'  '.join(numbers)}" + (f"  ({who}: {beside:g} %)" if beside is not None else ""))
+        said.append(
+            f"{name:<{max(map(len, kinds)) + 1}} {'  '.join(numbers)}"
+            + (f"  ({who}: {beside:g} %)" if beside is not None else "")
+        )
     return said
 
 
-def row(found: dict[str, dict[str, Any]], kinds: list[str], who: str, published: dict[str, float]) -> list[str]:
-    """The sets of a suite side by side, as a line of a paper's table: the first figure of each, by kind of weights, and the published."""
+def row(
+    found: dict[str, dict[str, Any]], kinds: list[str], who: str, published: dict[str, float]
+) -> list[str]:
+    """The sets of a suite side by side, as a line of a paper's table: the first figure of each, by kind of
+    weights, and the published.
+    """
     firsts = {name: next(iter(report[kinds[0]])) for name, report in found.items()}
     heads = [f"{name} ({UNITS[first]})" for name, first in firsts.items()]
-    cells = {kind: [f"{report[kind][first]:.1f}" for report, first in zip(found.values(), firsts.values(), strict=True)] for kind in kinds}
+    cells = {
+        kind: [
+            f"{report[kind][first]:.1f}"
+            for report, first in zip(found.values(), firsts.values(), strict=True)
+        ]
+        for kind in kinds
+    }
     if published:
         cells[who] = [f"{published[name]:.1f}" if name in published else "-" for name in found]
     rows = [("percent", heads), *cells.items()]
-    return [f"{name:<10}" + "".join(f"{cell:>{len(head) + 3}}" for cell, head in zip(line, heads, strict=True)) for name, line in rows]
+    return [
+        f"{name:<10}" + "".join(f"{cell:>{len(head) + 3}}" for cell, head in zip(line, heads, strict=True))
+        for name, line in rows
+    ]
 
 
 UNITS = {"real": "ReaL", "mce": "mCE", "mean_error": "mean error", "top1": "top-1", "top5": "top-5"}
@@ -311,12 +397,17 @@ UNITS = {"real": "ReaL", "mce": "mCE", "mean_error": "mean error", "top1": "top-
 def per_class(source: Source, predicted: np.ndarray) -> dict[str, float]:
     """Class -> percent of its images that are right; classes without images are left out."""
     images, right = by_class(source.labels(np.arange(len(source))), predicted, len(source.classes))
-    return {name: 100 * int(right[label]) / int(images[label]) for label, name in enumerate(source.classes) if images[label]}
+    return {
+        name: 100 * int(right[label]) / int(images[label])
+        for label, name in enumerate(source.classes)
+        if images[label]
+    }
 
 
-# ---- what is published ------------------------------------------------------------------------------------------------
+# ---- what is published -------------------------------------------------------------------------------------
 
-# Table 8: (model, pixels) -> clean, C (mCE), C-bar (mean error), A, R, Sketch; percent. At 384 px pre-trained on ImageNet-22K.
+# Table 8: (model, pixels) -> clean, C (mCE), C-bar (mean error), A, R, Sketch; percent. At 384 px pre-trained
+# on ImageNet-22K.
 COLUMNS = ("imagenet1k", "c", "c_bar", "a", "r", "sketch")
 TABLE_8: dict[tuple[str, int], tuple[float | None, ...]] = {
     ("resnet50", 224): (76.1, 76.7, 57.7, 0.0, 36.1, 24.1),
@@ -329,15 +420,28 @@ TABLE_8: dict[tuple[str, int], tuple[float | None, ...]] = {
     ("convnext_xl", 384): (87.8, 38.8, 27.1, 69.3, 68.2, 55.0),
 }
 # timm's own evaluations (results/ of its repository): the columns of that file for each set.
-TIMM = {"imagenet1k": "in1k_top1", "real": "real_top1", "v2": "v2_top1", "a": "a_top1", "r": "r_top1", "sketch": "sketch_top1"}
+TIMM = {
+    "imagenet1k": "in1k_top1",
+    "real": "real_top1",
+    "v2": "v2_top1",
+    "a": "a_top1",
+    "r": "r_top1",
+    "sketch": "sketch_top1",
+}
 
 
 def published(model: str, settings: Evaluate) -> tuple[str, dict[str, float]]:
-    """Who published figures of a model at this size, and set -> percent; nothing for a model that neither source has."""
+    """Who published figures of a model at this size, and set -> percent; nothing for a model that neither
+    source has.
+    """
     if row := TABLE_8.get((model, settings.size)):
         return "Table 8", {name: value for name, value in zip(COLUMNS, row, strict=True) if value is not None}
     with open(Path(__file__).with_name("published_accuracy.csv")) as file:
         for line in csv.DictReader(file):
-            if (line["model"], int(line["img_size"]), float(line["crop_pct"])) == (model, settings.size, settings.crop_ratio):
+            if (line["model"], int(line["img_size"]), float(line["crop_pct"])) == (
+                model,
+                settings.size,
+                settings.crop_ratio,
+            ):
                 return "timm", {name: float(line[column]) for name, column in TIMM.items() if line[column]}
     return "published", {}

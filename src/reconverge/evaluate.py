@@ -76,7 +76,9 @@ def _outcome(logits: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 def _result(table: Tensor) -> Result:
-    from torchmetrics.functional.classification import binary_calibration_error  # seconds to import: not at start
+    from torchmetrics.functional.classification import (
+        binary_calibration_error,
+    )  # seconds to import: not at start
 
     predicted, top1, top5, losses, confidence = table.T.contiguous()
     # Whether the most probable class is right is a question of two classes, asked with its probability.
@@ -84,11 +86,15 @@ def _result(table: Tensor) -> Result:
     right, among_five = (100 * int(hits.sum()) / len(table) for hits in (top1, top5))
     mean = float(np.sum(losses.numpy())) / len(table)
     predictions = predicted.numpy().astype(np.int64)
-    return Result(right, among_five, mean, 100 * float(ece), len(table), predictions, confidence.numpy(), losses.numpy())
+    return Result(
+        right, among_five, mean, 100 * float(ece), len(table), predictions, confidence.numpy(), losses.numpy()
+    )
 
 
 def top5(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """For look(): the five most probable classes of each image, then their probabilities; of fewer classes, all."""
+    """For look(): the five most probable classes of each image, then their probabilities; of fewer classes,
+    all.
+    """
     probabilities, classes = logits.softmax(1).topk(min(5, logits.shape[1]))
     return [*classes.T, *probabilities.T]
 
@@ -105,16 +111,23 @@ def look(
     workers: int,
     stop: Callable[[], bool],
 ) -> dict[str, Tensor] | None:
-    """Of each model a table, float64 (images, width): what `say(logits (N, classes), labels (N,))` gives, `width` columns of N, for
-    each image of `source` in order. A rank fills in the rows of its own images, so that no number hangs on who looked.
+    """Of each model a table, float64 (images, width): what `say(logits (N, classes), labels (N,))` gives,
+    `width` columns of N, for each image of `source` in order. A rank fills in the rows of its own images, so
+    that no number hangs on who looked.
 
     None if `stop` says so on any rank before the end.
     """
     batches = in_sequence(len(source), settings.batch)
     mine = batches[world.rank :: world.size]
-    feed = iter(Feed(Images(source, transforms.evaluation(settings), 0), mine, workers, world.device, ahead=True))
-    tables = {name: torch.zeros(len(source), 1 + width, dtype=torch.float64) for name in models}  # the first column: was it seen
-    world.broadcast(buffer for model in models.values() for buffer in model.buffers())  # BatchNorm's statistics are those of rank 0
+    feed = iter(
+        Feed(Images(source, transforms.evaluation(settings), 0), mine, workers, world.device, ahead=True)
+    )
+    tables = {
+        name: torch.zeros(len(source), 1 + width, dtype=torch.float64) for name in models
+    }  # the first column: was it seen
+    world.broadcast(
+        buffer for model in models.values() for buffer in model.buffers()
+    )  # BatchNorm's statistics are those of rank 0
     for number in range(-(-len(batches) // world.size)):  # of the last round, some ranks may have none
         if world.any(stop()):
             return None
@@ -126,9 +139,13 @@ def look(
             with world.autocast():
                 logits = model(pixels)
             columns = say(logits.float(), batch.labels)
-            rows = torch.stack([torch.ones(len(logits)), *(column.double().cpu() for column in columns)], dim=1)
+            rows = torch.stack(
+                [torch.ones(len(logits)), *(column.double().cpu() for column in columns)], dim=1
+            )
             tables[name][torch.from_numpy(mine[number].ids)] = rows
-    gathered = {name: world.gather(table).sum(0) for name, table in tables.items()}  # of each row all ranks but one have zeros
+    gathered = {
+        name: world.gather(table).sum(0) for name, table in tables.items()
+    }  # of each row all ranks but one have zeros
     for table in gathered.values():
         assert (table[:, 0] == 1).all(), f"{int(table[:, 0].sum())} of {len(table)} images were looked at"
     return {name: table[:, 1:] for name, table in gathered.items()}

@@ -1,4 +1,7 @@
-"""A trained model as other tools load it. An example and its logits travel with it, and `check` compares them with what that tool says."""
+"""A trained model as other tools load it.
+
+An example and its logits travel with it, and `check` compares them with what that tool says.
+"""
 
 import json
 from collections.abc import Callable
@@ -28,7 +31,8 @@ class Weights(NamedTuple):
 
 
 def choose(path: Path, run: Opened, kind: str | None, best: bool, average: int) -> Weights:
-    """Weights of a run: of its newest checkpoint, of the `best` by top-1 of that kind, or the mean of the newest `average`.
+    """Weights of a run: of its newest checkpoint, of the `best` by top-1 of that kind, or the mean of the
+    newest `average`.
 
     `kind`: raw or ema; None: the EMA's where the run keeps one. Errors: Stop(USAGE, MISSING, DAMAGED).
     """
@@ -37,11 +41,18 @@ def choose(path: Path, run: Opened, kind: str | None, best: bool, average: int) 
     chosen = [checkpoint.choose(path)[0]]
     if best:
         accuracy = {
-            record["step"]: record[f"{kind}_top1"] for record in jsonl.lines(run.folder / "metrics.jsonl") if f"{kind}_top1" in record
+            record["step"]: record[f"{kind}_top1"]
+            for record in jsonl.lines(run.folder / "metrics.jsonl")
+            if f"{kind}_top1" in record
         }
         step = max(accuracy, key=lambda step: accuracy[step], default=None)
         if step is None:
-            raise Stop(Exit.MISSING, f"{run.folder}: the {kind} weights were never evaluated", "a run with evaluations", "drop --best")
+            raise Stop(
+                Exit.MISSING,
+                f"{run.folder}: the {kind} weights were never evaluated",
+                "a run with evaluations",
+                "drop --best",
+            )
         chosen = [checkpoint.choose(checkpoint.path_of(folder, step))[0]]
     if average > 1:
         known = [step for step in checkpoint.steps(folder) if step.name <= chosen[0].name]
@@ -56,32 +67,46 @@ def choose(path: Path, run: Opened, kind: str | None, best: bool, average: int) 
     name = {"raw": "model", "ema": "ema"}[kind]
     found = [checkpoint.load(one)[0] for one in chosen]
     if any(name not in tensors for tensors in found):
-        raise Stop(Exit.USAGE, f"--weights {kind}, and {chosen[0]} has no EMA weights", "raw", "--weights raw")
-    return Weights(mean([tensors[name] for tensors in found]), kind, [checkpoint.step_of(one) for one in chosen])
+        raise Stop(
+            Exit.USAGE, f"--weights {kind}, and {chosen[0]} has no EMA weights", "raw", "--weights raw"
+        )
+    return Weights(
+        mean([tensors[name] for tensors in found]), kind, [checkpoint.step_of(one) for one in chosen]
+    )
 
 
 def mean(sets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Of each tensor the mean over the sets, added in float64; of integers (BatchNorm's counters) the last."""
+    """Of each tensor the mean over the sets, added in float64; of integers (BatchNorm's counts) the last."""
     if len(sets) == 1:
         return sets[0]
     return {
-        name: torch.stack([tensors[name].double() for tensors in sets]).mean(0).to(last.dtype) if last.is_floating_point() else last
+        name: (
+            torch.stack([tensors[name].double() for tensors in sets]).mean(0).to(last.dtype)
+            if last.is_floating_point()
+            else last
+        )
         for name, last in sets[-1].items()
     }
 
 
-# ---- the forms --------------------------------------------------------------------------------------------------------
+# ---- the forms ---------------------------------------------------------------------------------------------
 
 
 class Form(NamedTuple):
-    write: Callable[[nn.Module, Path, dict[str, Any], Tensor], None]  # (model, folder, what export.json says, example images)
-    logits: Callable[[Path, dict[str, Any], Tensor], Tensor]  # of images, by the tool that is meant to load the folder
+    write: Callable[
+        [nn.Module, Path, dict[str, Any], Tensor], None
+    ]  # (model, folder, what export.json says, example images)
+    logits: Callable[
+        [Path, dict[str, Any], Tensor], Tensor
+    ]  # of images, by the tool that is meant to load the folder
     usage: str  # Python, with FOLDER
     exact: bool  # whether it gives the very bits on the machine that wrote it
 
 
 def _safetensors(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in net.state_dict().items()}, folder / "model.safetensors"
+    )
 
 
 def _by_ourselves(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
@@ -96,7 +121,10 @@ def _timm(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) 
     known: dict[str, Any] = dict(getattr(net, "pretrained_cfg", None) or {})
     if "architecture" not in known:
         raise Stop(
-            Exit.USAGE, f"--to timm of {about['model']}, which timm does not have", "a model of timm's", "--to pt2, onnx or safetensors"
+            Exit.USAGE,
+            f"--to timm of {about['model']}, which timm does not have",
+            "a model of timm's",
+            "--to pt2, onnx or safetensors",
         )
     cfg, side = config.from_text(about["config"], Train), about["evaluate"]["size"]
     arguments: dict[str, Any] = {"img_size": cfg.model.image_size} if cfg.model.image_size else {}
@@ -140,7 +168,10 @@ def _by_timm(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
 
 
 def _pt2(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
-    torch.export.save(torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)), folder / "model.pt2")
+    torch.export.save(
+        torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)),
+        folder / "model.pt2",
+    )
 
 
 def _by_torch(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
@@ -170,7 +201,12 @@ def _by_onnxruntime(folder: Path, about: dict[str, Any], images: Tensor) -> Tens
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     one, all = (session.run(None, {"images": batch.numpy()})[0] for batch in (images[:1], images))
     if abs(one - all[:1]).max() > TOLERANCE * abs(all).max():
-        raise Stop(Exit.DAMAGED, f"{folder}: one image alone has other logits than among five", "the same", "export it again")
+        raise Stop(
+            Exit.DAMAGED,
+            f"{folder}: one image alone has other logits than among five",
+            "the same",
+            "export it again",
+        )
     return torch.from_numpy(all)
 
 
@@ -187,19 +223,27 @@ def _needed(*packages: str) -> None:
 
 
 FORMS = {
-    "timm": Form(_timm, _by_timm, 'import timm\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', True),
-    "safetensors": Form(_safetensors, _by_ourselves, 'from safetensors.torch import load_file\nweights = load_file("FOLDER/model.safetensors")', True),
-    "pt2": Form(_pt2, _by_torch, 'import torch\nmodel = torch.export.load("FOLDER/model.pt2").module()', True),
-    "onnx": Form(_onnx, _by_onnxruntime, 'import onnxruntime\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")\nlogits = session.run(None, {"images": images})[0]', False),
+    "timm": Form(_timm, _by_timm,
+        'import timm\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', True),
+    "safetensors": Form(_safetensors, _by_ourselves,
+        'from safetensors.torch import load_file\nweights = load_file("FOLDER/model.safetensors")', True),
+    "pt2": Form(_pt2, _by_torch, 'import torch\nmodel = torch.export.load("FOLDER/model.pt2").module()',
+        True),
+    "onnx": Form(_onnx, _by_onnxruntime,
+        'import onnxruntime\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
+        'logits = session.run(None, {"images": images})[0]', False),
 }  # fmt: skip
 
 
-# ---- writing and checking ---------------------------------------------------------------------------------------------
+# ---- writing and checking ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def export(run: Opened, weights: Weights, form: str, folder: Path, license: str) -> dict[str, Any]:
-    """Write the model into `folder`, and return what its export.json says. Errors: Stop(USAGE, NOT_COMPARABLE)."""
+    """Write the model into `folder`, and return what its export.json says.
+
+    Errors: Stop(USAGE, NOT_COMPARABLE).
+    """
     cfg = run.cfg
     net = models.build(cfg.model, len(run.classes), cfg.seed).eval()
     net.load_state_dict(weights.tensors)
@@ -214,7 +258,9 @@ def export(run: Opened, weights: Weights, form: str, folder: Path, license: str)
         "license": license,
         "top1": _accuracy(run, weights),
         "classes": run.classes,
-        "evaluate": {name: getattr(cfg.evaluate, name) for name in ("size", "crop_ratio", "mode", "interpolation")},
+        "evaluate": {
+            name: getattr(cfg.evaluate, name) for name in ("size", "crop_ratio", "mode", "interpolation")
+        },
         "mean": cfg.data.mean,
         "std": cfg.data.std,
         "config": config.to_text(cfg),
@@ -227,14 +273,17 @@ def export(run: Opened, weights: Weights, form: str, folder: Path, license: str)
     FORMS[form].write(net, folder, about, example)
     save_file({"images": example, "logits": net(example)}, folder / "example.safetensors")
     (folder / "README.md").write_text(card(about, folder.name))
-    about["files"] = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != "export.json"}
+    about["files"] = {
+        path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != "export.json"
+    }
     (folder / "export.json").write_text(json.dumps(about, indent=1) + "\n")
     return about
 
 
 @torch.no_grad()
 def check(folder: Path) -> str:
-    """Verify the files of an export and its logits, by the tool that is meant to load it; in words, how near they are.
+    """Verify the files of an export and its logits, by the tool that is meant to load it; in words, how near
+    they are.
 
     Errors: Stop(MISSING, DAMAGED).
     """
@@ -243,12 +292,21 @@ def check(folder: Path) -> str:
         form = FORMS[about["form"]]
         files = about["files"].items()
     except FileNotFoundError:
-        raise Stop(Exit.MISSING, f"{folder} has no export.json", "a folder that reconverge export wrote", "the path") from None
+        raise Stop(
+            Exit.MISSING, f"{folder} has no export.json", "a folder that reconverge export wrote", "the path"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Stop(Exit.DAMAGED, f"{folder / 'export.json'}: {error!r}", "as it was written", "export it again") from None
+        raise Stop(
+            Exit.DAMAGED, f"{folder / 'export.json'}: {error!r}", "as it was written", "export it again"
+        ) from None
     for name, digest in files:
         if not (folder / name).exists() or sha256_of(folder / name) != digest:
-            raise Stop(Exit.DAMAGED, f"{folder / name} is not what was exported", "every file as it was written", "export it again")
+            raise Stop(
+                Exit.DAMAGED,
+                f"{folder / name} is not what was exported",
+                "every file as it was written",
+                "export it again",
+            )
     example = load_file(folder / "example.safetensors")
     logits = form.logits(folder, about, example["images"])
     away = float((logits - example["logits"]).abs().max() / example["logits"].abs().max())
@@ -264,7 +322,9 @@ def check(folder: Path) -> str:
 
 def _accuracy(run: Opened, weights: Weights) -> float | None:
     """Percent, of these weights; None where they were not evaluated, as no mean was."""
-    records = [record for record in jsonl.lines(run.folder / "metrics.jsonl") if [record["step"]] == weights.steps]
+    records = [
+        record for record in jsonl.lines(run.folder / "metrics.jsonl") if [record["step"]] == weights.steps
+    ]
     return next((record[key] for record in records if (key := f"{weights.kind}_top1") in record), None)
 
 
@@ -283,18 +343,26 @@ def _history(run: Opened) -> dict[str, Any]:
 def card(about: dict[str, Any], folder: str) -> str:
     """The model card: README.md of the export."""
     steps = about["steps"]
-    of = f"the mean of the checkpoints after steps {', '.join(map(str, steps))}" if len(steps) > 1 else f"after step {steps[0]}"
+    of = (
+        f"the mean of the checkpoints after steps {', '.join(map(str, steps))}"
+        if len(steps) > 1
+        else f"after step {steps[0]}"
+    )
     how, promises = about["evaluate"], about["promises"] or {}
+    top1 = (
+        "not evaluated" if about["top1"] is None else f"{about['top1']:.2f} % on the run's validation images"
+    )
     rows = {
         "Model": about["model"],
         "Recipe": about["recipe"],
         "Weights": f"{about['weights']}, {of}",
-        "Top-1": "not evaluated" if about["top1"] is None else f"{about['top1']:.2f} % on the run's validation images",
+        "Top-1": top1,
         "Classes": str(len(about["classes"])),
-        "Images": f"{how['size']} px, {how['mode']}, crop ratio {how['crop_ratio']:g}, {how['interpolation']}; mean {about['mean']}, deviation {about['std']}",
+        "Images": f"{how['size']} px, {how['mode']}, crop ratio {how['crop_ratio']:g}, "
+        f"{how['interpolation']}; mean {about['mean']}, deviation {about['std']}",
         "Training data": f"fingerprint {(about['data'] or {}).get('train')}",
         "Promises kept": ", ".join(name for name, kept in promises.items() if kept) or "none",
-    }  # fmt: skip
+    }
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
     usage = FORMS[about["form"]].usage.replace("FOLDER", folder)
     commands = "\n".join(about["commands"][:1])

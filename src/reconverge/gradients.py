@@ -1,4 +1,5 @@
-"""The gradients of a model in one flat tensor, added up once a step: over the forward passes of a rank, and over ranks.
+"""The gradients of a model in one flat tensor, added up once a step: over the forward passes of a rank, and
+over ranks.
 
 They are summed, not averaged: the loss is divided by the images of the whole batch.
 """
@@ -15,7 +16,9 @@ BUCKET = 25 * 2**20 // 4  # float32s that are sent together
 
 
 def merges(leaves: int) -> list[int]:
-    """After each leaf, how many sums it completes, of tree(lo, hi) = tree(lo, mid) + tree(mid, hi) with mid = (lo + hi) // 2."""
+    """After each leaf, how many sums it completes, of tree(lo, hi) = tree(lo, mid) + tree(mid, hi) with mid =
+    (lo + hi) // 2.
+    """
     if leaves == 1:
         return [0]
     left, right = merges(leaves // 2), merges(leaves - leaves // 2)
@@ -23,23 +26,29 @@ def merges(leaves: int) -> list[int]:
 
 
 def copies(leaves: int) -> int:
-    """Gradients that lie in memory at most while a tree of `leaves` is added up on one rank: log2(leaves) + 1, rounded up."""
+    """Gradients that lie in memory at most while a tree of `leaves` is added up on one rank: log2(leaves) +
+    1, rounded up.
+    """
     return 1 + (leaves - 1).bit_length()
 
 
 class Gradients:
     """`net`'s gradients are views of it. Two ways to add:
 
-    ddp: passes accumulate in place, and while the last one's backward pass still runs, finished buckets are already sent. Unlike torch's
-    DistributedDataParallel, whose buckets are laid anew after its first step (so that from 3 ranks on a resumed run adds in another
-    order), the buckets are a function of the model alone: R2.
+    ddp: passes accumulate in place, and while the last one's backward pass still runs, finished buckets are
+    already sent. Unlike torch's DistributedDataParallel, whose buckets are laid anew after its first step (so
+    that from 3 ranks on a resumed run adds in another order), the buckets are a function of the model alone:
+    R2.
 
-    tree: the gradient of each leaf stands alone and is added in one canonical order, first the leaves of a rank, which are a subtree,
-    then ranks by recursive doubling. So the sum does not hang on the number of ranks: R4.
+    tree: the gradient of each leaf stands alone and is added in one canonical order, first the leaves of a
+    rank, which are a subtree, then ranks by recursive doubling. So the sum does not hang on the number of
+    ranks: R4.
     """
 
     def __init__(self, net: nn.Module, world: World, passes: Passes):
-        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad][::-1]  # nearly as backward meets them
+        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad][
+            ::-1
+        ]  # nearly as backward meets them
         self._world, self._passes = world, passes
         self._flat = zeros(sum(parameter.numel() for parameter in parameters), device=world.device)
         self._merges = merges(passes.leaves)
@@ -101,7 +110,9 @@ class Gradients:
         if self._passes.tree or self._done < self._passes.count - 1:
             return
         self._missing[bucket] -= 1
-        self._send(next((number for number, missing in enumerate(self._missing) if missing), len(self._buckets)))
+        self._send(
+            next((number for number, missing in enumerate(self._missing) if missing), len(self._buckets))
+        )
 
     def _send(self, ready: int) -> None:
         """Every bucket before number `ready`, in this order on all ranks."""

@@ -8,7 +8,10 @@ from typing import Any
 
 def line(values: dict[str, Any]) -> str:
     """With null for a number that is not finite, as fp16 has them: JSON knows no other."""
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
     return json.dumps(finite) + "\n"
 
 

@@ -19,7 +19,10 @@ INTERVAL = 10.0  # seconds between two heartbeats; after five without one the ho
 
 
 class Lock:
-    """Taken when made. `takeover` says, in a sentence, whose dead lock was taken over, if one was. Errors: Stop(IN_USE)."""
+    """Taken when made. `takeover` says, in a sentence, whose dead lock was taken over, if one was.
+
+    Errors: Stop(IN_USE).
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -46,18 +49,26 @@ class Lock:
         while True:
             with open(self.path, "a+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if self.path.exists() and os.fstat(file.fileno()).st_ino == self.path.stat().st_ino:  # not removed meanwhile
+                if (
+                    self.path.exists() and os.fstat(file.fileno()).st_ino == self.path.stat().st_ino
+                ):  # not removed meanwhile
                     file.seek(0)
                     yield file
                     return
 
     def check(self) -> None:
-        """Before anything is written that matters: a process that was stopped for long may have lost its run. Errors: Stop(IN_USE)."""
+        """Before anything is written that matters: a process that was stopped for long may have lost its run.
+
+        Errors: Stop(IN_USE).
+        """
         try:
             holder = json.loads(self.path.read_text())
         except FileNotFoundError:
             raise Stop(
-                Exit.IN_USE, f"{self.path} is gone", "a run folder that nobody removes while it trains", "the same command starts anew"
+                Exit.IN_USE,
+                f"{self.path} is gone",
+                "a run folder that nobody removes while it trains",
+                "the same command starts anew",
             ) from None
         except ValueError:
             holder = {}  # another process writes its name there just now
@@ -90,15 +101,20 @@ def _judge(holder: dict, mine: dict, path: Path) -> str:
     """Why the lock of `holder` may be taken over. Errors: Stop(IN_USE)."""
     name = _name(holder)
     if holder["host"] == mine["host"]:
-        # Start times tell a process from a later one of the same number. A live one of the same job is a second task of it,
-        # not the first one requeued.
+        # Start times tell a process from a later one of the same number. A live one of the same job is a
+        # second task of it, not the first one requeued.
         if _started(holder["pid"]) != holder["started"]:
             return f"took over from {name}, which is dead"
     elif mine["job"] and holder["job"] == mine["job"]:
         return f"took over from {name}: this same job, requeued"
     elif (age := _age(path)) > 5 * INTERVAL:
         return f"took over from {name}, whose last heartbeat is {age:.0f} s old"
-    raise Stop(Exit.IN_USE, f"{path.parent} is in use by {name}", "one process a run", "wait for it, stop it, or choose another run=NAME")
+    raise Stop(
+        Exit.IN_USE,
+        f"{path.parent} is in use by {name}",
+        "one process a run",
+        "wait for it, stop it, or choose another run=NAME",
+    )
 
 
 def _name(holder: dict) -> str:
@@ -124,7 +140,7 @@ def _started(pid: int) -> str | None:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the last heartbeat by the clock of the file system, so that clocks of hosts may differ."""
+    """Seconds since the last heartbeat, by the clock of the file system: the clocks of hosts may differ."""
     probe = path.with_name(f".clock-{uuid.uuid4().hex}")
     try:
         probe.touch()

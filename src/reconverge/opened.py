@@ -20,7 +20,10 @@ def opened(path: Path) -> Opened:
     """The run that `path`, its folder or one of its checkpoints, belongs to. Errors: Stop(MISSING)."""
     if (path / "export.json").exists():  # one that timm reads does not come here
         raise Stop(
-            Exit.MISSING, f"{path} is an export for other tools", "a run, one of its checkpoints, or an export --to timm", "the path"
+            Exit.MISSING,
+            f"{path} is an export for other tools",
+            "a run, one of its checkpoints, or an export --to timm",
+            "the path",
         )
     for folder in (path, *path.parents[:2]):
         if (folder / "config.yaml").exists() and (folder / "classes.txt").exists():
@@ -29,7 +32,8 @@ def opened(path: Path) -> Opened:
     raise Stop(
         Exit.MISSING,
         f"{path} is no run and no checkpoint of one",
-        "runs/NAME or runs/NAME/checkpoints/step-..., and for eval.py what timm reads: timm:NAME, hf-hub:OWNER/NAME, a folder with config.json",
+        "runs/NAME or runs/NAME/checkpoints/step-..., and for eval.py what timm reads: timm:NAME,"
+        " hf-hub:OWNER/NAME, a folder with config.json",
         "the path",
     )
 

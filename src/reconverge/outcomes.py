@@ -1,4 +1,6 @@
-"""What the models of a run said of each validation image: outcomes.npz, kept of the newest evaluation, for the report."""
+"""What the models of a run said of each validation image: outcomes.npz, kept of the newest evaluation, for
+the report.
+"""
 
 import io
 from pathlib import Path
@@ -27,9 +29,19 @@ def by_class(labels: np.ndarray, predicted: np.ndarray, classes: int) -> tuple[n
 
 def save(path: Path, step: int, source: Source, results: dict[str, Result]) -> None:
     """Replace the file whole."""
-    arrays = {f"{kind}/{name}": getattr(result, name) for kind, result in results.items() for name in Outcomes._fields[1:]}
+    arrays = {
+        f"{kind}/{name}": getattr(result, name)
+        for kind, result in results.items()
+        for name in Outcomes._fields[1:]
+    }
     file = io.BytesIO()
-    np.savez(file, step=step, fingerprint=source.fingerprint, labels=source.labels(np.arange(len(source))), **arrays)  # type: ignore[arg-type]
+    np.savez(
+        file,
+        step=step,
+        fingerprint=source.fingerprint,
+        labels=source.labels(np.arange(len(source))),
+        **arrays,
+    )  # type: ignore[arg-type]
     files.write_whole(path, file.getvalue())
 
 
@@ -37,5 +49,8 @@ def load(path: Path) -> tuple[int, str, dict[str, Outcomes]]:
     """Step, fingerprint of the validation images, and the outcomes by kind of weights: raw, ema."""
     with open(path, "rb") as opened, np.load(opened) as file:  # numpy would leave a damaged one open
         kinds = dict.fromkeys(name.partition("/")[0] for name in file if "/" in name)
-        found = {kind: Outcomes(file["labels"], *(file[f"{kind}/{name}"] for name in Outcomes._fields[1:])) for kind in kinds}
+        found = {
+            kind: Outcomes(file["labels"], *(file[f"{kind}/{name}"] for name in Outcomes._fields[1:]))
+            for kind in kinds
+        }
         return int(file["step"]), str(file["fingerprint"]), found

@@ -1,4 +1,7 @@
-"""The report as a page: what report.html is filled with. Names of classes, runs and files are anybody's text, which the template escapes."""
+"""The report as a page: what report.html is filled with.
+
+Names of classes, runs and files are anybody's text, which the template escapes.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +36,8 @@ def html(runs: Sequence[Ran]) -> str:
     groups = report.groups(runs)
     drawn = {title: charts.curves(groups, title, raw, ema, scale) for title, raw, ema, scale in CHARTS}
     template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).get_template("report.html")  # fmt: skip
     return template.render(
         runs=[_run(run, f"run{number}") for number, run in enumerate(runs)],
@@ -54,7 +58,10 @@ def _run(run: Ran, anchor: str) -> dict[str, Any]:
         "status": run.status,
         "evaluated": evaluated and {"step": evaluated[0], "top1": evaluated[1]},
         "verdict": report.verdict(run),
-        "about": f"{run.cfg.model.name}, recipe={run.cfg.recipe.name}, data={run.cfg.data.name}, seed {run.cfg.seed}",
+        "about": (
+            f"{run.cfg.model.name}, recipe={run.cfg.recipe.name}, data={run.cfg.data.name}, seed"
+            f" {run.cfg.seed}"
+        ),
         "first_batch": charts.picture(run.folder / "first_batch.png"),
         "newest": run.newest and _newest(run, run.newest, anchor),
         "environment": _environment(run.environment),
@@ -74,7 +81,10 @@ def _newest(run: Ran, newest: Newest, anchor: str) -> dict[str, Any]:
         "why_not": why_not,
         "classes": [(names[of.label], of.images, 100 * of.accuracy) for of in classes[:CLASSES]],
         "of_classes": len(classes),
-        "confusions": [(names[true], names[said], count, 100 * count / sizes[true]) for true, said, count in pairs[:PAIRS]],
+        "confusions": [
+            (names[true], names[said], count, 100 * count / sizes[true])
+            for true, said, count in pairs[:PAIRS]
+        ],
         "of_confusions": len(pairs),
         "reliability": charts.reliability(bins, f"{anchor}-reliability"),
         "ece": report.calibration_error(bins),
@@ -102,7 +112,10 @@ def _images(run: Ran, newest: Newest, names: list[str]) -> tuple[list[tuple[str,
             }
 
         best, worst = report.extremes(found, IMAGES)
-        return [("lowest loss", [shown(sample) for sample in best]), ("highest loss", [shown(sample) for sample in worst])], ""
+        return [
+            ("lowest loss", [shown(sample) for sample in best]),
+            ("highest loss", [shown(sample) for sample in worst]),
+        ], ""
     except Stop as stop:
         return [], stop.args[1]
     except (OSError, Undecodable) as error:
@@ -112,9 +125,14 @@ def _images(run: Ran, newest: Newest, names: list[str]) -> tuple[list[tuple[str,
 def _environment(said: dict[str, Any]) -> list[tuple[str, str]]:
     """environment.json in a few rows."""
     facts, starts, git = said["facts"], said["starts"], said.get("git")
-    changed = f", changed since (sha256 of the difference: {git['diff'][:12]}...)" if git and git["diff"] else ""
+    changed = (
+        f", changed since (sha256 of the difference: {git['diff'][:12]}...)" if git and git["diff"] else ""
+    )
     given = {
-        of: ", ".join(f"{level} {name}" for level, name in PROMISES.items() if said["promises"].get(level) is of) for of in (True, False)
+        of: ", ".join(
+            f"{level} {name}" for level, name in PROMISES.items() if said["promises"].get(level) is of
+        )
+        for of in (True, False)
     }
     rows = [("command", starts[-1]["command"])]
     for start in starts:
@@ -125,6 +143,11 @@ def _environment(said: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("packages", ", ".join(f"{name} {version}" for name, version in said["packages"].items())))
     rows.append(("promises", given[True] + (f"; not {given[False]}" if given[False] else "")))
     for lost in said["lost"]:
-        rows.append(("promise lost", f"{lost['promise']} at {lost['time']}, {lost['because']}: {lost['from']} -> {lost['to']}"))
+        rows.append(
+            (
+                "promise lost",
+                f"{lost['promise']} at {lost['time']}, {lost['because']}: {lost['from']} -> {lost['to']}",
+            )
+        )
     rows += [("data", note) for note in said.get("data_notes", [])]
     return rows

@@ -1,6 +1,7 @@
 """How a step's microbatches are shared out: to the ranks, and to forward passes.
 
-What is drawn for a microbatch is drawn for all of it, whoever takes it and in however many passes it goes through the model.
+What is drawn for a microbatch is drawn for all of it, whoever takes it and in however many passes it goes
+through the model.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,14 @@ from reconverge.errors import Exit, Stop
 
 
 def worlds(microbatches: int, tree: bool) -> list[int]:
-    """Every number of ranks that can carry a step; with reduce=tree powers of two, whose blocks are its subtrees."""
-    return [size for size in range(1, microbatches + 1) if microbatches % size == 0 and not (tree and size & (size - 1))]
+    """Every number of ranks that can carry a step; with reduce=tree powers of two, whose blocks are its
+    subtrees.
+    """
+    return [
+        size
+        for size in range(1, microbatches + 1)
+        if microbatches % size == 0 and not (tree and size & (size - 1))
+    ]
 
 
 def block(microbatches: int, rank: int, ranks: int, tree: bool) -> range:
@@ -24,7 +31,8 @@ def block(microbatches: int, rank: int, ranks: int, tree: bool) -> range:
         raise Stop(
             Exit.USAGE,
             f"{ranks} ranks for {microbatches} microbatches a step" + (" with reduce=tree" if tree else ""),
-            f"numbers of ranks that divide them{' and are powers of two' if tree else ''}: {', '.join(map(str, fitting))}",
+            f"numbers of ranks that divide them{' and are powers of two' if tree else ''}:"
+            f" {', '.join(map(str, fitting))}",
             f"{nearest} ranks; another microbatch= changes Mixup and is another training",
         )
     each = microbatches // ranks
@@ -32,9 +40,11 @@ def block(microbatches: int, rank: int, ranks: int, tree: bool) -> range:
 
 
 class Passes:
-    """The forward passes of one rank in a step. `forward_images`: in one of them; None: a microbatch. `tree`: how leaves are added.
+    """The forward passes of one rank in a step. `forward_images`: in one of them; None: a microbatch. `tree`:
+    how leaves are added.
 
-    A leaf is what has one gradient when microbatches are added up: a microbatch, in one pass or several, or the joined ones of a pass.
+    A leaf is what has one gradient when microbatches are added up: a microbatch, in one pass or several, or
+    the joined ones of a pass.
     """
 
     def __init__(self, microbatches: int, microbatch: int, forward_images: int | None, tree: bool = False):
@@ -50,18 +60,28 @@ class Passes:
         if tree and microbatches % self._joined:
             raise Stop(
                 Exit.USAGE,
-                f"forward_images={forward_images} joins {self._joined} microbatches of {microbatch}, and each rank has {microbatches}",
+                f"forward_images={forward_images} joins {self._joined} microbatches of {microbatch}, and each"
+                f" rank has {microbatches}",
                 "with reduce=tree a number of them that divides a rank's: each pass is a leaf of the tree",
                 f"forward_images={microbatch}",
             )
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []
         self._seen = 0
 
-    def __call__(self, images: Tensor, targets: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Takes a microbatch (N, 3, H, W), (N, classes), (drops, N); gives the passes that can be made now: none while it is held back to be joined."""
+    def __call__(
+        self, images: Tensor, targets: Tensor, masks: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Takes a microbatch (N, 3, H, W), (N, classes), (drops, N); gives the passes that can be made now:
+        none while it is held back to be joined.
+        """
         self._seen += 1
         if self.slices > 1:
-            yield from zip(images.chunk(self.slices), targets.chunk(self.slices), masks.chunk(self.slices, dim=1), strict=True)
+            yield from zip(
+                images.chunk(self.slices),
+                targets.chunk(self.slices),
+                masks.chunk(self.slices, dim=1),
+                strict=True,
+            )
         elif self._joined == 1:
             yield images, targets, masks
         else:
@@ -75,11 +95,14 @@ class Passes:
 
 def refuse_other_passes(net: nn.Module, microbatch: int, forward_images: int | None) -> None:
     """BatchNorm averages over a forward pass, which is to be a microbatch. Errors: Stop(USAGE)."""
-    if forward_images in (None, microbatch) or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
+    if forward_images in (None, microbatch) or not any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()
+    ):
         return
     raise Stop(
         Exit.USAGE,
         f"forward_images={forward_images} with a model that has BatchNorm",
         f"forward passes of one microbatch, {microbatch} images: BatchNorm averages over them",
-        f"forward_images={microbatch}; checkpointing=true saves memory, and a smaller microbatch= is another training",
+        f"forward_images={microbatch}; checkpointing=true saves memory, and a smaller microbatch= is another"
+        " training",
     )

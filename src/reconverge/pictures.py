@@ -1,4 +1,6 @@
-"""Pictures of what goes in and what comes out, drawn without being asked: first_batch.png, curves.png, predictions.png."""
+"""Pictures of what goes in and what comes out, drawn without being asked: first_batch.png, curves.png,
+predictions.png.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,31 +20,58 @@ from reconverge.settings import Data, Evaluate
 
 def first_batch(path: Path, images: Tensor, targets: Tensor, classes: Sequence[str], data: Data) -> None:
     """Up to 32 images of the first microbatch, as `seen` draws them."""
-    seen(path, images[:32], targets[:32], classes, data, "first microbatch, augmented and mixed, as the model sees it")
+    seen(
+        path,
+        images[:32],
+        targets[:32],
+        classes,
+        data,
+        "first microbatch, augmented and mixed, as the model sees it",
+    )
 
 
 def seen(path: Path, images: Tensor, targets: Tensor, classes: Sequence[str], data: Data, title: str) -> None:
-    """Images as the model sees them, normalised (N, 3, H, W), with the classes of their mixed targets (N, classes)."""
+    """Images as the model sees them, normalised (N, 3, H, W), with the classes of their mixed targets (N,
+    classes).
+    """
     captions = []
     for target in targets.cpu():
         weights, labels = target.topk(min(2, len(target)))
         # Label smoothing gives every class a little; a second class is named only where mixing put it there.
-        named = [(w, c) for w, c in zip(weights.tolist(), labels.tolist(), strict=True) if w > 2 * float(target.min()) + 1e-6]
+        named = [
+            (w, c)
+            for w, c in zip(weights.tolist(), labels.tolist(), strict=True)
+            if w > 2 * float(target.min()) + 1e-6
+        ]
         captions.append("\n".join(f"{weight:.0%} {_short(classes[label])}" for weight, label in named))
-    pixels = images.float().cpu() * torch.tensor(data.std).view(3, 1, 1) + torch.tensor(data.mean).view(3, 1, 1)
+    pixels = images.float().cpu() * torch.tensor(data.std).view(3, 1, 1) + torch.tensor(data.mean).view(
+        3, 1, 1
+    )
     sheet(path, pixels, captions, title)
 
 
 def predictions(path: Path, validation: Source, evaluate: Evaluate, results: dict[str, Result]) -> None:
-    """32 validation images, spread over the set, with their true class in green or, in red, what the better weights say in its place."""
+    """32 validation images, spread over the set, with their true class in green or, in red, what the better
+    weights say in its place.
+    """
     weights, result = max(results.items(), key=lambda item: item[1].top1)
     ids = np.unique(np.linspace(0, result.images - 1, 32).astype(np.int64))
     transform, classes = transforms.evaluation(evaluate), validation.classes
-    images = torch.from_numpy(np.stack([transform(validation.read(sample)) for sample in ids.tolist()])).permute(0, 3, 1, 2)
-    pairs = [(classes[true], classes[said]) for true, said in zip(validation.labels(ids), result.predicted[ids], strict=True)]
-    captions = [_short(true) if true == said else f"{_short(said)}\nis {_short(true)}" for true, said in pairs]
+    images = torch.from_numpy(
+        np.stack([transform(validation.read(sample)) for sample in ids.tolist()])
+    ).permute(0, 3, 1, 2)
+    pairs = [
+        (classes[true], classes[said])
+        for true, said in zip(validation.labels(ids), result.predicted[ids], strict=True)
+    ]
+    captions = [
+        _short(true) if true == said else f"{_short(said)}\nis {_short(true)}" for true, said in pairs
+    ]
     colours = ["green" if true == said else "crimson" for true, said in pairs]
-    title = f"validation: {weights} weights, top-1 {result.top1:.2f} % of {result.images} images; red: said, and what it is"
+    title = (
+        f"validation: {weights} weights, top-1 {result.top1:.2f} % of {result.images} images; red: said, and"
+        " what it is"
+    )
     sheet(path, images.float() / 255, captions, title, colours)
 
 
@@ -50,11 +79,19 @@ def _short(name: str) -> str:
     return name if len(name) <= 14 else name[:13] + "…"
 
 
-CELL, CAPTION, COLUMNS = 128, 34, 8  # pixels of an image's side, pixels for the caption above it, images in a row
+CELL, CAPTION, COLUMNS = (
+    128,
+    34,
+    8,
+)  # pixels of an image's side, pixels for the caption above it, images in a row
 
 
-def sheet(path: Path, images: Tensor, captions: Sequence[str], title: str, colours: Sequence[str] | None = None) -> None:
-    """Images (N, 3, H, W) in 0..1 as one picture in one pair of axes: a pair for each image would take a second to draw."""
+def sheet(
+    path: Path, images: Tensor, captions: Sequence[str], title: str, colours: Sequence[str] | None = None
+) -> None:
+    """Images (N, 3, H, W) in 0..1 as one picture in one pair of axes: a pair for each image would take a
+    second to draw.
+    """
     colours = colours or ["black"] * len(images)
     cells = torch.nn.functional.interpolate(images.clamp(0, 1), size=(CELL, CELL), mode="nearest-exact")
     rows = -(-len(cells) // COLUMNS)
@@ -65,11 +102,23 @@ def sheet(path: Path, images: Tensor, captions: Sequence[str], title: str, colou
     for number, (cell, caption, colour) in enumerate(zip(cells, captions, colours, strict=True)):
         top, left = number // COLUMNS * (CELL + CAPTION) + CAPTION, number % COLUMNS * (CELL + 8) + 4
         canvas[top : top + CELL, left : left + CELL] = cell.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
-        axes.text(left + CELL / 2, top - 4, caption, ha="center", va="bottom", fontsize=8, linespacing=1.0, color=colour, parse_math=False)
+        axes.text(
+            left + CELL / 2,
+            top - 4,
+            caption,
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            linespacing=1.0,
+            color=colour,
+            parse_math=False,
+        )
     axes.imshow(canvas, interpolation="nearest")
     figure.suptitle(title, fontsize=11, y=0.995)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # class names in scripts that the font lacks are drawn as boxes
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # class names in scripts that the font lacks are drawn as boxes
         figure.savefig(path)
 
 
@@ -82,7 +131,15 @@ def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) 
         points = [(record["step"] / steps_per_epoch, record[key]) for record in records if key in record]
         if points:
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, label=label, color=colour, marker=marker or ("." if len(points) < 3 else ""), markersize=4, linewidth=1.4)
+            axes.plot(
+                x,
+                y,
+                label=label,
+                color=colour,
+                marker=marker or ("." if len(points) < 3 else ""),
+                markersize=4,
+                linewidth=1.4,
+            )
 
     series(loss, "loss", "training (mixed, smoothed)", "grey")
     series(loss, "raw_loss", "validation, raw", "C0", "o")
@@ -94,14 +151,19 @@ def curves(path: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) 
         named(axes, title, "epoch")
         if axes is not rate and axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize=9)
-    best = max([record.get("ema_top1", 0) for record in records] + [record.get("raw_top1", 0) for record in records], default=0)
+    best = max(
+        [record.get("ema_top1", 0) for record in records] + [record.get("raw_top1", 0) for record in records],
+        default=0,
+    )
     if best > 90:  # the last percents are what one looks for
         accuracy.set_ylim(80, 100.5)
     figure.savefig(path)
 
 
 def plan(path: Path, epochs: Sequence[float], rates: Sequence[float], layers: Mapping[int, float]) -> None:
-    """The learning rate over the epochs, and, of more than one layer, the share of it that each takes (layer -> lr scale)."""
+    """The learning rate over the epochs, and, of more than one layer, the share of it that each takes (layer
+    -> lr scale).
+    """
     figure = Figure(figsize=(10, 3.4), dpi=100, layout="constrained")
     schedule, *scales = figure.subplots(1, 1 + (len(layers) > 1), squeeze=False)[0]
     schedule.plot(epochs, rates, color="C2", linewidth=1.4)

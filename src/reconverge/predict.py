@@ -29,10 +29,19 @@ class Files:
         self.paths: list[Path] = []
         known = suffixes()
         for path in map(Path, [given] if isinstance(given, str) else given):
-            below = sorted(found for found in path.rglob("*") if found.suffix.lower() in known and not found.name.startswith("."))
+            below = sorted(
+                found
+                for found in path.rglob("*")
+                if found.suffix.lower() in known and not found.name.startswith(".")
+            )
             if not path.exists() or not (below or path.is_file()):
                 what = "has no image" if path.exists() else "does not exist"
-                raise Stop(Exit.MISSING, f"images: {path} {what}", f"image files: {', '.join(sorted(known)[:8])}, ...", "images=")
+                raise Stop(
+                    Exit.MISSING,
+                    f"images: {path} {what}",
+                    f"image files: {', '.join(sorted(known)[:8])}, ...",
+                    "images=",
+                )
             self.paths += below or [path]
         self.classes: list[str] = []
         self.fingerprint = ""
@@ -61,33 +70,70 @@ def predict(
     world: World,
     workers: int,
 ) -> int:
-    """Write predictions.csv and predicted.png into `folder`: of the last kind of weights in `nets`, the EMA's where there are some."""
+    """Write predictions.csv and predicted.png into `folder`: of the last kind of weights in `nets`, the EMA's
+    where there are some.
+    """
     source = Files(given)
     weights = list(nets)[-1]
     best = min(5, len(classes))
-    tables = look(top5, 2 * best, {weights: nets[weights]}, source, settings, normalise, world, workers, told_to_stop)
+    tables = look(
+        top5, 2 * best, {weights: nets[weights]}, source, settings, normalise, world, workers, told_to_stop
+    )
     if tables is None:
         say("stopped before the end: nothing is written")
         return Exit.PREEMPTED
     table = tables[weights].numpy()
     if not np.isfinite(table).all():
-        raise Stop(Exit.NOT_FINITE, f"the {weights} weights give probabilities that are not finite", "finite numbers", "precision=fp32")
+        raise Stop(
+            Exit.NOT_FINITE,
+            f"the {weights} weights give probabilities that are not finite",
+            "finite numbers",
+            "precision=fp32",
+        )
     answers, probabilities = table[:, :best].astype(int), table[:, best:]
     if world.rank == 0:
         with open(folder / "predictions.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["image", *(f"{what}{place}" for place in range(1, best + 1) for what in ("class", "probability"))])
+            writer.writerow(
+                [
+                    "image",
+                    *(f"{what}{place}" for place in range(1, best + 1) for what in ("class", "probability")),
+                ]
+            )
             for path, labels, shares in zip(source.paths, answers, probabilities, strict=True):
-                pairs: list[Any] = [cell for label, share in zip(labels, shares, strict=True) for cell in (classes[label], f"{share:.6f}")]
+                pairs: list[Any] = [
+                    cell
+                    for label, share in zip(labels, shares, strict=True)
+                    for cell in (classes[label], f"{share:.6f}")
+                ]
                 writer.writerow([path, *pairs])
-        _sheet(folder / "predicted.png", source, settings, weights, [classes[label] for label in answers[:, 0]], probabilities[:, 0])
-    say(f"{len(source)} images by the {weights} weights: {folder / 'predictions.csv'}, and the first of them in {folder / 'predicted.png'}")
+        _sheet(
+            folder / "predicted.png",
+            source,
+            settings,
+            weights,
+            [classes[label] for label in answers[:, 0]],
+            probabilities[:, 0],
+        )
+    say(
+        f"{len(source)} images by the {weights} weights: {folder / 'predictions.csv'}, and the first of them"
+        f" in {folder / 'predicted.png'}"
+    )
     return Exit.DONE
 
 
-def _sheet(path: Path, source: Files, settings: Evaluate, weights: str, names: list[str], shares: np.ndarray) -> None:
+def _sheet(
+    path: Path, source: Files, settings: Evaluate, weights: str, names: list[str], shares: np.ndarray
+) -> None:
     shown = range(min(32, len(source)))
     transform = transforms.evaluation(settings)
-    images = torch.from_numpy(np.stack([transform(source.read(sample)) for sample in shown])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack([transform(source.read(sample)) for sample in shown])).permute(
+        0, 3, 1, 2
+    )
     captions = [f"{shares[sample]:.0%}\n{names[sample]}" for sample in shown]
-    pictures.sheet(path, images.float() / 255, captions, f"{len(source)} images: the most probable class by the {weights} weights")
+    pictures.sheet(
+        path,
+        images.float() / 255,
+        captions,
+        f"{len(source)} images: the most probable class by the {weights} weights",
+    )

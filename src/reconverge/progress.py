@@ -1,4 +1,6 @@
-"""What a person sees while a run trains: a panel at start, a live bar on a terminal, one plain line an interval elsewhere."""
+"""What a person sees while a run trains: a panel at start, a live bar on a terminal, one plain line an
+interval elsewhere.
+"""
 
 import os
 import sys
@@ -16,7 +18,10 @@ from reconverge.ranks import HERE
 
 
 class Terminal(Console):
-    """A terminal, file or pipe. If nobody reads it any more (`train.py | head`), the training goes on without words."""
+    """A terminal, file or pipe.
+
+    If nobody reads it any more (`train.py | head`), the training goes on without words.
+    """
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -74,17 +79,31 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h" if days else f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    return (
+        f"{days} d {hours} h"
+        if days
+        else f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {seconds} s"
+    )
 
 
 class Meter:
-    """Images/s, MB/s and time left of a pass over `total` bytes; a line now and then where there is no terminal."""
+    """Images/s, MB/s and time left of a pass over `total` bytes; a line now and then where there is no
+    terminal.
+    """
 
     def __init__(self, what: str, total: int):
         self._what, self._total = what, max(1, total)
         self._images = self._bytes = 0
         self._began = self._said = time.perf_counter()
-        self._bar = Bar(TextColumn(what), BarColumn(20), TextColumn("{task.description}"), console=console, disable=not console.is_terminal)
+        self._bar = Bar(
+            TextColumn(what),
+            BarColumn(20),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._task = self._bar.add_task("", total=self._total)
 
     def __enter__(self) -> "Meter":
@@ -108,4 +127,7 @@ class Meter:
     def _line(self) -> str:
         seconds = max(1e-6, time.perf_counter() - self._began)
         left = seconds * (self._total / max(1, self._bytes) - 1)
-        return f"{self._images} images, {self._images / seconds:.0f} images/s, {self._bytes / seconds / 1e6:.0f} MB/s, left {_duration(max(0, left))}"
+        return (
+            f"{self._images} images, {self._images / seconds:.0f} images/s, {self._bytes / seconds / 1e6:.0f}"
+            f" MB/s, left {_duration(max(0, left))}"
+        )

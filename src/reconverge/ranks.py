@@ -1,4 +1,5 @@
-"""Which of a run's processes this one is, by the word of whoever started it: torchrun, srun (one task a GPU), or nobody.
+"""Which of a run's processes this one is, by the word of whoever started it: torchrun, srun (one task a GPU),
+or nobody.
 
 Imports no torch: a lone process, a world of one, reaches its refusals without it.
 """
@@ -25,21 +26,36 @@ class Place(NamedTuple):
 
 
 def place(environment: Mapping[str, str]) -> Place:
-    """RANK and its kin are what torchrun gives, and count before what Slurm says: under srun torchrun, a task is a node."""
+    """RANK and its kin are what torchrun gives, and count before what Slurm says: under srun torchrun, a task
+    is a node.
+    """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, size, local, local_size = (int(environment.get(name, default)) for name, default in zip(names, "0101", strict=True))
+        rank, size, local, local_size = (
+            int(environment.get(name, default)) for name, default in zip(names, "0101", strict=True)
+        )
         return Place(rank, size, local, local_size, "torchrun")
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set in a step alone: the script around it is one process
-        node, tasks = int(environment["SLURM_NODEID"]), _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    if (
+        int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    ):  # set in a step alone: the script around it is one process
+        node, tasks = (
+            int(environment["SLURM_NODEID"]),
+            _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"]),
+        )
         size = int(environment["SLURM_STEP_NUM_TASKS"])
-        return Place(int(environment["SLURM_PROCID"]), size, int(environment["SLURM_LOCALID"]), tasks[node], "srun")
+        return Place(
+            int(environment["SLURM_PROCID"]), size, int(environment["SLURM_LOCALID"]), tasks[node], "srun"
+        )
     return Place()
 
 
 def _tasks_per_node(text: str) -> list[int]:
     """Slurm's "2(x3),1" is 2, 2, 2, 1."""
-    return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
+    return [
+        int(tasks)
+        for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+        for _ in range(int(times or 1))
+    ]
 
 
 HERE = place(os.environ)
@@ -47,7 +63,8 @@ HERE = place(os.environ)
 
 @contextmanager
 def joined(minutes: float) -> Iterator[None]:
-    """All ranks of the run as one group, which a world of one does not need. `minutes`: how long a rank is waited for.
+    """All ranks of the run as one group, which a world of one does not need. `minutes`: how long a rank is
+    waited for.
 
     Errors: Stop(USAGE) for a launcher that cannot restart ranks, Stop(LOST).
     """
@@ -61,7 +78,8 @@ def joined(minutes: float) -> Iterator[None]:
             Exit.USAGE,
             "torchrun --max-restarts with a static rendezvous (--master-addr, --master-port, --node-rank)",
             "a c10d rendezvous: a static one does not find together again after a rank was killed",
-            "torchrun --standalone on one machine, --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT on several; or --max-restarts=0",
+            "torchrun --standalone on one machine, --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT on several;"
+            " or --max-restarts=0",
         )
     from reconverge import world
 
@@ -99,12 +117,16 @@ def cores() -> int:
 
 
 def _rendezvous_of_slurm() -> None:
-    """Where the ranks of a Slurm step meet, unless the job's script says so: on its first host, at a port made from its number."""
+    """Where the ranks of a Slurm step meet, unless the job's script says so: on its first host, at a port
+    made from its number.
+    """
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
     os.environ.setdefault("MASTER_PORT", str(20000 + (97 * job + step) % 10000))
     if "MASTER_ADDR" not in os.environ:
         listing = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
-        os.environ["MASTER_ADDR"] = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()[0]
+        os.environ["MASTER_ADDR"] = subprocess.run(
+            listing, capture_output=True, text=True, check=True
+        ).stdout.split()[0]
     os.environ |= {"RANK": str(HERE.rank), "WORLD_SIZE": str(HERE.size)}
 
 
@@ -114,5 +136,7 @@ def _static_rendezvous() -> bool:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:
         return False
-    settings = " ".join([*command, *(f"{name}={value}" for name, value in os.environ.items() if name.startswith("PET_"))])
+    settings = " ".join(
+        [*command, *(f"{name}={value}" for name, value in os.environ.items() if name.startswith("PET_"))]
+    )
     return not re.search(r"standalone|c10d|etcd", settings, re.IGNORECASE)

@@ -1,4 +1,7 @@
-"""What runs came to: read from their folders, put together where only the seed tells them apart, and counted. Numbers; no pictures."""
+"""What runs came to: read from their folders, put together where only the seed tells them apart, and counted.
+
+Numbers; no pictures.
+"""
 
 import json
 import math
@@ -39,16 +42,24 @@ class Newest(NamedTuple):
     outcomes: Outcomes
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def read(paths: Sequence[Path]) -> list[Ran]:
-    """The runs of these folders. Errors: Stop(MISSING) for what is no run or has logged nothing, DAMAGED, USAGE for one given twice."""
+    """The runs of these folders.
+
+    Errors: Stop(MISSING) for what is no run or has logged nothing, DAMAGED, USAGE for one given twice.
+    """
     runs: list[Ran] = []
     for path in paths:
         run = _read(path)
         if any(run.folder == other.folder for other in runs):
-            raise Stop(Exit.USAGE, f"{path} twice", "each run once: a copy would count as another seed", "each run once")
+            raise Stop(
+                Exit.USAGE,
+                f"{path} twice",
+                "each run once: a copy would count as another seed",
+                "each run once",
+            )
         runs.append(run)
     names = [run.name for run in runs]
     return [run if names.count(run.name) == 1 else run._replace(name=str(run.folder)) for run in runs]
@@ -58,7 +69,12 @@ def _read(path: Path) -> Ran:
     folder, cfg, classes = opened(path.resolve())
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
-        raise Stop(Exit.MISSING, f"{folder} has no metrics.jsonl", "a run that has begun to train", "another run, or wait for its start")
+        raise Stop(
+            Exit.MISSING,
+            f"{folder} has no metrics.jsonl",
+            "a run that has begun to train",
+            "another run, or wait for its start",
+        )
     records = _whole(metrics, lambda: [_numbers(record) for record in jsonl.lines(metrics)])
     status = _table(folder / "status.json", "reason", "step", "total", "summary", "time")
     environment = _table(folder / "environment.json", "facts", "starts", "lost", "packages", "promises")
@@ -72,7 +88,12 @@ def _whole(path: Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (ValueError, TypeError, KeyError, AttributeError, EOFError, BadZipFile) as error:
-        raise Stop(Exit.DAMAGED, f"{path}: {reason(error)}", "the file as the run wrote it", "restore it, or leave this run out") from None
+        raise Stop(
+            Exit.DAMAGED,
+            f"{path}: {reason(error)}",
+            "the file as the run wrote it",
+            "restore it, or leave this run out",
+        ) from None
 
 
 def _table(path: Path, *needed: str) -> dict[str, Any]:
@@ -87,7 +108,9 @@ def _numbers(record: Any) -> dict[str, Any]:
     """A line of metrics.jsonl; ValueError for anything else."""
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise ValueError(f"a line without a step: {record}")
-    if strangers := [key for key, value in record.items() if not (value is None or type(value) in (int, float))]:
+    if strangers := [
+        key for key, value in record.items() if not (value is None or type(value) in (int, float))
+    ]:
         raise ValueError(f"step {record['step']}: {strangers[0]} is no number")
     return record
 
@@ -104,19 +127,28 @@ def _newest(path: Path, classes: int) -> Newest:
     return Newest(step, kind, fingerprint, kinds[kind])
 
 
-# ---- one run ----------------------------------------------------------------------------------------------------------
+# ---- one run -----------------------------------------------------------------------------------------------
 
 
 def series(run: Ran, key: str) -> dict[int, float]:
     """Step -> value of what metrics.jsonl says by that name, finite values alone."""
-    return {record["step"]: record[key] for record in run.records if record.get(key) is not None and math.isfinite(record[key])}
+    return {
+        record["step"]: record[key]
+        for record in run.records
+        if record.get(key) is not None and math.isfinite(record[key])
+    }
 
 
 def top1(run: Ran) -> tuple[int, dict[str, float]] | None:
     """Step of the newest evaluation, and its top-1 (percent) by kind of weights; None: never evaluated."""
     step = max(series(run, "raw_top1"), default=None)
     return (
-        None if step is None else (step, {kind: found[step] for kind in ("raw", "ema") if step in (found := series(run, f"{kind}_top1"))})
+        None
+        if step is None
+        else (
+            step,
+            {kind: found[step] for kind in ("raw", "ema") if step in (found := series(run, f"{kind}_top1"))},
+        )
     )
 
 
@@ -125,11 +157,15 @@ def steps_per_epoch(run: Ran) -> float:
 
 
 def verdict(run: Ran) -> str:
-    """How the run compares with the published number: the sentence of published.comparison that its last line has, or why there is none."""
+    """How the run compares with the published number: the sentence of published.comparison that its last line
+    has, or why there is none.
+    """
     if not run.cfg.recipe.expected or run.cfg.recipe.noise is None:
         return f"recipe={run.cfg.recipe.name} reproduces no published number"
     ended = "; (?:best of (?:raw|ema) |[0-9]+ damaged images |everything is in )"
-    found = re.search(rf"(?:^|; )((?:published |not comparable: ).*?)(?={ended}|$)", run.status["summary"], re.DOTALL)
+    found = re.search(
+        rf"(?:^|; )((?:published |not comparable: ).*?)(?={ended}|$)", run.status["summary"], re.DOTALL
+    )
     return found[1] if found else "not compared: the run has not come to its end"
 
 
@@ -137,20 +173,30 @@ def published(run: Ran) -> str | None:
     """Top-1 that its recipe reproduces, with the noise band, percent."""
     recipe = run.cfg.recipe
     expected = recipe.expected.get(run.cfg.model.name)
-    return None if expected is None else f"{expected:g}" + (f" ± {recipe.noise:g}" if recipe.noise is not None else "")
+    return (
+        None
+        if expected is None
+        else f"{expected:g}" + (f" ± {recipe.noise:g}" if recipe.noise is not None else "")
+    )
 
 
-# ---- several runs -----------------------------------------------------------------------------------------------------
+# ---- several runs ------------------------------------------------------------------------------------------
 
 
 def groups(runs: Sequence[Ran]) -> list[list[Ran]]:
-    """Runs that differ in their seed alone are together; a seed that comes again, as when a run is repeated, is in another group.
+    """Runs that differ in their seed alone are together; a seed that comes again, as when a run is repeated,
+    is in another group.
 
-    What may change on resume (`free` settings: workers, data.root, ...) tells no runs apart, but for `steps`; other images do.
+    What may change on resume (`free` settings: workers, data.root, ...) tells no runs apart, but for `steps`;
+    other images do.
     """
     found: list[tuple[str, list[Ran]]] = []
     for run in runs:
-        settings = {key: value for key, value, checks in config.flat(run.cfg) if key == "steps" or not (checks["free"] or key == "seed")}
+        settings = {
+            key: value
+            for key, value, checks in config.flat(run.cfg)
+            if key == "steps" or not (checks["free"] or key == "seed")
+        }
         same = repr((settings, run.environment["facts"].get("data"), run.classes))
         for key, group in found:
             if key == same and run.cfg.seed not in [other.cfg.seed for other in group]:
@@ -174,7 +220,11 @@ def curve(group: Sequence[Ran], key: str) -> Curve | None:
         return None
     steps = sorted(set.intersection(*map(set, found)))
     table = np.array([[values[step] for step in steps] for values in found]).reshape(len(found), len(steps))
-    return Curve(np.array(steps) / steps_per_epoch(group[0]), table.mean(0), table.std(0, ddof=1) if len(found) > 1 else None)
+    return Curve(
+        np.array(steps) / steps_per_epoch(group[0]),
+        table.mean(0),
+        table.std(0, ddof=1) if len(found) > 1 else None,
+    )
 
 
 class Row(NamedTuple):
@@ -182,7 +232,9 @@ class Row(NamedTuple):
 
     runs: list[str]
     step: int | None  # of the newest evaluation of the run that has come furthest; None: never evaluated
-    top1: dict[str, list[float]]  # raw and EMA: top-1 after that step of each run that was evaluated there, percent
+    top1: dict[
+        str, list[float]
+    ]  # raw and EMA: top-1 after that step of each run that was evaluated there, percent
     published: str | None
     speed: list[float]  # images/s of each run: the median of its intervals
     data_wait: list[float]  # percent of the time, likewise
@@ -213,7 +265,7 @@ def differing(runs: Sequence[Ran]) -> list[tuple[str, list[Any]]]:
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
 
 
-# ---- what the model said of each image --------------------------------------------------------------------------------
+# ---- what the model said of each image ---------------------------------------------------------------------
 
 
 class OfClass(NamedTuple):
@@ -229,14 +281,18 @@ class OfClass(NamedTuple):
 def per_class(found: Outcomes) -> list[OfClass]:
     """Each class that has images, the worst first."""
     images, right = outcomes.by_class(found.labels, found.predicted, int(found.labels.max()) + 1)
-    classes = [OfClass(label, int(images[label]), int(right[label])) for label in np.flatnonzero(images).tolist()]
+    classes = [
+        OfClass(label, int(images[label]), int(right[label])) for label in np.flatnonzero(images).tolist()
+    ]
     return sorted(classes, key=lambda of: (of.accuracy, of.label))
 
 
 def confusions(found: Outcomes) -> list[tuple[int, int, int]]:
     """True class, the other one that was said, how often: the most frequent first."""
     wrong = found.labels != found.predicted
-    pairs, counts = np.unique(np.stack([found.labels[wrong], found.predicted[wrong]]), axis=1, return_counts=True)
+    pairs, counts = np.unique(
+        np.stack([found.labels[wrong], found.predicted[wrong]]), axis=1, return_counts=True
+    )
     return sorted(zip(*pairs.tolist(), counts.tolist(), strict=True), key=lambda pair: (-pair[2], *pair[:2]))
 
 
@@ -247,20 +303,28 @@ class Bin(NamedTuple):
 
 
 def reliability(found: Outcomes, bins: int = 15) -> list[Bin]:
-    """Images whose confidence is alike, in `bins` equal steps from 0 to 1; those of exactly 1 by themselves, as torchmetrics has it."""
+    """Images whose confidence is alike, in `bins` equal steps from 0 to 1; those of exactly 1 by themselves,
+    as torchmetrics has it.
+    """
     places = np.searchsorted(np.linspace(0, 1, bins + 1), found.confidence, side="right") - 1
     hits = found.labels == found.predicted
     masks = [places == place for place in np.unique(places)]
-    return [Bin(int(mask.sum()), float(found.confidence[mask].mean()), float(hits[mask].mean())) for mask in masks]
+    return [
+        Bin(int(mask.sum()), float(found.confidence[mask].mean()), float(hits[mask].mean())) for mask in masks
+    ]
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
     """Expected calibration error, percent: how far confidence is from accuracy, averaged over the images."""
-    return 100 * sum(of.images * abs(of.accuracy - of.confidence) for of in bins) / sum(of.images for of in bins)
+    return (
+        100 * sum(of.images * abs(of.accuracy - of.confidence) for of in bins) / sum(of.images for of in bins)
+    )
 
 
 def extremes(found: Outcomes, most: int) -> tuple[list[int], list[int]]:
-    """Up to `most` images of the lowest and of the highest loss, each the furthest first; no image is in both, unless there is but one."""
+    """Up to `most` images of the lowest and of the highest loss, each the furthest first; no image is in
+    both, unless there is but one.
+    """
     order = np.argsort(found.losses, kind="stable").tolist()
     count = max(1, min(most, len(order) // 2))
     return order[:count], order[::-1][:count]

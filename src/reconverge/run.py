@@ -1,7 +1,8 @@
 """A run's folder, and everything that is written while it trains. Imports no torch.
 
-runs/<name>/ holds config.yaml, environment.json, classes.txt, metrics.jsonl, record.jsonl, status.json, pictures, checkpoints/ and,
-while a process trains, its lock. Rank 0 writes them; other ranks write nothing but, when they fail, errors/rank-N.txt.
+runs/<name>/ holds config.yaml, environment.json, classes.txt, metrics.jsonl, record.jsonl, status.json,
+pictures, checkpoints/ and, while a process trains, its lock. Rank 0 writes them; other ranks write nothing
+but, when they fail, errors/rank-N.txt.
 """
 
 import json
@@ -34,8 +35,9 @@ if TYPE_CHECKING:  # they import torch
 
 RUNS = Path("runs")
 ADVICE = (
-    "More workers= helps while cores are free; then the native decoder (environment.json says what decodes), data.decode=fast, a smaller copy (reconverge prepare --resize), "
-    "or data.window= with data.stage= where the disk is slow. `reconverge bench data` measures where the time goes."
+    "More workers= helps while cores are free; then the native decoder (environment.json says what decodes),"
+    " data.decode=fast, a smaller copy (reconverge prepare --resize), or data.window= with data.stage= where"
+    " the disk is slow. `reconverge bench data` measures where the time goes."
 )
 OVERFLOWS = 30  # steps in a row that fp16 may skip while its loss scale settles
 
@@ -77,7 +79,9 @@ class Run:
             say(self._lock.takeover)
         new: dict[str, Any] = {"facts": {}, "lost": [], "starts": []}
         path = self.folder / "environment.json"
-        if not any(self.checkpoints.glob("step-*")):  # nothing to compare with; starts that came to no checkpoint stay on record
+        if not any(
+            self.checkpoints.glob("step-*")
+        ):  # nothing to compare with; starts that came to no checkpoint stay on record
             return False, new | {"starts": json.loads(path.read_text())["starts"]} if path.exists() else new
         try:
             recorded = json.loads(path.read_text())
@@ -100,7 +104,9 @@ class Run:
         if not self.resuming or not (self.folder / "status.json").exists():
             return None
         status = json.loads((self.folder / "status.json").read_text())
-        over = status["reason"] == "done" and status["step"] >= min(status["total"], self._cfg.steps or status["total"])
+        over = status["reason"] == "done" and status["step"] >= min(
+            status["total"], self._cfg.steps or status["total"]
+        )
         return status["summary"] if over else None
 
     def fact(self, name: str, value: Any, free: bool = False) -> None:
@@ -118,8 +124,15 @@ class Run:
         """A fact of the first start; None for a new run."""
         return self._environment["facts"].get(name)
 
-    def _settle(self, differences: list[tuple[str, Any, Any]], recorded: dict[str, Any], allowed: Sequence[str] | None = None) -> None:
-        """Refuse what differs from the first start (name, value then, value now), or note which promise is lost if all of it is allowed."""
+    def _settle(
+        self,
+        differences: list[tuple[str, Any, Any]],
+        recorded: dict[str, Any],
+        allowed: Sequence[str] | None = None,
+    ) -> None:
+        """Refuse what differs from the first start (name, value then, value now), or note which promise is
+        lost if all of it is allowed.
+        """
         differences = [(name, *differing(old, new)) for name, old, new in differences]
         allowed = self._cfg.resume_allow if allowed is None else allowed
         refused = [difference for difference in differences if difference[0] not in allowed]
@@ -127,13 +140,20 @@ class Run:
             names = ", ".join(name for name, *_ in refused)
             raise Stop(
                 Exit.NOT_COMPARABLE,
-                "; ".join(f"{name}: this run began with {old}, and now it is {new}" for name, old, new in refused),
+                "; ".join(
+                    f"{name}: this run began with {old}, and now it is {new}" for name, old, new in refused
+                ),
                 "the same again: a resumed run gives the bits of an uninterrupted one (R2)",
                 f"{names} back; or run=NAME for a new run; or resume_allow=[{names}] to go on and lose R2",
             )
         for name, old, new in differences:
-            recorded["lost"].append({"time": _now(), "promise": "R2", "because": name, "from": old, "to": new})
-            say(f"{name} differs from the start of this run ({old} -> {new}): promise R2 is lost, and environment.json says so")
+            recorded["lost"].append(
+                {"time": _now(), "promise": "R2", "because": name, "from": old, "to": new}
+            )
+            say(
+                f"{name} differs from the start of this run ({old} -> {new}): promise R2 is lost, and"
+                " environment.json says so"
+            )
 
     def lost(self) -> list[str]:
         return [entry["because"] for entry in self._environment["lost"]]
@@ -146,9 +166,11 @@ class Run:
     # ---- while it trains ----
 
     def start(self, step: int, clock: Clock, classes: list[str], notes: list[str], decoder: str) -> None:
-        """Training goes on after `step`. Only now is the folder changed: whatever might refuse the run has agreed.
+        """Training goes on after `step`. Only now is the folder changed: whatever might refuse the run has
+        agreed.
 
-        `notes`: what is to be known of the data, such as that it is a lossy copy. `decoder`: what decodes its images from now on.
+        `notes`: what is to be known of the data, such as that it is a lossy copy. `decoder`: what decodes its
+        images from now on.
         """
         self.step, self._clock, self._end = step, clock, clock.end
         start = {"time": _now(), "after_step": step, "command": shlex.join([sys.executable, *sys.argv])}
@@ -174,7 +196,9 @@ class Run:
         self._interval = (time.perf_counter(), step, 0.0)
 
     def _cut_back(self, step: int) -> list[dict[str, Any]]:
-        """What was logged after `step`, by a process that was killed, comes again; the lines of metrics.jsonl that stay."""
+        """What was logged after `step`, by a process that was killed, comes again; the lines of metrics.jsonl
+        that stay.
+        """
         for name in ("record.jsonl", "metrics.jsonl"):
             records = [record for record in jsonl.lines(self.folder / name) if record["step"] <= step]
             self._write(name, "".join(map(jsonl.line, records)))
@@ -185,11 +209,14 @@ class Run:
         return jsonl.lines(self.folder / "metrics.jsonl")
 
     def watch(self, world: "World", feed: "Feed") -> None:
-        """What each log interval asks: the ranks for their losses, the feed for how long it was waited for."""
+        """What each log interval asks: the ranks for their losses, the feed for the seconds waited."""
         self._world, self._feed = world, feed
 
     def step_done(self, step: int, losses: list[Any], grad_norm: Any, lr: float, images: list[int]) -> None:
-        """After each step, with what record.Pending holds; tensors stay on the device until log_every. Errors: Stop(NOT_FINITE)."""
+        """After each step, with what record.Pending holds; tensors stay on the device until log_every.
+
+        Errors: Stop(NOT_FINITE).
+        """
         from reconverge.record import Pending
 
         self.step = step
@@ -198,7 +225,10 @@ class Run:
             self.flush()
 
     def flush(self) -> None:
-        """Wait for the device and for the other ranks, and write what is pending. Errors: Stop(NOT_FINITE, DAMAGED)."""
+        """Wait for the device and for the other ranks, and write what is pending.
+
+        Errors: Stop(NOT_FINITE, DAMAGED).
+        """
         from reconverge.record import gathered
 
         if not self._pending:
@@ -226,7 +256,9 @@ class Run:
         if self._progress:
             self._progress.update(last.step, loss, last.lr, **speed)
         self._intervals += 1
-        if self._intervals == 2 and speed["data_wait"] > 0.05:  # the first one has the start of the workers in it
+        if (
+            self._intervals == 2 and speed["data_wait"] > 0.05
+        ):  # the first one has the start of the workers in it
             say(f"data-wait {speed['data_wait']:.0%}: the device waits for images. {ADVICE}")
 
     def _stop_if_not_finite(self, steps: "list[Step]") -> None:
@@ -235,9 +267,11 @@ class Run:
             if self._in_a_row > (OVERFLOWS if self._cfg.precision == "fp16" else 0):
                 raise Stop(
                     Exit.NOT_FINITE,
-                    f"step {step}: the loss is {loss} and the gradient's norm {norm}; its sample ids: {self.samples_of(step - 1)}",
+                    f"step {step}: the loss is {loss} and the gradient's norm {norm}; its sample ids:"
+                    f" {self.samples_of(step - 1)}",
                     "finite numbers; the weights are those before this step, and the last checkpoint is good",
-                    "a lower optim.lr=, optim.clip=1, precision=fp32, or look at these images; a resumed run meets the same step again",
+                    "a lower optim.lr=, optim.clip=1, precision=fp32, or look at these images; a resumed run"
+                    " meets the same step again",
                 )
 
     def log(self, step: int, **values: float) -> None:
@@ -249,7 +283,9 @@ class Run:
 
     def _note_top1(self, step: int, values: dict[str, float]) -> None:
         if "raw_top1" in values:
-            self._top1[step] = {kind: values[f"{kind}_top1"] for kind in ("raw", "ema") if f"{kind}_top1" in values}
+            self._top1[step] = {
+                kind: values[f"{kind}_top1"] for kind in ("raw", "ema") if f"{kind}_top1" in values
+            }
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -285,7 +321,9 @@ class Run:
         return self._top1.get(self.step, {})
 
     def done(self, comparison: str | None) -> int:
-        """The last line: top-1 of the last evaluation by the better weights, how it compares, the best checkpoint, where everything is."""
+        """The last line: top-1 of the last evaluation by the better weights, how it compares, the best
+        checkpoint, where everything is.
+        """
         parts = [f"not evaluated (evaluate_every={self._cfg.evaluate_every}); step {self.step}"]
         if top1 := self.top1():
             better = max(top1, key=lambda name: top1[name])
@@ -297,7 +335,9 @@ class Run:
             if best != self.step:
                 parts.append(f"best of {kind} {self._top1[best][kind]:.2f} % in checkpoints/step-{best:08d}")
         if (replaced := self.folder / "quarantine.jsonl").exists():
-            parts.append(f"{len(replaced.read_text().splitlines())} damaged images were replaced (quarantine.jsonl)")
+            parts.append(
+                f"{len(replaced.read_text().splitlines())} damaged images were replaced (quarantine.jsonl)"
+            )
         summary = "; ".join([*parts, f"everything is in {self.folder}/"])
         self._status("done", Exit.DONE, summary)
         self._say_last(summary)
@@ -306,7 +346,9 @@ class Run:
     def preempted(self) -> int:
         name = told_by()
         self._status("preempted", Exit.PREEMPTED, name)
-        saved = f"step {self.step} is saved in {self.folder}" if self.step else "stopped before the first step"
+        saved = (
+            f"step {self.step} is saved in {self.folder}" if self.step else "stopped before the first step"
+        )
         self._say_last(f"{name}: {saved}; the same command again goes on from here")
         return Exit.PREEMPTED
 

@@ -12,14 +12,19 @@ _came: dict[int, float] = {}  # number -> when it first came, by time.monotonic
 
 
 def catch() -> None:
-    """From now on these signals only raise the flag. For use before torch is imported: one that comes meanwhile would end the process."""
+    """From now on these signals only raise the flag.
+
+    For use before torch is imported: one that comes meanwhile would end the process.
+    """
     for number in CAUGHT:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _note)
 
 
 def _note(number: int, frame: Any) -> None:
-    """A scheduler may send one signal several times at once; a person who presses Ctrl-C again after seconds means it."""
+    """A scheduler may send one signal several times at once; a person who presses Ctrl-C again after seconds
+    means it.
+    """
     if number == signal.SIGINT and time.monotonic() - _came.get(number, math.inf) > 2:
         raise KeyboardInterrupt
     if not _came:

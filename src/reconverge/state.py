@@ -1,4 +1,7 @@
-"""What a checkpoint holds: both sets of weights, the optimizer, and a few numbers. Nothing random: that is a function of the step."""
+"""What a checkpoint holds: both sets of weights, the optimizer, and a few numbers.
+
+Nothing random: that is a function of the step.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -23,7 +26,9 @@ class State:
         return {"raw": self.net} | ({"ema": self.ema.model} if self.ema else {})
 
     def save(self, folder: Path, step: int, keep: int, best: Collection[int]) -> None:
-        """Write the checkpoint of `step`, and remove those that are neither among the newest `keep` nor of the steps `best`."""
+        """Write the checkpoint of `step`, and remove those that are neither among the newest `keep` nor of
+        the steps `best`.
+        """
         tensors = {"model": self.net.state_dict(), "optimizer": optim.state_tensors(self.optimizer)}
         if self.ema:
             tensors["ema"] = self.ema.model.state_dict()
@@ -31,7 +36,10 @@ class State:
         checkpoint.prune(folder, step, keep, best)
 
     def restore(self, folder: Path) -> tuple[int, list[str]]:
-        """Load the newest valid checkpoint: its step (0: there is none), and why newer ones were skipped. Errors: Stop(DAMAGED)."""
+        """Load the newest valid checkpoint: its step (0: there is none), and why newer ones were skipped.
+
+        Errors: Stop(DAMAGED).
+        """
         path, skipped = ranks.from_rank_0(lambda: checkpoint.newest_valid(folder))
         if path is None:
             return 0, skipped

@@ -1,4 +1,7 @@
-"""ImageNet: how many images were published, and its classes, by the lists that timm carries. Imports no torch by itself."""
+"""ImageNet: how many images were published, and its classes, by the lists that timm carries.
+
+Imports no torch by itself.
+"""
 
 import re
 from typing import NamedTuple
@@ -22,7 +25,9 @@ def imagenet1k() -> list[str]:
 
 
 def of_head(rows: int) -> list[str] | None:
-    """Synsets in the order of a published head of so many rows: 1000, 21841 (fall 2011) and others of ImageNet's; None for other numbers."""
+    """Synsets in the order of a published head of so many rows: 1000, 21841 (fall 2011) and others of
+    ImageNet's; None for other numbers.
+    """
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({"num_classes": rows})
@@ -35,6 +40,11 @@ def described(classes: list[str]) -> list[dict[str, str]]:
     if all(re.fullmatch(r"n\d{8}", name) for name in classes):
         from timm.data import ImageNetInfo
 
-        for info in (ImageNetInfo("imagenet-22k"), ImageNetInfo("imagenet-1k")):  # one synset of the second is not in the first
-            names |= {name: info.label_name_to_description(name) for name in set(classes) & set(info.label_names())}
+        for info in (
+            ImageNetInfo("imagenet-22k"),
+            ImageNetInfo("imagenet-1k"),
+        ):  # one synset of the second is not in the first
+            names |= {
+                name: info.label_name_to_description(name) for name in set(classes) & set(info.label_names())
+            }
     return [{"synset": name, "name": names.get(name, name)} for name in classes]

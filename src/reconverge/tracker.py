@@ -1,6 +1,7 @@
 """Mirrors metrics.jsonl to a tracker, from a process of its own: it can neither delay nor break the training.
 
-The file is the truth. The mirror notes how far it got, so that a resumed run goes on where it stopped and nothing comes twice.
+The file is the truth. The mirror notes how far it got, so that a resumed run goes on where it stopped and
+nothing comes twice.
 """
 
 import json
@@ -27,8 +28,11 @@ class Tracker:
             return
         command = [sys.executable, "-m", "reconverge.tracker", settings.name, settings.project, str(folder)]
         with open(folder / "tracker.log", "a") as log:
-            # A session of its own: Ctrl-C is for the training. It ends when its standard input does, however this process ended.
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+            # A session of its own: Ctrl-C is for the training. It ends when its standard input does, however
+            # this process ended.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
 
     def close(self) -> str | None:
         """Let the mirror finish; a sentence if it failed or is still at work."""
@@ -43,7 +47,11 @@ class Tracker:
             code = self._process.wait(FLUSH)
         except subprocess.TimeoutExpired:
             return "the tracker is still at work, see tracker.log; the run is complete without it"
-        return f"the tracker failed with exit code {code}, see tracker.log; metrics.jsonl is complete" if code else None
+        return (
+            f"the tracker failed with exit code {code}, see tracker.log; metrics.jsonl is complete"
+            if code
+            else None
+        )
 
 
 def mirror(name: str, project: str, folder: Path) -> None:
@@ -58,14 +66,19 @@ def mirror(name: str, project: str, folder: Path) -> None:
             while (line := file.readline()).endswith("\n"):
                 at_step = file.tell()
                 record = json.loads(line)
-                seen = {"step": record["step"], "records": seen["records"] + 1 if record["step"] == seen["step"] else 1}
+                seen = {
+                    "step": record["step"],
+                    "records": seen["records"] + 1 if record["step"] == seen["step"] else 1,
+                }
                 if (seen["step"], seen["records"]) > (done["step"], done["records"]):
                     write(record)
                     done = seen
         mark.write_text(json.dumps(done))
         if ended:
             break
-        ended = bool(select.select([sys.stdin], [], [], 1.0)[0])  # readable: told to end, or closed because the run died
+        ended = bool(
+            select.select([sys.stdin], [], [], 1.0)[0]
+        )  # readable: told to end, or closed because the run died
     finish()
 
 
@@ -94,7 +107,11 @@ def _wandb(folder: Path, project: str) -> tuple[Write, Callable[[], None]]:
     try:
         run = start(os.environ.get("WANDB_MODE", "online" if logged_in else "offline"))
     except Exception as error:  # no server, no network, a wrong key
-        print(f"wandb online failed ({error}); going on offline: wandb sync {folder}/wandb/offline-* sends it later", flush=True)
+        print(
+            f"wandb online failed ({error}); going on offline: wandb sync {folder}/wandb/offline-* sends it"
+            " later",
+            flush=True,
+        )
         run = start("offline")
     return lambda record: run.log(record, step=record["step"]), run.finish
 

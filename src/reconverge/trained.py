@@ -1,4 +1,7 @@
-"""A trained model, wherever it comes from: a run, or a name or folder that timm reads. What eval.py and export look at."""
+"""A trained model, wherever it comes from: a run, or a name or folder that timm reads.
+
+What eval.py and export look at.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,9 @@ from reconverge.settings import Evaluate
 class Trained(NamedTuple):
     path: str  # what was loaded: a checkpoint, or the name of a model of timm's
     name: str  # of the model: an entry of MODELS, or timm's name
-    nets: dict[str, nn.Module]  # by kind of weights: raw and ema, or `weights`; on the CPU, in evaluation mode
+    nets: dict[
+        str, nn.Module
+    ]  # by kind of weights: raw and ema, or `weights`; on the CPU, in evaluation mode
     classes: list[str]
     evaluate: Evaluate  # how its images are resized
     mean: list[float]
@@ -33,7 +38,12 @@ class Trained(NamedTuple):
         """How its images are resized where `asked` changes some of it. Errors: Stop(USAGE)."""
         if self.fixed_size and asked.get("size", self.evaluate.size) != self.evaluate.size:
             size = self.evaluate.size
-            raise Stop(Exit.USAGE, f"size={asked['size']} with {self.name}", f"{size}: it takes images of this size alone", f"size={size}")
+            raise Stop(
+                Exit.USAGE,
+                f"size={asked['size']} with {self.name}",
+                f"{size}: it takes images of this size alone",
+                f"size={size}",
+            )
         return replace(self.evaluate, **asked)
 
 
@@ -49,28 +59,55 @@ def of_run(run: Opened, path: Path) -> Trained:
             nets[name] = models.build(run.cfg.model, len(run.classes), run.cfg.seed).eval()
             nets[name].load_state_dict(tensors[weights])
     cfg, fixed_size = run.cfg, run.cfg.model.image_size is not None
-    return Trained(str(chosen), cfg.model.name, nets, run.classes, cfg.evaluate, cfg.data.mean, cfg.data.std, numbers["step"], fixed_size)
+    return Trained(
+        str(chosen),
+        cfg.model.name,
+        nets,
+        run.classes,
+        cfg.evaluate,
+        cfg.data.mean,
+        cfg.data.std,
+        numbers["step"],
+        fixed_size,
+    )
 
 
 def of_timm(name: str) -> Trained:
-    """A model of timm's with the weights and the preprocessing that `name` stands for: timm:NAME, hf-hub:OWNER/NAME or a folder.
+    """A model of timm's with the weights and the preprocessing that `name` stands for: timm:NAME,
+    hf-hub:OWNER/NAME or a folder.
 
     Errors: Stop(USAGE, MISSING, DAMAGED).
     """
     net = pretrained.model(name).eval()
     known: dict[str, Any] = dict(net.pretrained_cfg)  # type: ignore[arg-type]
     labels = known.get("label_names")
-    classes = [str(label) for label in labels] if isinstance(labels, list | tuple) and len(labels) == net.num_classes else None
+    classes = (
+        [str(label) for label in labels]
+        if isinstance(labels, list | tuple) and len(labels) == net.num_classes
+        else None
+    )
     classes = classes or synsets.of_head(int(net.num_classes))  # type: ignore[arg-type]
     mode = {"center": "crop", "squash": "squash"}.get(known.get("crop_mode") or "center")
     if classes is None or mode is None or known.get("interpolation") not in ("bicubic", "bilinear"):
         raise Stop(
             Exit.USAGE,
-            f"{name}: {net.num_classes} classes, crop mode {known.get('crop_mode')}, interpolation {known.get('interpolation')}",
-            "a classifier whose classes are named or ImageNet's, with a centre crop or a squash, bicubic or bilinear",
+            f"{name}: {net.num_classes} classes, crop mode {known.get('crop_mode')}, interpolation"
+            f" {known.get('interpolation')}",
+            "a classifier whose classes are named or ImageNet's, with a centre crop or a squash, bicubic or"
+            " bilinear",
             "another model",
         )
     evaluate = Evaluate(known["input_size"][-1], known["crop_pct"], mode, known["interpolation"])
     architecture = f"{known.get('architecture', name)}.{known.get('tag') or ''}".removesuffix(".")
     fixed_size = bool(known.get("fixed_input_size"))
-    return Trained(name, architecture, {"weights": net}, classes, evaluate, list(known["mean"]), list(known["std"]), None, fixed_size)
+    return Trained(
+        name,
+        architecture,
+        {"weights": net},
+        classes,
+        evaluate,
+        list(known["mean"]),
+        list(known["std"]),
+        None,
+        fixed_size,
+    )

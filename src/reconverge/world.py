@@ -1,6 +1,8 @@
-"""The machine under a run: ranks, device, threads, precision. The only file that says torch.distributed. A lone process is a world of one.
+"""The machine under a run: ranks, device, threads, precision. The only file that says torch.distributed. A
+lone process is a world of one.
 
-The ranks of a run are one gloo group, which passes words between hosts; on GPUs, a second one of NCCL adds gradients.
+The ranks of a run are one gloo group, which passes words between hosts; on GPUs, a second one of NCCL adds
+gradients.
 """
 
 import ctypes
@@ -46,13 +48,17 @@ def group(minutes: float) -> Iterator[None]:
         while isinstance(store, dist.PrefixStore):
             store = store.underlying_store
         _store = dist.PrefixStore(_met(store, rank, size, 60 * minutes), store)
-        dist.init_process_group("gloo", store=dist.PrefixStore("group", _store), rank=rank, world_size=size, timeout=_timeout)
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore("group", _store), rank=rank, world_size=size, timeout=_timeout
+        )
     except (RuntimeError, ValueError) as error:
         raise Stop(
             Exit.LOST,
-            f"rank {ranks.HERE.rank} of {ranks.HERE.size} did not find the others at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {minutes:g} minutes: {_first_line(error)}",
-            "every rank started, and a network between their hosts (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME name its interface)",
+            f"rank {ranks.HERE.rank} of {ranks.HERE.size} did not find the others at"
+            f" {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {minutes:g} minutes:"
+            f" {_first_line(error)}",
+            "every rank started, and a network between their hosts (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
+            " name its interface)",
             "run the same command again; world_timeout= waits longer",
         ) from error
     try:
@@ -62,10 +68,12 @@ def group(minutes: float) -> Iterator[None]:
 
 
 def _met(store: dist.Store, rank: int, size: int, seconds: float) -> str:
-    """A name that the ranks of this start alone know, once all of them have it. Errors: RuntimeError, Stop(PREEMPTED).
+    """A name that the ranks of this start alone know, once all of them have it. Errors: RuntimeError,
+    Stop(PREEMPTED).
 
-    torchrun keeps one store over restarts, and hosts may count these differently: what ranks of an earlier start left in it, their
-    addresses above all, must not be taken for that of this one. A name is made from what each rank wrote anew, so an old one never fits.
+    torchrun keeps one store over restarts, and hosts may count these differently: what ranks of an earlier
+    start left in it, their addresses above all, must not be taken for that of this one. A name is made from
+    what each rank wrote anew, so an old one never fits.
     """
     hellos, names = ([f"{what}/{other}" for other in range(size)] for what in ("hello", "name"))
     store.set(hellos[rank], uuid.uuid4().hex)
@@ -77,14 +85,24 @@ def _met(store: dist.Store, rank: int, size: int, seconds: float) -> str:
             if store.check(names) and set(store.multi_get(names)) == {name.encode()}:
                 return name
         if told_to_stop():
-            raise Stop(Exit.PREEMPTED, "a signal, before all ranks had come", "nothing was begun", "run the same command again")
+            raise Stop(
+                Exit.PREEMPTED,
+                "a signal, before all ranks had come",
+                "nothing was begun",
+                "run the same command again",
+            )
         time.sleep(0.1)
-    raise RuntimeError(f"of {size} ranks {sum(store.check([hello]) for hello in hellos)} came, or some of them are of an earlier start")
+    raise RuntimeError(
+        f"of {size} ranks {sum(store.check([hello]) for hello in hellos)} came, or some of them are of an"
+        " earlier start"
+    )
 
 
 @contextmanager
 def losses_named() -> Iterator[None]:
-    """An error of a collective becomes the Stop of the rank that failed, if one said why, else a Stop(LOST) that names who is missing."""
+    """An error of a collective becomes the Stop of the rank that failed, if one said why, else a Stop(LOST)
+    that names who is missing.
+    """
     try:
         yield
     except BaseException as error:
@@ -134,28 +152,42 @@ def _leave_word(error: BaseException) -> None:
 
 
 def _named(error: BaseException) -> Stop:
-    """Who is missing. Every rank that lives says so in the store, and those that stopped have left their reason there."""
+    """Who is missing.
+
+    Every rank that lives says so in the store, and those that stopped have left their reason there.
+    """
     size = dist.get_world_size()
 
     def answers() -> tuple[list[int], dict[int, Any]]:
         _store.set(f"here/{dist.get_rank()}", "")
         missing = _await_answers(ANSWER)
-        return missing, {rank: json.loads(_store.get(f"left/{rank}")) for rank in missing if _store.check([f"left/{rank}"])}
+        return missing, {
+            rank: json.loads(_store.get(f"left/{rank}")) for rank in missing if _store.check([f"left/{rank}"])
+        }
 
     missing, left = _with_store(answers, 2 * ANSWER) or ([], {})
-    for rank, (code, given, allowed, change) in sorted(left.items(), key=lambda item: item[1][0] == Exit.LOST):
+    for rank, (code, given, allowed, change) in sorted(
+        left.items(), key=lambda item: item[1][0] == Exit.LOST
+    ):
         return Stop(Exit(code), f"rank {rank}: {given}", allowed, change)
-    who = f"rank {', '.join(map(str, missing))} of {size}" if missing else "the rank that holds the store, or the network to it,"
+    who = (
+        f"rank {', '.join(map(str, missing))} of {size}"
+        if missing
+        else "the rank that holds the store, or the network to it,"
+    )
     return Stop(
         Exit.LOST,
         f"{who} was lost: {_first_line(error)}",
         "ranks that answer within world_timeout",
-        "run the same command again: it goes on from the last checkpoint; errors/ and the launcher's log may say why it was lost",
+        "run the same command again: it goes on from the last checkpoint; errors/ and the launcher's log may"
+        " say why it was lost",
     )
 
 
 def _with_store(function: Callable[[], Value], seconds: float) -> Value | None:
-    """What `function`, which asks the store, gives; None if the store's rank is gone, or a link to it is cut: then torch's calls do not return."""
+    """What `function`, which asks the store, gives; None if the store's rank is gone, or a link to it is cut:
+    then torch's calls do not return.
+    """
     found: list[Value] = []
 
     def ask() -> None:
@@ -172,7 +204,10 @@ def _with_store(function: Callable[[], Value], seconds: float) -> Value | None:
 
 def _await_answers(seconds: float) -> list[int]:
     """Ranks that did not say within `seconds` that they live."""
-    others, deadline = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()], time.monotonic() + seconds
+    others, deadline = (
+        [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()],
+        time.monotonic() + seconds,
+    )
     while True:
         missing = [rank for rank in others if not _store.check([f"here/{rank}"])]
         gone = [rank for rank in missing if _store.check([f"left/{rank}"])]
@@ -191,7 +226,12 @@ class World:
         self.rank, self.size, self.local_rank, _, self.launcher = ranks.HERE
         available = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and available == "cpu":
-            raise Stop(Exit.USAGE, "device=cuda, and torch sees no GPU", "cpu, or a GPU with a driver that torch can use", "device=cpu")
+            raise Stop(
+                Exit.USAGE,
+                "device=cuda, and torch sees no GPU",
+                "cpu, or a GPU with a driver that torch can use",
+                "device=cpu",
+            )
         self.device = torch.device(available if device == "auto" else device)
         self._of_gradients: Any = None  # None: the one group of all
         if self.device.type == "cpu":
@@ -204,7 +244,10 @@ class World:
         self.precision = precision
         if precision == "tf32" and (self.device.type == "cpu" or torch.cuda.get_device_capability() < (8, 0)):
             raise Stop(
-                Exit.USAGE, f"precision=tf32 on {self.hardware()}", "fp32, bf16, fp16; tf32 on an NVIDIA GPU since A100", "precision=fp32"
+                Exit.USAGE,
+                f"precision=tf32 on {self.hardware()}",
+                "fp32, bf16, fp16; tf32 on an NVIDIA GPU since A100",
+                "precision=fp32",
             )
         # Convolutions of torch take TF32 by default: published is fp32, so say which.
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -216,7 +259,10 @@ class World:
         torch.backends.cudnn.benchmark = not deterministic
 
     def _own_gpu(self) -> int:
-        """The GPU of this rank, whether its launcher shows each task one or all of the node's. Errors: Stop(USAGE)."""
+        """The GPU of this rank, whether its launcher shows each task one or all of the node's.
+
+        Errors: Stop(USAGE).
+        """
         visible = torch.cuda.device_count()
         if visible > 1 and self.local_rank >= visible:
             raise Stop(
@@ -269,7 +315,10 @@ class World:
         return value
 
     def rank_0_first(self, function: Callable[[], Value]) -> Value:
-        """Every rank calls it, and rank 0 before the others, who find in a cache what it left there. Its Stop stops them all."""
+        """Every rank calls it, and rank 0 before the others, who find in a cache what it left there.
+
+        Its Stop stops them all.
+        """
         found: list[Value] = []
         ranks.from_rank_0(lambda: found.append(function()))
         return found[0] if found else function()
@@ -293,7 +342,10 @@ class World:
 
     def exchange(self, mine: Tensor, partner: int, into: Tensor) -> None:
         """Send `mine` to the rank `partner`, and receive its own."""
-        both = [dist.P2POp(dist.isend, mine, partner, self._of_gradients), dist.P2POp(dist.irecv, into, partner, self._of_gradients)]
+        both = [
+            dist.P2POp(dist.isend, mine, partner, self._of_gradients),
+            dist.P2POp(dist.irecv, into, partner, self._of_gradients),
+        ]
         for work in dist.batch_isend_irecv(both):
             work.wait()
 
@@ -313,14 +365,17 @@ class World:
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def tracer(self, steps: int, path: Path) -> torch.profiler.profile | None:
-        """A context that traces `steps` steps after the second into a file for ui.perfetto.dev, fewer if it ends before.
+        """A context that traces `steps` steps after the second into a file for ui.perfetto.dev, fewer if it
+        ends before.
 
         Its step() is to be called after each. None for 0, and on other ranks than 0.
         """
         if steps == 0 or self.rank > 0:
             return None
         schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
-        return torch.profiler.profile(schedule=schedule, on_trace_ready=lambda trace: trace.export_chrome_trace(str(path)))
+        return torch.profiler.profile(
+            schedule=schedule, on_trace_ready=lambda trace: trace.export_chrome_trace(str(path))
+        )
 
     def hardware(self) -> str:
         """What decides the bits beside versions and threads."""
@@ -332,7 +387,8 @@ class World:
 def keep_freed_memory() -> None:
     """Let malloc keep large blocks that are freed, for the next step's tensors.
 
-    Mapped anew each time, their pages are zeroed and faulted in one by one: 8 to 10 % of a training step on a CPU.
+    Mapped anew each time, their pages are zeroed and faulted in one by one: 8 to 10 % of a training step on a
+    CPU.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -341,7 +397,9 @@ def keep_freed_memory() -> None:
 
 
 def default_workers(device: torch.device) -> int:
-    """On a GPU every core but the main process's, 16 at most; on a CPU one, for there the model takes the time."""
+    """On a GPU every core but the main process's, 16 at most; on a CPU one, for there the model takes the
+    time.
+    """
     return min(16 if device.type == "cuda" else 1, ranks.cores() - 1)
 
 

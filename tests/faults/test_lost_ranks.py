@@ -1,4 +1,6 @@
-"""Ranks that die, stop or are told to: each with its exit code and words, and a run that goes on with the same bits."""
+"""Ranks that die, stop or are told to: each with its exit code and words, and a run that goes on with the
+same bits.
+"""
 
 import json
 import os
@@ -139,7 +141,14 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_with_its_step(torchrun):
 
 def test_ranks_that_never_come_are_waited_for_no_longer_than_asked(start, monkeypatch):
     """A rank alone, whose other never starts."""
-    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29741"}
+    rank = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29741",
+    }
     began = time.monotonic()
     process = start("run=a", "world_timeout=0.05", **rank)
     said, _ = process.communicate(timeout=120)

@@ -1,6 +1,7 @@
-"""What a machine does to a run: clocks that jump, folders that cannot be read or written. Faults that other files hold:
-full disk (test_train, test_checkpoint), two runs in one folder (test_resume, test_lock), what could run code (test_checkpoint),
-a tracker's dead server (test_tracker), changed configuration, data, code, versions and threads (test_resume), damaged data (test_shards).
+"""What a machine does to a run: clocks that jump, folders that cannot be read or written. Faults that other
+files hold: full disk (test_train, test_checkpoint), two runs in one folder (test_resume, test_lock), what
+could run code (test_checkpoint), a tracker's dead server (test_tracker), changed configuration, data, code,
+versions and threads (test_resume), damaged data (test_shards).
 """
 
 import json
@@ -37,7 +38,9 @@ def test_a_clock_that_jumps_changes_nothing(train, monkeypatch, hours):
 
 @pytest.mark.parametrize("seconds", [-100_000, 100_000])
 def test_a_lock_written_under_another_clock_is_judged_by_the_file_systems(tmp_path, seconds):
-    """A live holder on another host, whose clock is wrong by a day: heartbeats are compared with a file made now in the same folder."""
+    """A live holder on another host, whose clock is wrong by a day: heartbeats are compared with a file made
+    now in the same folder.
+    """
     from reconverge.errors import Exit, Stop
     from reconverge.lock import Lock
 
@@ -76,7 +79,14 @@ def test_folders_that_may_not_be_read_or_written_are_named(digits, tmp_path, sma
     for path in [tmp_path, *tmp_path.parents]:  # pytest's own folders are private
         if path != Path("/") and path != Path("/tmp"):
             path.chmod(path.stat().st_mode | 0o055)
-    command = [sys.executable, str(ROOT / "train.py"), *small, f"data.root={place}/data", f"data.cache={place}/cache", "steps=1"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *small,
+        f"data.root={place}/data",
+        f"data.cache={place}/cache",
+        "steps=1",
+    ]
     if as_nobody([sys.executable, "-c", "import reconverge.config"], place).returncode:
         pytest.skip("the package lies where nobody else may read it")
     (place / "data" / "train" / "3").chmod(0)
@@ -100,7 +110,9 @@ def test_a_killed_data_worker_stops_with_its_code_and_the_run_goes_on(start, tra
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     workers = [int(pid) for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(workers[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
@@ -112,9 +124,15 @@ def test_a_killed_data_worker_stops_with_its_code_and_the_run_goes_on(start, tra
     assert record.read_text() == Path("runs/whole/record.jsonl").read_text()
 
 
-@pytest.mark.parametrize("fault", [ConnectionResetError(104, "reset"), ConnectionRefusedError(111, "refused"), EOFError()], ids=repr)
+@pytest.mark.parametrize(
+    "fault",
+    [ConnectionResetError(104, "reset"), ConnectionRefusedError(111, "refused"), EOFError()],
+    ids=repr,
+)
 def test_a_data_worker_killed_while_it_hands_a_batch_over_is_told_as_such(fault):
-    """What Python's connections say then: torch leaves that as it is while it does not know yet that the worker is dead."""
+    """What Python's connections say then: torch leaves that as it is while it does not know yet that the
+    worker is dead.
+    """
     import torch
 
     from reconverge.data.loader import Feed

@@ -28,14 +28,19 @@ def main() -> None:
 def parsed(given: list[str]) -> argparse.Namespace:
     """What a command line says. Ends the process (exit 2) where argparse does not understand it."""
     parser = argparse.ArgumentParser(
-        prog="reconverge", description="Everything but training and evaluating, which are python train.py and python eval.py."
+        prog="reconverge",
+        description="Everything but training and evaluating, which are python train.py and python eval.py.",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, help in COMMANDS.items():
-        command = import_module(f"reconverge.commands.{name}")  # light: what takes seconds to import, a command imports as it runs
+        command = import_module(
+            f"reconverge.commands.{name}"
+        )  # light: what takes seconds to import, a command imports as it runs
         command.add_arguments(subparsers.add_parser(name, help=help, description=command.__doc__))
     arguments, rest = parser.parse_known_args(given)
-    if hasattr(arguments, "overrides"):  # key=value may stand on both sides of an option; argparse takes one block of them
+    if hasattr(
+        arguments, "overrides"
+    ):  # key=value may stand on both sides of an option; argparse takes one block of them
         arguments.overrides += [argument for argument in rest if not argument.startswith("-")]
         rest = [argument for argument in rest if argument.startswith("-")]
     if rest:

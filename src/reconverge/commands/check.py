@@ -13,7 +13,9 @@ from reconverge.ranks import cores
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that reconverge prepare made")
-    parser.add_argument("--jobs", type=int, metavar="N", help="shards that are read at a time (default: the cores)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="shards that are read at a time (default: the cores)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,7 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
         jobs = []
         for split, part in about["splits"].items():
             if shards.index_problem(root, part) is None:
-                jobs += [threads.submit(_faults, root, about, split, number, meter) for number in range(len(part["shards"]))]
+                jobs += [
+                    threads.submit(_faults, root, about, split, number, meter)
+                    for number in range(len(part["shards"]))
+                ]
         for job in jobs:
             faults += [fault for fault in job.result() if fault not in faults]
     for _, fault in faults:
@@ -45,8 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-def _faults(root: Path, about: dict[str, Any], split: str, number: int, meter: Meter) -> list[tuple[Exit, str]]:
-    """What is wrong with one shard. A digest that is right says that nothing is; else each image is looked at."""
+def _faults(
+    root: Path, about: dict[str, Any], split: str, number: int, meter: Meter
+) -> list[tuple[Exit, str]]:
+    """What is wrong with one shard.
+
+    A digest that is right says that nothing is; else each image is looked at.
+    """
     import xxhash
 
     from reconverge.data import files, shards
@@ -68,11 +78,15 @@ def _faults(root: Path, about: dict[str, Any], split: str, number: int, meter: M
             data = file.read(int(row["size"]))
             if len(data) != row["size"] or xxhash.xxh3_64_intdigest(data) != row["checksum"]:
                 what = "is cut off" if len(data) != row["size"] else "has other bytes"
-                found.append((Exit.DAMAGED, f"{path}: {os.fsdecode(row['key'])} at byte {row['offset']} {what}"))
+                found.append(
+                    (Exit.DAMAGED, f"{path}: {os.fsdecode(row['key'])} at byte {row['offset']} {what}")
+                )
         file.seek(0)
         try:
             for _ in shards.samples(file, str(path)):
                 pass
         except Stop as stop:
             found.append((stop.code, str(stop.args[1])))
-    return found or [(Exit.DAMAGED, f"{path}: a header, a label or padding is not as it was prepared (sha256)")]
+    return found or [
+        (Exit.DAMAGED, f"{path}: a header, a label or padding is not as it was prepared (sha256)")
+    ]

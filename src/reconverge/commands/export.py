@@ -11,26 +11,49 @@ FORMS = ("timm", "safetensors", "onnx", "pt2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="RUN", help="runs/NAME or a checkpoint of it; with --check a folder that was exported")
-    parser.add_argument("--to", choices=FORMS, help="timm: a folder for timm.create_model; pt2: torch.export")
-    parser.add_argument("--check", action="store_true", help="verify an export: its files, and its logits by the tool that loads it")
-    parser.add_argument("--weights", choices=("raw", "ema"), help="default: the EMA's where the run keeps one")
     parser.add_argument(
-        "--best", action="store_true", help="of the checkpoint with the best top-1 of these weights, in place of the newest"
+        "path",
+        type=Path,
+        metavar="RUN",
+        help="runs/NAME or a checkpoint of it; with --check a folder that was exported",
     )
-    parser.add_argument("--average", type=int, default=1, metavar="N", help="the mean of the newest N checkpoints")
+    parser.add_argument("--to", choices=FORMS, help="timm: a folder for timm.create_model; pt2: torch.export")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="verify an export: its files, and its logits by the tool that loads it",
+    )
+    parser.add_argument(
+        "--weights", choices=("raw", "ema"), help="default: the EMA's where the run keeps one"
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="of the checkpoint with the best top-1 of these weights, in place of the newest",
+    )
+    parser.add_argument(
+        "--average", type=int, default=1, metavar="N", help="the mean of the newest N checkpoints"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export-FORM")
-    parser.add_argument("--license", default="other", metavar="ID", help="for the model card (default: other)")
+    parser.add_argument(
+        "--license", default="other", metavar="ID", help="for the model card (default: other)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.to) == arguments.check:
         raise Stop(
-            Exit.USAGE, "both --to and --check" if arguments.check else "neither --to nor --check", "one of them", f"--to {FORMS[0]}"
+            Exit.USAGE,
+            "both --to and --check" if arguments.check else "neither --to nor --check",
+            "one of them",
+            f"--to {FORMS[0]}",
         )
     if arguments.average < 1 or (arguments.best and arguments.average > 1):
         raise Stop(
-            Exit.USAGE, f"--average {arguments.average}{' --best' * arguments.best}", "1 or more; of --best there is one", "--average 5"
+            Exit.USAGE,
+            f"--average {arguments.average}{' --best' * arguments.best}",
+            "1 or more; of --best there is one",
+            "--average 5",
         )
     if arguments.check:
         from reconverge.export import check
@@ -41,7 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
     of = opened(arguments.path)
     folder = arguments.out or of.folder / f"export-{arguments.to}"
     if folder.exists() and any(folder.iterdir()) and not (folder / "export.json").exists():
-        raise Stop(Exit.USAGE, f"{folder} holds other files", "a new folder, an empty one, or one of an earlier export", "another --out")
+        raise Stop(
+            Exit.USAGE,
+            f"{folder} holds other files",
+            "a new folder, an empty one, or one of an earlier export",
+            "another --out",
+        )
 
     from reconverge import export
 

@@ -1,5 +1,5 @@
-"""What a training will be, without training: batch, worlds, steps, learning rates, layers, memory, operations, hours, and what departs
-from the published recipe. The arguments are train.py's.
+"""What a training will be, without training: batch, worlds, steps, learning rates, layers, memory,
+operations, hours, and what departs from the published recipe. The arguments are train.py's.
 """
 
 import argparse
@@ -19,21 +19,43 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py: model=NAME recipe=NAME data=NAME ...")
-    parser.add_argument("--world", type=int, default=1, metavar="N", help="ranks that share each step; one a GPU")
-    parser.add_argument("--images-per-second", type=float, metavar="X", help="of one rank, as a run prints it; else no hours are given")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="where to draw the schedule; plan-MODEL-RECIPE.png")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="as for train.py: model=NAME recipe=NAME data=NAME ...",
+    )
+    parser.add_argument(
+        "--world", type=int, default=1, metavar="N", help="ranks that share each step; one a GPU"
+    )
+    parser.add_argument(
+        "--images-per-second",
+        type=float,
+        metavar="X",
+        help="of one rank, as a run prints it; else no hours are given",
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="where to draw the schedule; plan-MODEL-RECIPE.png"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     cfg = config.of_training(arguments.overrides)
-    checks.check(replace(cfg, data=replace(cfg.data, root=cfg.data.root or ".")))  # images need not be here yet
-    picture, speed = arguments.picture or Path(f"plan-{cfg.model.name}-{cfg.recipe.name}.png"), arguments.images_per_second
+    checks.check(
+        replace(cfg, data=replace(cfg.data, root=cfg.data.root or "."))
+    )  # images need not be here yet
+    picture, speed = (
+        arguments.picture or Path(f"plan-{cfg.model.name}-{cfg.recipe.name}.png"),
+        arguments.images_per_second,
+    )
     if speed is not None and not 0 < speed < float("inf"):
         raise Stop(Exit.USAGE, f"--images-per-second {speed:g}", "more than 0", "what a run prints")
     if picture.suffix not in PICTURES or not picture.parent.is_dir():
         raise Stop(
-            Exit.USAGE, f"--picture {picture}", f"a file in a folder that exists, ending in {', '.join(PICTURES)}", "--picture plan.png"
+            Exit.USAGE,
+            f"--picture {picture}",
+            f"a file in a folder that exists, ending in {', '.join(PICTURES)}",
+            "--picture plan.png",
         )
 
     from reconverge import describe, estimate, models, optim, pictures
@@ -49,17 +71,21 @@ def run(arguments: argparse.Namespace) -> int:
     models.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
     groups = optim.parameter_groups(net, cfg.optim)
     rows = describe.job(cfg, clock, net, groups, data) | {
-        "worlds": "; ".join(f"{size} x {clock.microbatches // size}" for size in worlds(clock.microbatches, tree))
-        + "  (ranks x microbatches of a rank)"
+        "worlds": (
+            "; ".join(f"{size} x {clock.microbatches // size}" for size in worlds(clock.microbatches, tree))
+            + "  (ranks x microbatches of a rank)"
+        )
     }
     rows["lr at steps"] = "; ".join(
-        f"{step + 1}: {optim.learning_rate(cfg.optim, step, clock):.4g} ({what})" for step, what in _key_steps(clock)
+        f"{step + 1}: {optim.learning_rate(cfg.optim, step, clock):.4g} ({what})"
+        for step, what in _key_steps(clock)
     )
     layers = {group["layer"]: group["lr_scale"] for group in groups}
 
     operations = estimate.operations(net, cfg.augment.size) * cfg.batch * clock.end
     rows["operations"] = (
-        f"{operations:.4g} floating-point operations: forward and backward of {cfg.batch * clock.end:,} images at {cfg.augment.size} px"
+        f"{operations:.4g} floating-point operations: forward and backward of {cfg.batch * clock.end:,}"
+        f" images at {cfg.augment.size} px"
     )
     if cfg.checkpointing:
         net.set_grad_checkpointing()  # type: ignore[operator]
@@ -68,19 +94,26 @@ def run(arguments: argparse.Namespace) -> int:
     gradients = max(copies(passes.leaves), min(world, 2)) if tree else 1
     memory = estimate.memory(net, passes.images, cfg.augment.size, classes, dtype, ema, gradients)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory._asdict().items() if size)
-    rows["memory"] = f"{memory.total / 1e9:.2f} GB a rank, and what kernels and the device take for themselves: {parts}"
+    rows["memory"] = (
+        f"{memory.total / 1e9:.2f} GB a rank, and what kernels and the device take for themselves: {parts}"
+    )
     rows["time"] = _time(speed, world, cfg.batch * clock.end)
 
     steps = _spread(clock.total, 2000)
     rates = [optim.learning_rate(cfg.optim, step, clock) for step in steps]
     pictures.plan(picture, [step / clock.steps_per_epoch for step in steps], rates, layers)
     rows["picture"] = str(picture)
-    panel(f"plan of {cfg.model.name} with {cfg.recipe.name}", rows | describe.numbered("notice", config.notices(cfg)))
+    panel(
+        f"plan of {cfg.model.name} with {cfg.recipe.name}",
+        rows | describe.numbered("notice", config.notices(cfg)),
+    )
     return Exit.DONE
 
 
 def _images(cfg: Train) -> tuple[int, int, str]:
-    """Training images, classes, and both in words: those of the data if it was named and can be opened, else the published ones."""
+    """Training images, classes, and both in words: those of the data if it was named and can be opened, else
+    the published ones.
+    """
     from reconverge import describe
     from reconverge.data import sources
 
@@ -90,7 +123,9 @@ def _images(cfg: Train) -> tuple[int, int, str]:
     if named or published is None:
         try:
             if cfg.data.kind in ("folder", "shards") and cfg.data.root is None:
-                raise Stop(Exit.MISSING, f"data={cfg.data.name} without data.root", "a folder", "data.root=/path")
+                raise Stop(
+                    Exit.MISSING, f"data={cfg.data.name} without data.root", "a folder", "data.root=/path"
+                )
             training, validation = sources.open_sources(cfg.data)
             return len(training), len(training.classes), describe.images(cfg, training, validation)
         except Stop as stop:
@@ -100,22 +135,35 @@ def _images(cfg: Train) -> tuple[int, int, str]:
     return (
         published.training,
         published.classes,
-        f"{cfg.recipe.dataset} as published: {published.training:,} training images of {published.classes:,} classes ({reason})",
+        (
+            f"{cfg.recipe.dataset} as published: {published.training:,} training images of"
+            f" {published.classes:,} classes ({reason})"
+        ),
     )
 
 
 def _key_steps(clock: Clock) -> list[tuple[int, str]]:
     found = {0: "first", clock.total // 2: "half way", clock.total - 1: "last"}
     if clock.warmup:
-        found |= {clock.warmup // 2: "in the warm-up", clock.warmup - 1: "last of the warm-up", clock.warmup: "first after the warm-up"}
+        found |= {
+            clock.warmup // 2: "in the warm-up",
+            clock.warmup - 1: "last of the warm-up",
+            clock.warmup: "first after the warm-up",
+        }
     return sorted(found.items())
 
 
 def _time(speed: float | None, world: int, images: int) -> str:
     if speed is None:
-        return "not estimated: --images-per-second X, of one rank (python train.py ... debug=synthetic measures it)"
+        return (
+            "not estimated: --images-per-second X, of one rank (python train.py ... debug=synthetic"
+            " measures it)"
+        )
     hours = images / (speed * world) / 3600
-    return f"{hours:.3g} hours on {world} ranks of {speed:g} images/s, {hours * world:.3g} GPU-hours, without evaluation"
+    return (
+        f"{hours:.3g} hours on {world} ranks of {speed:g} images/s, {hours * world:.3g} GPU-hours, without"
+        " evaluation"
+    )
 
 
 def _spread(total: int, most: int) -> Sequence[int]:

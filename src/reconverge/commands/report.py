@@ -1,5 +1,6 @@
-"""One self-contained page of one or several runs: what they came to beside the published number, curves, predictions, confusions,
-calibration, environment, and in what the runs differ. Runs that differ in their seed alone are averaged.
+"""One self-contained page of one or several runs: what they came to beside the published number, curves,
+predictions, confusions, calibration, environment, and in what the runs differ. Runs that differ in their seed
+alone are averaged.
 """
 
 import argparse
@@ -19,7 +20,12 @@ if TYPE_CHECKING:  # it imports torch
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs/NAME")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="default: runs/NAME/report.html, of several runs report.html here")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="FILE",
+        help="default: runs/NAME/report.html, of several runs report.html here",
+    )
     parser.add_argument("--open", action="store_true", help="show it in a browser")
 
 
@@ -54,9 +60,21 @@ def table(rows: Sequence["Row"]) -> str:
     """A row a group of runs, with mean ± (sample) standard deviation over its seeds."""
     lines = [["run", "step", "raw top-1", "EMA top-1", "published", "images/s", "data-wait, %"]]
     for row in rows:
-        name = row.runs[0] if len(row.runs) == 1 else f"{row.runs[0]} ... {row.runs[-1]} (mean ± std of {row.counted})"
+        name = (
+            row.runs[0]
+            if len(row.runs) == 1
+            else f"{row.runs[0]} ... {row.runs[-1]} (mean ± std of {row.counted})"
+        )
         top1 = [percent(row.top1[kind]) for kind in ("raw", "ema")]
         step = "-" if row.step is None else str(row.step)
         lines.append([name, step, *top1, row.published or "-", percent(row.speed), percent(row.data_wait)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]) for line in lines)  # fmt: skip
+    return "\n".join(
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+            ]
+        )
+        for line in lines
+    )

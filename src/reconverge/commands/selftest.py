@@ -1,5 +1,6 @@
-"""Try the promises on this machine, with this installation: real processes train a small model on the bundled digits, are killed and
-resumed, on one rank and on many. On the CPU, or on every GPU that is visible. A few minutes; a table of what is kept.
+"""Try the promises on this machine, with this installation: real processes train a small model on the bundled
+digits, are killed and resumed, on one rank and on many. On the CPU, or on every GPU that is visible. A few
+minutes; a table of what is kept.
 
 Exit codes: 0 everything is kept, 1 something is not.
 """
@@ -24,12 +25,16 @@ from reconverge.settings import Train
 
 END = 12  # steps of each run
 PATIENCE = 300  # seconds for one of them
-# Everything that is drawn, a model with BatchNorm, a norm that is clipped. Eight microbatches, so that two and four ranks add in other
-# orders than one. The head begins with zeros: whatever the images, the first loss is log(classes), if each of them counts once.
+# Everything that is drawn, a model with BatchNorm, a norm that is clipped. Eight microbatches, so that two
+# and four ranks add in other orders than one. The head begins with zeros: whatever the images, the first loss
+# is log(classes), if each of them counts once.
 JOB = [
-    "model=timm", "model.timm=test_resnet", "model.head_init_scale=0", "model.drop_path=0.1", "data=digits", "batch=64", "microbatch=8",
-    "augment.auto=rand-m9-mstd0.5-inc1", "augment.flip=0.5", "augment.erase=0.5", "optim.clip=0.01", "optim.warmup_epochs=0",
-    f"steps={END}", "save_every=2", "keep=99", "evaluate_every=never", "log_every=1", "threads=1", "world_timeout=2",
+    "model=timm", "model.timm=test_resnet", "model.head_init_scale=0", "model.drop_path=0.1", "data=digits",
+    "batch=64", "microbatch=8",
+    "augment.auto=rand-m9-mstd0.5-inc1", "augment.flip=0.5", "augment.erase=0.5", "optim.clip=0.01",
+    "optim.warmup_epochs=0",
+    f"steps={END}", "save_every=2", "keep=99", "evaluate_every=never", "log_every=1", "threads=1",
+    "world_timeout=2",
 ]  # fmt: skip
 
 
@@ -90,12 +95,16 @@ class Lab:
                 code = job.wait(PATIENCE)
             if len(records(run)) < END:
                 return run, code
-        raise Broken(f"{name}: trained {END} steps before the signal came, three times: is this machine busy?")
+        raise Broken(
+            f"{name}: trained {END} steps before the signal came, three times: is this machine busy?"
+        )
 
     def _started(self, name: str, reduce: str, ranks: int, device: str) -> Any:
         workers = 2 if ranks > 1 else 0
         arguments = [*self._job, f"run={name}", f"reduce={reduce}", f"device={device}", f"workers={workers}"]
-        return jobs.started([*jobs.command(jobs.script(), ranks), *arguments], self._folder / f"{name}.txt", self._folder)
+        return jobs.started(
+            [*jobs.command(jobs.script(), ranks), *arguments], self._folder / f"{name}.txt", self._folder
+        )
 
     def words(self, name: str, lines: int = 12) -> str:
         """The last of what a job said."""
@@ -108,7 +117,7 @@ class Lab:
         return Path(shutil.copytree(run, self._run(name)))
 
 
-# ---- the promises ------------------------------------------------------------------------------------------------------
+# ---- the promises ------------------------------------------------------------------------------------------
 
 
 def rerun(lab: Lab) -> None:
@@ -123,9 +132,14 @@ def resume(lab: Lab) -> None:
 def preempted(lab: Lab) -> None:
     run, code = lab.interrupted("preempted", signal.SIGTERM)
     status = json.loads((run / "status.json").read_text())
-    expected = Exit.PREEMPTED if lab.usual_ranks == 1 else Exit.DONE  # torchrun would start again what ends with anything else
+    expected = (
+        Exit.PREEMPTED if lab.usual_ranks == 1 else Exit.DONE
+    )  # torchrun would start again what ends with anything else
     if (status["reason"], status["exit_code"], code) != ("preempted", Exit.PREEMPTED, expected):
-        raise Broken(f"after SIGTERM: exit {code}, and status.json says {status['reason']}, {status['exit_code']}:\n{lab.words(run.name)}")
+        raise Broken(
+            f"after SIGTERM: exit {code}, and status.json says {status['reason']},"
+            f" {status['exit_code']}:\n{lab.words(run.name)}"
+        )
     if not checkpoint(run, status["step"]).exists():
         raise Broken(f"after SIGTERM, step {status['step']} is not saved")
     same(lab.usual(), lab.resumed(run))
@@ -145,7 +159,9 @@ def damaged(lab: Lab) -> None:
 
 
 def data_elastic(lab: Lab) -> None:
-    """The same images in each step; the same mixing, if the gradients that begin from the same weights are the same."""
+    """The same images in each step; the same mixing, if the gradients that begin from the same weights are
+    the same.
+    """
     one, *others = [lab.tree(ranks) for ranks in (1, *lab.worlds)]
     for other in others:
         agree(one, other, "images", END)
@@ -153,7 +169,9 @@ def data_elastic(lab: Lab) -> None:
 
 
 def each_counts_once(lab: Lab) -> None:
-    """Each image once an epoch, by the order itself, which is tied to what was trained by the hash of the first step's images."""
+    """Each image once an epoch, by the order itself, which is tied to what was trained by the hash of the
+    first step's images.
+    """
     import numpy as np
     from xxhash import xxh3_64_hexdigest
 
@@ -169,7 +187,10 @@ def each_counts_once(lab: Lab) -> None:
         taken = [part.ids for rank in range(ranks) for part in order.steps(0, steps, rank, ranks)]
         different = len(np.unique(np.concatenate(taken)))
         if not different == sum(map(len, taken)) == steps * cfg.batch:
-            raise Broken(f"an epoch of {steps} steps of {cfg.batch} images takes {different} different ones on {ranks} ranks")
+            raise Broken(
+                f"an epoch of {steps} steps of {cfg.batch} images takes {different} different ones on {ranks}"
+                " ranks"
+            )
     images = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed)
     digests = [images[microbatch][0].digest for microbatch in order.steps(0, 1)]  # type: ignore[index,union-attr]
     expected, found = xxh3_64_hexdigest(np.array(digests).tobytes()), records(run)[0]["images"]
@@ -178,7 +199,10 @@ def each_counts_once(lab: Lab) -> None:
     for trained in (run, lab.tree(lab.worlds[0])):
         loss, log = records(trained)[0]["loss"], math.log(len(training.classes))
         if abs(loss - log) > 1e-5:
-            raise Broken(f"{trained.name}: the first loss is {loss}, and of {cfg.batch} images it is log(classes) = {log}")
+            raise Broken(
+                f"{trained.name}: the first loss is {loss}, and of {cfg.batch} images it is log(classes) ="
+                f" {log}"
+            )
 
 
 def weight_elastic(lab: Lab) -> None:
@@ -190,7 +214,9 @@ def batch_norm(lab: Lab) -> None:
     import torch
     from safetensors.torch import load_file
 
-    one, *others = [load_file(checkpoint(lab.tree(ranks), END) / "model.safetensors") for ranks in (1, *lab.worlds)]
+    one, *others = [
+        load_file(checkpoint(lab.tree(ranks), END) / "model.safetensors") for ranks in (1, *lab.worlds)
+    ]
     names = [name for name in one if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     counts = {int(one[name]) for name in names if name.endswith("num_batches_tracked")}
     if counts != {END}:
@@ -198,13 +224,18 @@ def batch_norm(lab: Lab) -> None:
     for ranks, other in zip(lab.worlds, others, strict=True):
         different = [name for name in names if not torch.equal(one[name], other[name])]
         if different:
-            raise Broken(f"{ranks} ranks have another {different[0]} than one ({len(different)} of {len(names)} tensors differ)")
+            raise Broken(
+                f"{ranks} ranks have another {different[0]} than one ({len(different)} of {len(names)}"
+                " tensors differ)"
+            )
 
 
 def gradients(lab: Lab) -> None:
     for ranks in lab.worlds:
         agree(lab.ddp(1), lab.ddp(ranks), "grad_norm", 1, within=1e-4)
-        agree(lab.ddp(1), lab.ddp(ranks), "grad_norm", 2, within=1e-2)  # from weights that are no longer equal to the last bit
+        agree(
+            lab.ddp(1), lab.ddp(ranks), "grad_norm", 2, within=1e-2
+        )  # from weights that are no longer equal to the last bit
 
 
 CHECKS: dict[str, tuple[str, Callable[[Lab], None]]] = {
@@ -221,7 +252,13 @@ CHECKS: dict[str, tuple[str, Callable[[Lab], None]]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", nargs="+", choices=CHECKS, metavar="NAME", help=f"some of {', '.join(CHECKS)} (default: all)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CHECKS,
+        metavar="NAME",
+        help=f"some of {', '.join(CHECKS)} (default: all)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -230,7 +267,10 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="reconverge-selftest-"))
     lab = Lab(folder, torch.cuda.device_count())
     many = f"{', '.join(map(str, lab.worlds))} ranks on {lab.many_device}"
-    say(f"training in {folder}: {lab.usual_ranks} rank{'s' * (lab.usual_ranks > 1)} on {lab.device}; against one rank: {many}")
+    say(
+        f"training in {folder}: {lab.usual_ranks} rank{'s' * (lab.usual_ranks > 1)} on {lab.device}; against"
+        f" one rank: {many}"
+    )
     broken = []
     try:
         for name in arguments.only or CHECKS:
@@ -257,14 +297,17 @@ def _fault(check: Callable[[Lab], None], lab: Lab) -> str:
     return ""
 
 
-# ---- two runs, side by side --------------------------------------------------------------------------------------------
+# ---- two runs, side by side --------------------------------------------------------------------------------
 
 
 def same(one: Path, other: Path) -> None:
     """Every step and the last checkpoint, bit for bit."""
     from reconverge import compare
 
-    found = [compare.records(one, other, 1, END), compare.checkpoints(checkpoint(one, END), checkpoint(other, END))]
+    found = [
+        compare.records(one, other, 1, END),
+        compare.checkpoints(checkpoint(one, END), checkpoint(other, END)),
+    ]
     if any(found):
         raise Broken("\n".join([f"{one.name} and {other.name}", *(line for line in found if line)]))
 

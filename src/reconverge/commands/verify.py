@@ -1,8 +1,9 @@
-"""Train some steps of a run again, from its start or from a kept checkpoint, and compare: each step's images, loss and gradient norm
-with the run's record, and the weights with its checkpoints, hash by hash. The run's folder is only read. To be started in the folder
-where the run was.
+"""Train some steps of a run again, from its start or from a kept checkpoint, and compare: each step's images,
+loss and gradient norm with the run's record, and the weights with its checkpoints, hash by hash. The run's
+folder is only read. To be started in the folder where the run was.
 
-Exit codes: 0 the same, 1 different, 78 not comparable (another code, versions, hardware, threads, ranks or data).
+Exit codes: 0 the same, 1 different, 78 not comparable (another code, versions, hardware, threads, ranks or
+data).
 """
 
 import argparse
@@ -27,10 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="to train again (default: 20)")
     parser.add_argument(
-        "--from", type=int, default=0, metavar="STEP", dest="start", help="of a kept checkpoint (default: 0, the run's start)"
+        "--from",
+        type=int,
+        default=0,
+        metavar="STEP",
+        dest="start",
+        help="of a kept checkpoint (default: 0, the run's start)",
     )
-    parser.add_argument("--ranks", type=int, metavar="R", help="processes (default: as recorded; with reduce=tree any give the same bits)")
-    parser.add_argument("--allow-env", action="store_true", help="compare all the same where code, versions, hardware or data differ")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="R",
+        help="processes (default: as recorded; with reduce=tree any give the same bits)",
+    )
+    parser.add_argument(
+        "--allow-env",
+        action="store_true",
+        help="compare all the same where code, versions, hardware or data differ",
+    )
 
 
 class Window(NamedTuple):
@@ -51,14 +66,23 @@ def run(arguments: argparse.Namespace) -> int:
     if refused:
         say(f"compared all the same: {refused.args[1]}")
     facts = recorded["facts"]
-    ranks = arguments.ranks or (facts["ranks"] if isinstance(facts["ranks"], int) else recorded["starts"][-1]["ranks"])
+    ranks = arguments.ranks or (
+        facts["ranks"] if isinstance(facts["ranks"], int) else recorded["starts"][-1]["ranks"]
+    )
 
     RUNS.mkdir(exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".verify-{run.folder.name}-", dir=RUNS))
     keep = False
     try:
         cfg = _prepare(scratch, run, window.start, facts["threads"])
-        found = _trained_again(scratch, cfg, run.folder, window, ranks, lambda: _same_environment(scratch, facts, arguments.allow_env))
+        found = _trained_again(
+            scratch,
+            cfg,
+            run.folder,
+            window,
+            ranks,
+            lambda: _same_environment(scratch, facts, arguments.allow_env),
+        )
         keep = bool(found)
     finally:
         if not keep:
@@ -67,8 +91,15 @@ def run(arguments: argparse.Namespace) -> int:
     if found:
         say("\n".join([f"{name} is not what its steps give again ({scratch} is kept):", *found]))
         return Exit.BUG
-    kept = f"; the checkpoints after steps {', '.join(map(str, window.kept))} too, hash by hash" if window.kept else ""
-    say(f"{name}: steps {window.start + 1} to {window.end} gave the same images, losses and gradient norms again, bit for bit{kept}")
+    kept = (
+        f"; the checkpoints after steps {', '.join(map(str, window.kept))} too, hash by hash"
+        if window.kept
+        else ""
+    )
+    say(
+        f"{name}: steps {window.start + 1} to {window.end} gave the same images, losses and gradient norms"
+        f" again, bit for bit{kept}"
+    )
     return Exit.DONE
 
 
@@ -79,7 +110,11 @@ def _window(folder: Path, start: int, steps: int) -> Window:
     lines = jsonl.lines(folder / "record.jsonl")
     if not lines:
         raise Stop(Exit.MISSING, f"{folder} has recorded no step", "a run with a record.jsonl", "another run")
-    kept = [int(path.name.removeprefix("step-")) for path in checkpoint.steps(folder / "checkpoints") if (path / "MANIFEST.json").exists()]
+    kept = [
+        int(path.name.removeprefix("step-"))
+        for path in checkpoint.steps(folder / "checkpoints")
+        if (path / "MANIFEST.json").exists()
+    ]
     last = lines[-1]["step"]
     starts = [0, *(step for step in kept if step < last)]
     if start not in starts or steps < 1:
@@ -91,7 +126,12 @@ def _window(folder: Path, start: int, steps: int) -> Window:
             f"--from {nearest} --steps {max(1, min(steps, last - nearest))}",
         )
     if start and (fault := checkpoint.verify(_checkpoint(folder, start))):
-        raise Stop(Exit.DAMAGED, f"{_checkpoint(folder, start)}: {fault}", "a checkpoint that verifies", "another --from")
+        raise Stop(
+            Exit.DAMAGED,
+            f"{_checkpoint(folder, start)}: {fault}",
+            "a checkpoint that verifies",
+            "another --from",
+        )
     end = min(start + steps, last)
     window = Window(start, end, [step for step in kept if start < step <= end])
     if not window.kept:
@@ -118,7 +158,8 @@ def _refused(cfg: Train, recorded: dict[str, Any], window: Window) -> Stop | Non
         return None
     return Stop(
         Exit.NOT_COMPARABLE,
-        f"steps from {window.start} on: after step {since} the run went on with another {lost['because']} ({lost['from']} -> {lost['to']})",
+        f"steps from {window.start} on: after step {since} the run went on with another {lost['because']}"
+        f" ({lost['from']} -> {lost['to']})",
         "steps that were trained as the last ones were",
         f"--from a checkpoint at or after step {since}; --allow-env tries all the same",
     )
@@ -138,7 +179,9 @@ def _prepare(scratch: Path, run: Opened, start: int, threads: int) -> Train:
     return cfg
 
 
-def _trained_again(scratch: Path, cfg: Train, folder: Path, window: Window, ranks: int, same_environment: Callable[[], bool]) -> list[str]:
+def _trained_again(
+    scratch: Path, cfg: Train, folder: Path, window: Window, ranks: int, same_environment: Callable[[], bool]
+) -> list[str]:
     """Train up to each kept checkpoint in turn; what differs there, and no further."""
     from reconverge import compare
 
@@ -163,12 +206,19 @@ def _trained_again(scratch: Path, cfg: Train, folder: Path, window: Window, rank
 
 
 def _same_environment(scratch: Path, before: dict[str, Any], allowed: bool) -> bool:
-    """Whether the job in `scratch` has told what it runs on. Errors: Stop(NOT_COMPARABLE) if that is not what the run had, unless `allowed`."""
+    """Whether the job in `scratch` has told what it runs on.
+
+    Errors: Stop(NOT_COMPARABLE) if that is not what the run had, unless `allowed`.
+    """
     path = scratch / "environment.json"
     now = json.loads(path.read_text())["facts"] if path.exists() else {}
     if not now:
         return False
-    others = [(name, *differing(before[name], now[name])) for name in before if name in now and before[name] != now[name]]
+    others = [
+        (name, *differing(before[name], now[name]))
+        for name in before
+        if name in now and before[name] != now[name]
+    ]
     text = "; ".join(f"{name}: the run had {old}, and here it is {new}" for name, old, new in others)
     if others and not allowed:
         raise Stop(
@@ -183,7 +233,9 @@ def _same_environment(scratch: Path, before: dict[str, Any], allowed: bool) -> b
 
 
 def _reached(scratch: Path, step: int) -> bool:
-    """Whether a job that failed has recorded `step`: a run that ended for want of finite numbers does so again."""
+    """Whether a job that failed has recorded `step`: a run that ended for want of finite numbers does so
+    again.
+    """
     return any(line["step"] == step for line in jsonl.lines(scratch / "record.jsonl"))
 
 

@@ -1,7 +1,9 @@
-"""From the bytes of an image file to pixels: one seam, bytes + crop box + size -> uint8 image, behind which faster ways have their place.
+"""From the bytes of an image file to pixels: one seam, bytes + crop box + size -> uint8 image, behind which
+faster ways have their place.
 
-The first of them is native.py, with the same pixels; where it is not to be had, or declines a file, simplejpeg and Pillow serve.
-An image of Pillow's and not an array: that is what RandAugment takes, and going there and back costs 3 % of a sample's time.
+The first of them is native.py, with the same pixels; where it is not to be had, or declines a file,
+simplejpeg and Pillow serve. An image of Pillow's and not an array: that is what RandAugment takes, and going
+there and back costs 3 % of a sample's time.
 """
 
 import io
@@ -16,7 +18,9 @@ from reconverge.data import native
 from reconverge.data.native import RESAMPLING, Box
 from reconverge.errors import reason
 
-LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # pixels, beyond which Pillow speaks of a decompression bomb
+LARGEST = 2 * (
+    Image.MAX_IMAGE_PIXELS or 1 << 27
+)  # pixels, beyond which Pillow speaks of a decompression bomb
 
 
 class Undecodable(Exception):
@@ -30,12 +34,16 @@ def dimensions(data: bytes) -> tuple[int, int]:
     return _opened(data).size
 
 
-def crop_and_resize(data: bytes, box: Box, size: tuple[int, int], interpolation: str, fast: bool) -> Image.Image:
-    """The pixels of `box`, resampled to `size` (width, height), RGB; np.asarray gives them as uint8 (height, width, 3).
+def crop_and_resize(
+    data: bytes, box: Box, size: tuple[int, int], interpolation: str, fast: bool
+) -> Image.Image:
+    """The pixels of `box`, resampled to `size` (width, height), RGB; np.asarray gives them as uint8 (height,
+    width, 3).
 
-    Bit-equal to Pillow's convert("RGB").crop(box).resize(size, interpolation). `fast` takes torch's resampling of bytes where
-    native/, which is faster still, does not serve: that differs by 0.04 of 255 on average, 8 at most on photographs, and takes
-    about half of Pillow's time. EXIF is not parsed. Errors: Undecodable.
+    Bit-equal to Pillow's convert("RGB").crop(box).resize(size, interpolation). `fast` takes torch's
+    resampling of bytes where native/, which is faster still, does not serve: that differs by 0.04 of 255 on
+    average, 8 at most on photographs, and takes about half of Pillow's time. EXIF is not parsed. Errors:
+    Undecodable.
     """
     left, top, right, bottom = box
     library = native.chosen()
@@ -47,7 +55,9 @@ def crop_and_resize(data: bytes, box: Box, size: tuple[int, int], interpolation:
     pixels = _decoded(data, "RGB")
     if pixels is None:
         pixels = np.array(_converted(data))
-    planes = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]  # (H, W, 3) -> (1, 3, H, W), in the same memory
+    planes = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[
+        None
+    ]  # (H, W, 3) -> (1, 3, H, W), in the same memory
     planes = torch.nn.functional.interpolate(planes, size[::-1], mode=interpolation, antialias=True)
     return Image.fromarray(planes[0].permute(1, 2, 0).numpy())
 

@@ -1,4 +1,4 @@
-"""Files: read by position, with patience for a disk or network that fails for a moment, and replaced whole."""
+"""Files: read by position, patiently where a disk or network fails for a moment, and replaced whole."""
 
 import errno
 import os
@@ -12,14 +12,26 @@ from typing import TypeVar
 
 from reconverge.errors import Exit, Stop
 
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ECONNRESET, errno.ENETDOWN, errno.EHOSTDOWN}
+PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EREMOTEIO,
+    errno.ECONNRESET,
+    errno.ENETDOWN,
+    errno.EHOSTDOWN,
+}
 WAITS = (0.1, 1.0, 5.0)  # seconds before each further try
 
 Result = TypeVar("Result")
 
 
 def patiently(job: Callable[[], Result], where: Callable[[], str]) -> Result:
-    """What `job` returns; faults of disk or network are tried again, and told with `where`. Errors: Stop(DISK) where they last."""
+    """What `job` returns; faults of disk or network are tried again, and told with `where`.
+
+    Errors: Stop(DISK) where they last.
+    """
     for wait in WAITS:
         try:
             return job()
@@ -42,7 +54,8 @@ def patiently(job: Callable[[], Result], where: Callable[[], str]) -> Result:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Put a file in the place of `path` once it is on the disk: whatever is killed meanwhile, the old file or the new one is there.
+    """Put a file in the place of `path` once it is on the disk: whatever is killed meanwhile, the old file or
+    the new one is there.
 
     Errors: OSError; no part of the new file is left then.
     """
@@ -71,7 +84,9 @@ def sha256_of(path: Path) -> str:
 
 
 class ByPosition:
-    """An open file that has no position of its own, so that forked processes may share it; closed when it is forgotten."""
+    """An open file that has no position of its own, so that forked processes may share it; closed when it is
+    forgotten.
+    """
 
     def __init__(self, path: Path):
         self._number = os.open(path, os.O_RDONLY)

@@ -25,11 +25,18 @@ STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 def suffixes() -> set[str]:
     """Of the files that are taken for images: those of the formats that Pillow decodes."""
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in STUBS}
+    return {
+        suffix
+        for suffix, name in Image.registered_extensions().items()
+        if name in Image.OPEN and name not in STUBS
+    }
 
 
 class Folder:
-    """A source (see sources.py) of the files of class folders. `fingerprint` hashes paths, sizes and labels, not contents."""
+    """A source (see sources.py) of the files of class folders.
+
+    `fingerprint` hashes paths, sizes and labels, not contents.
+    """
 
     def __init__(self, root: Path, about: dict[str, Any], rows: Path):
         self.root = root
@@ -50,7 +57,9 @@ class Folder:
         return f"{self.path(sample)} (sample {sample})"
 
     def read(self, sample: int) -> bytes:
-        """Errors: Stop(MISSING, PERMISSION, DISK), and NOT_COMPARABLE for a file that has changed since it was listed."""
+        """Errors: Stop(MISSING, PERMISSION, DISK), and NOT_COMPARABLE for a file that has changed since it
+        was listed.
+        """
         path, listed = self.path(sample), int(self.index.row(sample)["size"])
         try:
             data = patiently(path.read_bytes, path.__str__)
@@ -63,7 +72,10 @@ class Folder:
             ) from None
         except PermissionError:
             raise Stop(
-                Exit.PERMISSION, f"{self.where(sample)} may not be read", "files that this user may read", f"chmod +r {path}"
+                Exit.PERMISSION,
+                f"{self.where(sample)} may not be read",
+                "files that this user may read",
+                f"chmod +r {path}",
             ) from None
         if len(data) != listed:
             raise Stop(
@@ -78,8 +90,8 @@ class Folder:
 def open_folder(root: Path, cache: Path, classes: list[str] | None = None) -> Folder:
     """The images below `root`, listed anew if a folder has changed since it was cached.
 
-    `classes`: those of the training split, which give the labels of this one. Errors: Stop(MISSING) for a missing or
-    empty folder, Stop(USAGE) for a class that `classes` lacks.
+    `classes`: those of the training split, which give the labels of this one. Errors: Stop(MISSING) for a
+    missing or empty folder, Stop(USAGE) for a class that `classes` lacks.
     """
     if not root.is_dir():
         raise Stop(
@@ -102,14 +114,19 @@ def _modified(root: Path, folders: Any) -> dict[str, int]:
 
 
 def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
-    """List the files; keep their rows in a file named by the fingerprint, and what is known of them on `page`."""
-    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    """List the files; keep their rows in a file named by the fingerprint, and what is known of them on
+    `page`.
+    """
+    found = sorted(
+        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
+    )
     known = classes or found
     if strangers := sorted(set(found) - set(known)):
         raise Stop(
             Exit.USAGE,
             f"{root}: {len(strangers)} folders that are no classes: {', '.join(strangers[:5])}",
-            f"the {len(known)} classes of the training images or of the model: {', '.join(known[:5])}{', ...' if len(known) > 5 else ''}",
+            f"the {len(known)} classes of the training images or of the model:"
+            f" {', '.join(known[:5])}{', ...' if len(known) > 5 else ''}",
             "the folder names, or data.root=, data.val=",
         )
     images = suffixes()
@@ -135,16 +152,28 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
         parts.append(np.array(of_class, index.row(max(len(entry[-1]) for entry in of_class))))
     if not parts:
         raise Stop(
-            Exit.MISSING, f"no class folder in {root}", "one folder a class, with its images", "data.root=, data.train= or data.val="
+            Exit.MISSING,
+            f"no class folder in {root}",
+            "one folder a class, with its images",
+            "data.root=, data.train= or data.val=",
         )
     hashed.update(json.dumps(known).encode())
-    about = {"root": str(root.resolve()), "classes": known, "fingerprint": hashed.hexdigest(), "ignored": ignored, "modified": modified}
+    about = {
+        "root": str(root.resolve()),
+        "classes": known,
+        "fingerprint": hashed.hexdigest(),
+        "ignored": ignored,
+        "modified": modified,
+    }
     _write(page, about, parts)
     return about
 
 
 def _write(page: Path, about: dict[str, Any], parts: list[np.ndarray]) -> None:
-    """Whole or not at all: written beside and renamed. What a fingerprint stands for never changes, so other runs may have it open."""
+    """Whole or not at all: written beside and renamed.
+
+    What a fingerprint stands for never changes, so other runs may have it open.
+    """
     page.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=page.parent))
     index.write(new / "rows.npy", parts)

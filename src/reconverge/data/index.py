@@ -11,19 +11,28 @@ from reconverge.data.files import ByPosition
 
 
 def row(key_bytes: int) -> np.dtype:
-    """A row: which shard, where in it, how many bytes, the class, xxh3_64 of the bytes, and the key in `key_bytes` bytes.
+    """A row: which shard, where in it, how many bytes, the class, xxh3_64 of the bytes, and the key in
+    `key_bytes` bytes.
 
     Of a class folder: shard, offset and checksum are 0, and the key is the path below the folder.
     """
     return np.dtype(
-        [("shard", "<u4"), ("offset", "<u8"), ("size", "<u8"), ("label", "<i4"), ("checksum", "<u8"), ("key", f"S{max(1, key_bytes)}")]
+        [
+            ("shard", "<u4"),
+            ("offset", "<u8"),
+            ("size", "<u8"),
+            ("label", "<i4"),
+            ("checksum", "<u8"),
+            ("key", f"S{max(1, key_bytes)}"),
+        ]
     )
 
 
 class Index:
     """Rows of one split, by sample id: `table` maps the whole file; `rows` reads the few that are asked for.
 
-    A worker that went through a mapped index of 14 M rows would come to hold all of it; reading row by row it holds none.
+    A worker that went through a mapped index of 14 M rows would come to hold all of it; reading row by row it
+    holds none.
     """
 
     def __init__(self, path: Path):

@@ -1,5 +1,5 @@
-"""Microbatches from data workers to the device. Which images, and how they are augmented, is a function of the key alone:
-the number of workers and the step where one starts change nothing.
+"""Microbatches from data workers to the device. Which images, and how they are augmented, is a function of
+the key alone: the number of workers and the step where one starts change nothing.
 """
 
 import atexit
@@ -43,9 +43,11 @@ class Batch(NamedTuple):
 
 
 class Images(Dataset):
-    """Decodes and augments the images of one microbatch. A Stop is returned as a value: raised in a worker, it would arrive as a traceback.
+    """Decodes and augments the images of one microbatch. A Stop is returned as a value: raised in a worker,
+    it would arrive as a traceback.
 
-    `on_bad_image`: stop, or substitute a sample whose content is damaged by another, which is a function of its id alone.
+    `on_bad_image`: stop, or substitute a sample whose content is damaged by another, which is a function of
+    its id alone.
     """
 
     def __init__(self, source: Source, transform: Transform, seed: int, on_bad_image: str = "stop"):
@@ -66,14 +68,24 @@ class Images(Dataset):
         labels = self.source.labels(ids)
         digest = xxh3_64_digest(xxh3_64_digest(images.numpy().data) + labels.tobytes() + ids.tobytes())
         # (N, H, W, 3) -> (N, 3, H, W)
-        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(labels), int.from_bytes(digest, "little", signed=True)), bad
+        return (
+            Batch(
+                images.permute(0, 3, 1, 2),
+                torch.from_numpy(labels),
+                int.from_bytes(digest, "little", signed=True),
+            ),
+            bad,
+        )
 
     def key(self, epoch: int, sample: int, repeat: int) -> tuple[int | str, ...]:
         """Of the augmentation of an image."""
         return self.seed, "augment", epoch, sample, repeat
 
     def sample(self, epoch: int, sample: int, repeat: int) -> np.ndarray:
-        """One augmented image, uint8 (H, W, 3). Errors: Stop, with code DAMAGED where the content is at fault."""
+        """One augmented image, uint8 (H, W, 3).
+
+        Errors: Stop, with code DAMAGED where the content is at fault.
+        """
         data = self.source.read(sample)
         try:
             with chance.scope(*self.key(epoch, sample, repeat)):
@@ -83,12 +95,14 @@ class Images(Dataset):
                 Exit.DAMAGED,
                 f"{self.source.where(sample)}: {error}",
                 "images that Pillow can decode whole",
-                "mend or remove the file, or reconverge prepare --drop-unreadable; a training image, which the run then goes on without: "
-                "data.on_bad_image=substitute",
+                "mend or remove the file, or reconverge prepare --drop-unreadable; a training image, which"
+                " the run then goes on without: data.on_bad_image=substitute",
             ) from None
 
     def _good(self, epoch: int, sample: int, repeat: int, bad: list[Bad]) -> tuple[np.ndarray, int]:
-        """The pixels of a sample and its id; where it is damaged those of its substitute, and a line in `bad`."""
+        """The pixels of a sample and its id; where it is damaged those of its substitute, and a line in
+        `bad`.
+        """
         for _attempt in range(100):
             try:
                 return self.sample(epoch, sample, repeat), sample
@@ -127,7 +141,8 @@ class Quarantine:
 
 
 class Feed:
-    """Iterates over batches on the device; `waited` adds up the seconds in which the host had nothing to hand out.
+    """Iterates over batches on the device; `waited` adds up the seconds in which the host had nothing to hand
+    out.
 
     With `ahead`, the copy of the next batch runs on a side stream while the device works on this one.
     """
@@ -178,8 +193,13 @@ class Feed:
         started = time.perf_counter()
         try:
             arrived = next(loaded, None)
-        except (ConnectionError, EOFError) as error:  # torch says so itself of all but a worker that dies while it hands a batch over
-            raise RuntimeError(f"DataLoader worker Killed while it handed a batch over ({reason(error)})") from error
+        except (
+            ConnectionError,
+            EOFError,
+        ) as error:  # torch says so itself of all but a worker that dies while it hands a batch over
+            raise RuntimeError(
+                f"DataLoader worker Killed while it handed a batch over ({reason(error)})"
+            ) from error
         finally:
             self.waited += time.perf_counter() - started
         if isinstance(arrived, Stop):
@@ -211,7 +231,9 @@ class Feed:
 
 
 def _stacked(images: list[np.ndarray]) -> Tensor:
-    """Images uint8 (H, W, 3) as one tensor (N, H, W, 3); in a worker in the memory that the main process shares, as torch's own collation."""
+    """Images uint8 (H, W, 3) as one tensor (N, H, W, 3); in a worker in the memory that the main process
+    shares, as torch's own collation.
+    """
     shape = (len(images), *images[0].shape)
     if get_worker_info() is None:
         stacked = torch.empty(shape, dtype=torch.uint8)
@@ -235,12 +257,17 @@ def _end_workers(loaded: Any) -> None:
 
 @atexit.register
 def _kill_children() -> None:
-    """An error may leave workers behind. Python would end them by SIGTERM, which ours ignore, and wait for them for ever."""
+    """An error may leave workers behind.
+
+    Python would end them by SIGTERM, which ours ignore, and wait for them for ever.
+    """
     for process in multiprocessing.active_children():
         process.kill()
 
 
 def _ignore_signals(worker: int) -> None:
-    """SLURM and terminals signal every process of a job; the main process alone decides, and it ends its workers itself."""
+    """SLURM and terminals signal every process of a job; the main process alone decides, and it ends its
+    workers itself.
+    """
     for number in CAUGHT:
         signal.signal(number, signal.SIG_IGN)

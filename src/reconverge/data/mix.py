@@ -1,5 +1,6 @@
-"""What happens to a microbatch on the device: normalise, erase, mix, in this order. All draws are made on the host, from the
-key of (seed, step, microbatch), so that they do not hang on the device; only pixels are computed there.
+"""What happens to a microbatch on the device: normalise, erase, mix, in this order. All draws are made on the
+host, from the key of (seed, step, microbatch), so that they do not hang on the device; only pixels are
+computed there.
 """
 
 import math
@@ -26,7 +27,10 @@ class Normalise:
 
 
 class Mix:
-    """Random erasing (mode pixel), then Mixup or CutMix, then label smoothing. One lambda a microbatch; partner = the microbatch flipped."""
+    """Random erasing (mode pixel), then Mixup or CutMix, then label smoothing.
+
+    One lambda a microbatch; partner = the microbatch flipped.
+    """
 
     def __init__(self, erase: float, mix: settings.Mix, classes: int):
         self.erase = erase
@@ -51,11 +55,12 @@ class Mix:
 
 
 def erase(images: Tensor, probability: float) -> None:
-    """Random erasing (Zhong et al., 2017), in place: each image of (N, 3, H, W) with `probability`; one box of 2 % to a third
-    of its area, of aspect 0.3 to 1 / 0.3, filled with standard normal noise.
+    """Random erasing (Zhong et al., 2017), in place: each image of (N, 3, H, W) with `probability`; one box
+    of 2 % to a third of its area, of aspect 0.3 to 1 / 0.3, filled with standard normal noise.
 
-    Draws from the global generators of python and torch in the order of timm's RandomErasing(mode="pixel"), and equals it bit by
-    bit; but the noise of all boxes is drawn on the host and crosses to the device in one copy, without making the host wait.
+    Draws from the global generators of python and torch in the order of timm's RandomErasing(mode="pixel"),
+    and equals it bit by bit; but the noise of all boxes is drawn on the host and crosses to the device in one
+    copy, without making the host wait.
     """
     count, channels, height, width = images.shape
     boxes, noise = [], []
@@ -76,5 +81,7 @@ def erase(images: Tensor, probability: float) -> None:
     flat = torch.cat(noise)
     if images.is_cuda:
         flat = flat.pin_memory().to(images.device, non_blocking=True)
-    for (image, top, left, h, w), pixels in zip(boxes, flat.split([channels * h * w for *_, h, w in boxes]), strict=True):
+    for (image, top, left, h, w), pixels in zip(
+        boxes, flat.split([channels * h * w for *_, h, w in boxes]), strict=True
+    ):
         images[image, :, top : top + h, left : left + w] = pixels.view(channels, h, w)

@@ -33,7 +33,8 @@ def in_sequence(images: int, batch: int) -> list[Microbatch]:
 
 
 class Windows:
-    """An epoch in windows of `width` shards: shards in an order of their own, and all images of a window shuffled among each other.
+    """An epoch in windows of `width` shards: shards in an order of their own, and all images of a window
+    shuffled among each other.
 
     Sample ids count through the shards; `images` is how many each shard holds.
     """
@@ -63,52 +64,85 @@ class Windows:
             began = ends[window - 1] if window else 0
             mine = windows == window
             shuffled = began + permuted(
-                positions[mine] - began, int(ends[window] - began), self._seed, VERSION, epoch, "window", int(window)
+                positions[mine] - began,
+                int(ends[window] - began),
+                self._seed,
+                VERSION,
+                epoch,
+                "window",
+                int(window),
             )
             place = np.searchsorted(first, shuffled, side="right") - 1
             ids[mine] = self._first_id[shards[place]] + shuffled - first[place]
         return ids
 
     def _laid_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The shards in the order of the epoch, the position at which each begins, and at which each window ends."""
-        shards = permuted(np.arange(len(self._images)), len(self._images), self._seed, VERSION, epoch, "shards")
+        """The shards in the order of the epoch, the position at which each begins, and at which each window
+        ends.
+        """
+        shards = permuted(
+            np.arange(len(self._images)), len(self._images), self._seed, VERSION, epoch, "shards"
+        )
         after = np.cumsum(self._images[shards])
         last = np.minimum(np.arange(1, self.count + 1) * self.width, len(shards)) - 1  # shard of each window
         return shards, after - self._images[shards], after[last]
 
 
 class Order:
-    """Which images each microbatch of training takes: each (sample, repeat) at most once an epoch, in images // batch steps.
+    """Which images each microbatch of training takes: each (sample, repeat) at most once an epoch, in images
+    // batch steps.
 
-    `repeats`: how often each chosen sample comes in an epoch, never twice in one microbatch. `windows`: None shuffles over
-    everything. `overfit`: every step takes the images of step 0.
+    `repeats`: how often each chosen sample comes in an epoch, never twice in one microbatch. `windows`: None
+    shuffles over everything. `overfit`: every step takes the images of step 0.
     """
 
     def __init__(
-        self, images: int, batch: int, microbatch: int, seed: int, overfit: bool = False, repeats: int = 1, windows: Windows | None = None
+        self,
+        images: int,
+        batch: int,
+        microbatch: int,
+        seed: int,
+        overfit: bool = False,
+        repeats: int = 1,
+        windows: Windows | None = None,
     ):
-        self.images, self.batch, self.seed, self.overfit, self.repeats, self.windows = images, batch, seed, overfit, repeats, windows
+        self.images, self.batch, self.seed, self.overfit, self.repeats, self.windows = (
+            images,
+            batch,
+            seed,
+            overfit,
+            repeats,
+            windows,
+        )
         self.microbatches = batch // microbatch
 
     @classmethod
     def of(cls, cfg: Train, source: Source) -> "Order":
         """The order of a run over its training images."""
         windows = (
-            Windows(source.images_of, int(cfg.data.window), cfg.seed) if isinstance(source, Shards) and cfg.data.window != "all" else None
+            Windows(source.images_of, int(cfg.data.window), cfg.seed)
+            if isinstance(source, Shards) and cfg.data.window != "all"
+            else None
         )
-        return cls(len(source), cfg.batch, cfg.microbatch, cfg.seed, cfg.debug.overfit, cfg.augment.repeats, windows)
+        return cls(
+            len(source), cfg.batch, cfg.microbatch, cfg.seed, cfg.debug.overfit, cfg.augment.repeats, windows
+        )
 
     def microbatch(self, step: int, number: int) -> Microbatch:
-        """Neighbouring positions of a step lie in different microbatches, and so do the repeats of a sample."""
+        """Neighbouring positions of a step lie in different microbatches, as do the repeats of a sample."""
         epoch, first = divmod(0 if self.overfit else step, self.images // self.batch)
         positions = first * self.batch + np.arange(number, self.batch, self.microbatches)
         chosen, repeats = np.divmod(positions, self.repeats)
         if self.windows:
-            return Microbatch(epoch, self.windows.ids(epoch, chosen), repeats, self.windows.window(epoch, int(chosen[0])))
+            return Microbatch(
+                epoch, self.windows.ids(epoch, chosen), repeats, self.windows.window(epoch, int(chosen[0]))
+            )
         return Microbatch(epoch, permuted(chosen, self.images, self.seed, VERSION, epoch), repeats)
 
     def steps(self, start: int, end: int, rank: int = 0, ranks: int = 1) -> Iterator[Microbatch]:
-        """The microbatches of steps start..end-1 that a rank takes: of each step its contiguous block, in turn."""
+        """The microbatches of steps start..end-1 that a rank takes: of each step its contiguous block, in
+        turn.
+        """
         mine = block(self.microbatches, rank, ranks, tree=False)
         return (self.microbatch(step, number) for step in range(start, end) for number in mine)
 
@@ -118,10 +152,11 @@ class Order:
 
 
 def permuted(positions: np.ndarray, size: int, *key: int | str) -> np.ndarray:
-    """Numbers, int64 of the shape of `positions`, at positions 0..size-1 of the permutation of 0..size-1 that `key` stands for.
+    """Numbers, int64 of the shape of `positions`, at positions 0..size-1 of the permutation of 0..size-1 that
+    `key` stands for.
 
-    A keyed bijection of the smallest 2^(2k) >= size (a Feistel network on two halves of k bits), walked along its
-    cycle until it falls below `size` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    A keyed bijection of the smallest 2^(2k) >= size (a Feistel network on two halves of k bits), walked along
+    its cycle until it falls below `size` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = [np.uint64(chance.key(*key, round)) for round in range(ROUNDS)]
@@ -140,7 +175,9 @@ def _permute(values: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): every bit of the output hangs on every bit of the input."""
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): every bit of the output hangs on every bit
+    of the input.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

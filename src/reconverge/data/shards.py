@@ -1,4 +1,4 @@
-"""A data set in WebDataset shards: dataset.json, one index a split, tar files. `reconverge prepare` makes it."""
+"""A data set in WebDataset shards, as `reconverge prepare` makes it: dataset.json, indexes, tar files."""
 
 import json
 import os
@@ -17,7 +17,17 @@ from reconverge.data.files import ByPosition, patiently, sha256_of
 from reconverge.errors import Exit, Stop
 
 FORMAT = "reconverge-shards-1"
-IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "ppm")  # suffixes of a shard's members that are images
+IMAGES = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "tif",
+    "tiff",
+    "gif",
+    "bmp",
+    "ppm",
+)  # suffixes of a shard's members that are images
 OPEN = 64  # shards that one process keeps open
 
 
@@ -32,7 +42,7 @@ class Sample(NamedTuple):
 
 
 def samples(file: BinaryIO, where: str) -> Iterator[Sample]:
-    """All samples of a shard, strictly. Errors: Stop(DAMAGED), also for a sample without an image or a label."""
+    """All samples of a shard, strictly. Errors: Stop(DAMAGED), also for a sample without image or label."""
     key: str | None = None
     image: tuple[str, int, bytes] | None = None
     label: int | None = None
@@ -51,7 +61,9 @@ def samples(file: BinaryIO, where: str) -> Iterator[Sample]:
             key, image, label = this, None, None
         if (image if suffix.lower() in IMAGES else label if suffix == "cls" else None) is not None:
             if image is None or label is None:
-                raise _damaged(f"{where}, byte {member.start}: {key} has two {'images' if image else 'labels'}")
+                raise _damaged(
+                    f"{where}, byte {member.start}: {key} has two {'images' if image else 'labels'}"
+                )
             yield finished()  # another sample of the same name
             image, label = None, None
         if suffix.lower() in IMAGES:
@@ -65,19 +77,23 @@ def samples(file: BinaryIO, where: str) -> Iterator[Sample]:
         yield finished()
 
 
-def scan(path: Path, number: int, examine: Callable[[Sample], None] = lambda sample: None) -> tuple[np.ndarray, str]:
+def scan(
+    path: Path, number: int, examine: Callable[[Sample], None] = lambda sample: None
+) -> tuple[np.ndarray, str]:
     """Index rows of shard `number` and its sha256, from one reading of the disk. Errors: Stop(DAMAGED)."""
     rows, digest = [], sha256_of(path)
     with open(path, "rb") as file:
         for sample in samples(file, str(path)):
             examine(sample)
             checksum = xxhash.xxh3_64_intdigest(sample.data)
-            rows.append((number, sample.start, len(sample.data), sample.label, checksum, os.fsencode(sample.key)))
+            rows.append(
+                (number, sample.start, len(sample.data), sample.label, checksum, os.fsencode(sample.key))
+            )
     return np.array(rows, index.row(max([len(row[-1]) for row in rows], default=1))), digest
 
 
 class Shards:
-    """A source (see sources.py) of one split. `fingerprint` stands for every image's bytes, label and place."""
+    """A source (see sources.py) of one split. `fingerprint` covers every image's bytes, label and place."""
 
     def __init__(self, root: Path, about: dict[str, Any], split: str):
         part = about["splits"][split]
@@ -100,10 +116,13 @@ class Shards:
 
     def where(self, sample: int) -> str:
         row = self.index.row(sample)
-        return f"{self.root / self.shards[row['shard']]['name']}, {os.fsdecode(row['key'])} at byte {row['offset']} (sample {sample})"
+        return (
+            f"{self.root / self.shards[row['shard']]['name']}, {os.fsdecode(row['key'])} at byte"
+            f" {row['offset']} (sample {sample})"
+        )
 
     def read(self, sample: int) -> bytes:
-        """Errors: Stop(DAMAGED) for bytes that are not those of the index, Stop(MISSING, PERMISSION, DISK)."""
+        """Errors: Stop(DAMAGED) for bytes other than those indexed, Stop(MISSING, PERMISSION, DISK)."""
         row = self.index.row(sample)
         shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
 
@@ -124,16 +143,25 @@ class Shards:
         return (np.cumsum(self.images_of) - self.images_of)[self.images_of > 0]
 
     def replaced(self, sample: int) -> tuple[Exit, str] | None:
-        """The fault, if the tar header in front of a sample is not its own: another file has taken the shard's place."""
+        """The fault, if the tar header in front of a sample is not its own: another file has taken the
+        shard's place.
+        """
         row, key = self.index.row(sample), self.index.key(sample)
-        block = ByPosition(self.root / self.shards[row["shard"]]["name"]).read(tar.BLOCK, int(row["offset"]) - tar.BLOCK)
+        block = ByPosition(self.root / self.shards[row["shard"]]["name"]).read(
+            tar.BLOCK, int(row["offset"]) - tar.BLOCK
+        )
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            if header.size == row["size"] and (header.name.startswith(key[:100]) or not key.isascii()):  # a longer name is cut here
+            if header.size == row["size"] and (
+                header.name.startswith(key[:100]) or not key.isascii()
+            ):  # a longer name is cut here
                 return None
         except tarfile.HeaderError:
             pass
-        return Exit.DAMAGED, f"{self.where(sample)}: something else is there: the shard was replaced or damaged"
+        return (
+            Exit.DAMAGED,
+            f"{self.where(sample)}: something else is there: the shard was replaced or damaged",
+        )
 
     def _file(self, shard: int) -> ByPosition:
         file = self._files.pop(shard, None) or self._open(shard)
@@ -171,12 +199,16 @@ def load(root: Path) -> dict[str, Any]:
     except ValueError as error:
         raise _damaged(f"{path}: {error}") from None
     if about.get("format") != FORMAT:
-        raise Stop(Exit.DAMAGED, f"{path} has format {about.get('format')}", FORMAT, "prepare the data set again")
+        raise Stop(
+            Exit.DAMAGED, f"{path} has format {about.get('format')}", FORMAT, "prepare the data set again"
+        )
     return about
 
 
 def problems(root: Path, about: dict[str, Any]) -> list[tuple[Exit, str]]:
-    """What can be seen without reading every image: damaged indexes; shards that are missing, of another size, other files, or not to be read."""
+    """What can be seen without reading every image: damaged indexes; shards that are missing, of another
+    size, other files, or not to be read.
+    """
     files = [(shard["name"], shard["bytes"]) for part in about["splits"].values() for shard in part["shards"]]
     with ThreadPoolExecutor(16) as threads:  # a network file system answers each question in milliseconds
         asked = [threads.submit(index_problem, root, part) for part in about["splits"].values()]
@@ -185,16 +217,24 @@ def problems(root: Path, about: dict[str, Any]) -> list[tuple[Exit, str]]:
         if not found:
             sources = [Shards(root, about, split) for split in about["splits"]]
             firsts = [(source, int(first)) for source in sources for first in source.first_ids()]
-            found = [problem for problem in threads.map(lambda pair: pair[0].replaced(pair[1]), firsts) if problem]
+            found = [
+                problem for problem in threads.map(lambda pair: pair[0].replaced(pair[1]), firsts) if problem
+            ]
     return found
 
 
 def index_problem(root: Path, part: dict[str, Any]) -> tuple[Exit, str] | None:
-    """The fault of a split's index, which is read whole, for nothing else vouches for its labels: 0.6 s for 14 M rows."""
+    """The fault of a split's index, which is read whole, for nothing else vouches for its labels: 0.6 s for
+    14 M rows.
+    """
     path = root / part["index"]
     if problem := _problem(path, part["index_bytes"]):
         return problem
-    return None if sha256_of(path) == part["index_sha256"] else (Exit.DAMAGED, f"{path} is damaged: it is not what dataset.json says")
+    return (
+        None
+        if sha256_of(path) == part["index_sha256"]
+        else (Exit.DAMAGED, f"{path} is damaged: it is not what dataset.json says")
+    )
 
 
 def _problem(path: Path, size: int) -> tuple[Exit, str] | None:
@@ -211,8 +251,8 @@ def _problem(path: Path, size: int) -> tuple[Exit, str] | None:
 def open_shards(root: Path, dataset: str | None, validation: bool = True) -> tuple[Shards, Shards | None]:
     """The training and, where `validation` is asked for, the validation split, once everything is in place.
 
-    Errors: Stop(MISSING, PERMISSION, DAMAGED) with all problems in one list, Stop(USAGE) for another data set than `dataset`
-    or one without the images that are asked for.
+    Errors: Stop(MISSING, PERMISSION, DAMAGED) with all problems in one list, Stop(USAGE) for another data set
+    than `dataset` or one without the images that are asked for.
     """
     about = _in_place(root)
     if dataset is not None and about["dataset"] != dataset:
@@ -255,7 +295,9 @@ def _in_place(root: Path) -> dict[str, Any]:
 
 def fingerprint(about: dict[str, Any], split: str) -> str:
     """Of a split: hashes its index, which holds each image's checksum and label, and the classes."""
-    return sha256(f"{about['splits'][split]['index_sha256']} {json.dumps(about['classes'])}".encode()).hexdigest()
+    return sha256(
+        f"{about['splits'][split]['index_sha256']} {json.dumps(about['classes'])}".encode()
+    ).hexdigest()
 
 
 def notes(about: dict[str, Any], split: str) -> list[str]:
@@ -265,7 +307,9 @@ def notes(about: dict[str, Any], split: str) -> list[str]:
     if part["expected"] not in (None, part["images"]):
         said.append(f"{split}: {part['images']} images where the published set has {part['expected']}")
     if lossy:
-        said.append(f"{split}: a lossy copy, shorter side {lossy['resize']} at most, JPEG quality {lossy['quality']}")
+        said.append(
+            f"{split}: a lossy copy, shorter side {lossy['resize']} at most, JPEG quality {lossy['quality']}"
+        )
     return said
 
 

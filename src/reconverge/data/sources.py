@@ -1,4 +1,4 @@
-"""Where images come from. A source gives the bytes of a sample, its label, and what to call it in a message."""
+"""Where images come from. A source gives the bytes of a sample, its label, and its name for messages."""
 
 import os
 import shutil
@@ -31,7 +31,10 @@ class Source(Protocol):
 
 
 def open_sources(data: Data) -> tuple[Source, Source | None]:
-    """The training and the validation images; None for these where data.val is null. Errors: Stop(MISSING, PERMISSION, USAGE, DAMAGED)."""
+    """The training and the validation images; None for these where data.val is null.
+
+    Errors: Stop(MISSING, PERMISSION, USAGE, DAMAGED).
+    """
     return KINDS[data.kind](data)
 
 
@@ -41,7 +44,9 @@ def open_validation(data: Data, classes: list[str]) -> Source:
     Errors: as open_sources, and Stop(NOT_COMPARABLE) for other classes.
     """
     if data.val is None:
-        raise Stop(Exit.USAGE, "data.val=null", "a data set with validation images", "data.val=val, or another data=")
+        raise Stop(
+            Exit.USAGE, "data.val=null", "a data set with validation images", "data.val=val, or another data="
+        )
     if data.kind == "folder":
         return open_folder(root_of(data) / data.val, Path(data.cache).expanduser(), classes)
     validation = open_sources(data)[1]
@@ -84,7 +89,9 @@ def _digits(data: Data) -> tuple[Source, Source | None]:
         root.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=root.parent))
         for label in range(10):
-            ids = sorted(np.flatnonzero(digits.target == label), key=lambda sample: chance.key("digits-1", int(sample)))
+            ids = sorted(
+                np.flatnonzero(digits.target == label), key=lambda sample: chance.key("digits-1", int(sample))
+            )
             for rank, sample in enumerate(ids):
                 folder = new / ("val" if rank < round(len(ids) / 5) else "train") / str(label)
                 folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A local copy of the shards that come next: read in sequence from a slow disk or network, one thread a node."""
+"""A local copy of the shards that come next, read in sequence from a slow disk; one thread a node."""
 
 import shutil
 import threading
@@ -15,14 +15,20 @@ from reconverge.errors import Exit, Stop, explain
 
 
 class Stage:
-    """Keeps in `folder` the shards of the window that is being read and of those after it, `limit` bytes at most.
+    """Keeps in `folder` the shards of the window that is being read and of those after it, `limit` bytes at
+    most.
 
-    Workers take a shard from there once it is whole and verified, and from the source before that: the same bytes.
-    A shard that is deleted stays readable for whoever has it open.
+    Workers take a shard from there once it is whole and verified, and from the source before that: the same
+    bytes. A shard that is deleted stays readable for whoever has it open.
     """
 
-    def __init__(self, source: Source, windows: Windows | None, folder: Path, gigabytes: float, copies: bool = True):
-        """`copies`: one rank of a host does, and the others read what is there. Errors: Stop(USAGE) if two windows do not fit."""
+    def __init__(
+        self, source: Source, windows: Windows | None, folder: Path, gigabytes: float, copies: bool = True
+    ):
+        """`copies`: one rank of a host does, and the others read what is there.
+
+        Errors: Stop(USAGE) if two windows do not fit.
+        """
         assert isinstance(source, Shards), "checks.check_data refuses data.stage for other data"
         assert windows is not None, "and for data.window=all"
         self.folder, self._source, self._windows, self._limit = folder, source, windows, gigabytes * 1e9
@@ -48,7 +54,10 @@ class Stage:
             self._thread.start()
 
     def follow(self, microbatches: Iterable[Microbatch]) -> Iterator[Any]:
-        """The same microbatches; the copying is kept ahead of them. Ends with the Stop(DAMAGED, DISK, ...) that it met, if any."""
+        """The same microbatches; the copying is kept ahead of them.
+
+        Ends with the Stop(DAMAGED, DISK, ...) that it met, if any.
+        """
         for microbatch in microbatches:
             if self._trouble:
                 yield self._trouble
@@ -98,7 +107,9 @@ class Stage:
                 if self._bring(at):
                     self._brought = at
             except Exception as error:
-                self._trouble = explain(error) or Stop(Exit.BUG, f"staging: {error!r}", "a local disk", "data.stage=null reads the source")
+                self._trouble = explain(error) or Stop(
+                    Exit.BUG, f"staging: {error!r}", "a local disk", "data.stage=null reads the source"
+                )
                 return
 
     def _bring(self, at: tuple[int, int]) -> bool:
@@ -127,6 +138,9 @@ class Stage:
             return
         if digest.hexdigest() != about["sha256"]:
             raise Stop(
-                Exit.DAMAGED, f"{source} is not as it was prepared", "the sha256 of dataset.json", "reconverge check DIR names the fault"
+                Exit.DAMAGED,
+                f"{source} is not as it was prepared",
+                "the sha256 of dataset.json",
+                "reconverge check DIR names the fault",
             )
         draft.rename(self.folder / staged_name(shard))

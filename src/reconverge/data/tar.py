@@ -1,7 +1,7 @@
 """Tar archives, read strictly: what is not a whole archive is an error, never a shorter list.
 
-Python's tarfile and webdataset take a damaged header or a cut between two members for the end of the archive, and what
-followed is silently gone. Here an archive ends with its end-of-archive block, or it is damaged.
+Python's tarfile and webdataset take a damaged header or a cut between two members for the end of the archive,
+and what followed is silently gone. Here an archive ends with its end-of-archive block, or it is damaged.
 """
 
 import tarfile
@@ -22,12 +22,16 @@ class Member(NamedTuple):
     size: int  # bytes
 
 
-def members(file: BinaryIO, where: str, end: int | None = None, largest: int | None = LARGEST) -> Iterator[Member]:
-    """Regular files of the archive that begins at the file's position and, if it lies in another one, takes up to `end`.
+def members(
+    file: BinaryIO, where: str, end: int | None = None, largest: int | None = LARGEST
+) -> Iterator[Member]:
+    """Regular files of the archive that begins at the file's position and, if it lies in another one, takes
+    up to `end`.
 
-    The file is left at each member's data; it is only ever moved forward, so a gzip stream will do. `where` names the
-    archive in messages, `largest` bounds the size of a member (None: archives of archives).
-    Errors: Stop(DAMAGED) for a header that is not one, a cut, or a missing end; for absolute paths, "..", links and devices.
+    The file is left at each member's data; it is only ever moved forward, so a gzip stream will do. `where`
+    names the archive in messages, `largest` bounds the size of a member (None: archives of archives). Errors:
+    Stop(DAMAGED) for a header that is not one, a cut, or a missing end; for absolute paths, "..", links and
+    devices.
     """
     name, at = "", file.tell()
     while True:
@@ -42,7 +46,9 @@ def members(file: BinaryIO, where: str, end: int | None = None, largest: int | N
         start, at = at + BLOCK, at + BLOCK + -(-header.size // BLOCK) * BLOCK
         said = name or header.name
         if (end is not None and at > end) or header.size < 0:
-            raise _damaged(f"{where}, {said}, byte {start}", "runs over the end of the member that it lies in")
+            raise _damaged(
+                f"{where}, {said}, byte {start}", "runs over the end of the member that it lies in"
+            )
         if header.type in (LONG_NAME, EXTENDED, GLOBAL):
             if header.size > 1 << 16:
                 raise _damaged(f"{where}, byte {start}", f"has a header of {header.size} bytes")
@@ -58,14 +64,20 @@ def members(file: BinaryIO, where: str, end: int | None = None, largest: int | N
         else:
             refuse_path(said, where)
             if largest is not None and header.size > largest:
-                raise _damaged(f"{where}, {said}, byte {start}", f"claims {header.size} bytes, more than the {largest} allowed")
+                raise _damaged(
+                    f"{where}, {said}, byte {start}",
+                    f"claims {header.size} bytes, more than the {largest} allowed",
+                )
             yield Member(said, start, header.size)
             name = ""
         file.seek(at)
 
 
 def read(file: BinaryIO, member: Member, where: str) -> bytes:
-    """The member's bytes; the file stands where `members` left it. Errors: Stop(DAMAGED) if they are cut short."""
+    """The member's bytes; the file stands where `members` left it.
+
+    Errors: Stop(DAMAGED) if they are cut short.
+    """
     return _take(file, member.size, where, member.start, f"is cut off in {member.name}")
 
 
@@ -83,7 +95,7 @@ def _take(file: BinaryIO, size: int, where: str, at: int, trouble: str) -> bytes
 
 
 def _expect_zeros(file: BinaryIO, where: str, at: int, end: int | None) -> None:
-    """After the end-of-archive block come zeros alone; anything else is a member whose header was wiped out."""
+    """After the end-of-archive block come zeros alone; anything else is a member without its header."""
     while end is None or file.tell() < end:
         rest = file.read(1 << 16 if end is None else min(1 << 16, end - file.tell()))
         if rest.strip(b"\0"):
@@ -107,5 +119,8 @@ def _path_of(extra: bytes) -> str:
 
 def _damaged(what: str, trouble: str) -> Stop:
     return Stop(
-        Exit.DAMAGED, f"{what}: {trouble}", "whole tar archives of plain files with relative paths", "download or copy the archive again"
+        Exit.DAMAGED,
+        f"{what}: {trouble}",
+        "whole tar archives of plain files with relative paths",
+        "download or copy the archive again",
     )

@@ -1,4 +1,6 @@
-"""From the bytes of an image file to augmented uint8 pixels, in a data worker: timm's own transforms, up to where the device takes over."""
+"""From the bytes of an image file to augmented uint8 pixels, in a data worker: timm's own transforms, up to
+where the device takes over.
+"""
 
 import math
 import random
@@ -18,11 +20,12 @@ Transform = Callable[[bytes], np.ndarray]
 
 
 def training(augment: Augment, mean: list[float], decode: str = "exact") -> Transform:
-    """Random resized crop, flip, RandAugment: uint8 (size, size, 3). Draws from the global generators. Errors: Undecodable.
+    """Random resized crop, flip, RandAugment: uint8 (size, size, 3). Draws from the global generators.
+    Errors: Undecodable.
 
-    Draws and pixels are those of timm's transforms_imagenet_train; normalising and erasing are left to the device. Colour jitter
-    is off: the published command asks for 0.4, which timm drops wherever RandAugment is on. `mean` fills what a rotation uncovers.
-    `decode`: exact or fast, see decode.py.
+    Draws and pixels are those of timm's transforms_imagenet_train; normalising and erasing are left to the
+    device. Colour jitter is off: the published command asks for 0.4, which timm drops wherever RandAugment is
+    on. `mean` fills what a rotation uncovers. `decode`: exact or fast, see decode.py.
     """
     first, auto, _ = transforms_imagenet_train(
         augment.size,
@@ -64,17 +67,23 @@ AFFINE = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXR
 
 
 class Movable:
-    """An image as timm's affine operations see it: they turn their draw into a matrix and ask for transform(), which is native here."""
+    """An image as timm's affine operations see it: they turn their draw into a matrix and ask for
+    transform(), which is native here.
+    """
 
     rotate = Image.Image.rotate  # Pillow's own way from degrees to a matrix; it ends in transform()
 
     def __init__(self, image: Image.Image):
         self._image, self.size = image, image.size
 
-    def __getattr__(self, name: str) -> Any:  # copy() and transpose() of a rotation by nothing or by a right angle
+    def __getattr__(
+        self, name: str
+    ) -> Any:  # copy() and transpose() of a rotation by nothing or by a right angle
         return getattr(self._image, name)
 
-    def transform(self, size: Any, method: Any, matrix: Any, resample: int, fillcolor: tuple[int, int, int]) -> Image.Image:
+    def transform(
+        self, size: Any, method: Any, matrix: Any, resample: int, fillcolor: tuple[int, int, int]
+    ) -> Image.Image:
         library = native.chosen()
         if library is None:
             return self._image.transform(size, method, matrix, resample, fillcolor=fillcolor)
@@ -92,8 +101,14 @@ def evaluation(evaluate: Evaluate) -> Transform:
     def transform(data: bytes) -> np.ndarray:
         width, height = dimensions(data)
         short = min(width, height)
-        resized = (side, side) if evaluate.mode == "squash" else (int(side * width / short), int(side * height / short))
-        pixels = np.asarray(crop_and_resize(data, (0, 0, width, height), resized, evaluate.interpolation, fast=False))
+        resized = (
+            (side, side)
+            if evaluate.mode == "squash"
+            else (int(side * width / short), int(side * height / short))
+        )
+        pixels = np.asarray(
+            crop_and_resize(data, (0, 0, width, height), resized, evaluate.interpolation, fast=False)
+        )
         left, top = (round((length - size) / 2) for length in resized)
         return pixels[top : top + size, left : left + size]
 

@@ -25,22 +25,33 @@ class Published(NamedTuple):
     macs: float | None  # billions, of one image
     top1: float | None = None  # percent on ImageNet-1K, trained on it alone
     top1_22k: float | None = None  # percent on ImageNet-1K, pre-trained on ImageNet-22K
-    counted: tuple[float, float] | None = None  # parameters and macs that a count must give where that is not what is printed
+    counted: tuple[float, float] | None = (
+        None  # parameters and macs that a count must give where that is not what is printed
+    )
     note: str = ""  # why; or what else is printed
 
 
 @dataclass(frozen=True)
 class Spec:
-    build: Callable[[settings.Model, int], nn.Module]  # (settings, classes); draws from the global generators, in a keyed scope
-    initialise: Callable[[nn.Module, int], None] | None  # (model, seed): the initial weights; None: those that `build` drew
+    build: Callable[
+        [settings.Model, int], nn.Module
+    ]  # (settings, classes); draws from the global generators, in a keyed scope
+    initialise: (
+        Callable[[nn.Module, int], None] | None
+    )  # (model, seed): the initial weights; None: those that `build` drew
     published: tuple[Published, ...]
     source: str
-    fixed_size: int | None = None  # pixels, side of the images that it is built for unless model.image_size says; None: it takes any
+    fixed_size: int | None = (
+        # pixels, side of the images that it is built for unless model.image_size says; None: it takes any
+        None
+    )
 
     def count(self, model: settings.Model, size: int) -> tuple[float, float]:
-        """Parameters in millions, and multiply-adds in billions of one image of `size` pixels, with 1000 classes.
+        """Parameters in millions, and multiply-adds in billions of one image of `size` pixels, with 1000
+        classes.
 
-        Counted on the meta device: nothing is allocated. Multiply-adds are those of convolutions, linear layers and attention.
+        Counted on the meta device: nothing is allocated. Multiply-adds are those of convolutions, linear
+        layers and attention.
         """
         model = replace(model, image_size=size if self.fixed_size else None)
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -50,7 +61,8 @@ class Spec:
 
 
 def build(model: settings.Model, classes: int, seed: int) -> nn.Module:
-    """A classifier of `classes` with the initial weights of `seed`, on the CPU, stochastic depth taking its masks as data.
+    """A classifier of `classes` with the initial weights of `seed`, on the CPU, stochastic depth taking its
+    masks as data.
 
     Errors: Stop(USAGE).
     """
@@ -77,9 +89,11 @@ def on_meta(model: settings.Model, classes: int) -> nn.Module:
 
 
 def refuse_sizes(net: nn.Module, sizes: dict[str, int]) -> None:
-    """Where the model leaves nothing of an image of these sides, setting -> pixels: its forward pass is tried on the meta device.
+    """Where the model leaves nothing of an image of these sides, setting -> pixels: its forward pass is tried
+    on the meta device.
 
-    Errors: Stop(USAGE). A model that the meta device cannot run at any size is let pass: its size is not what is wrong.
+    Errors: Stop(USAGE). A model that the meta device cannot run at any size is let pass: its size is not what
+    is wrong.
     """
     weights = {name: tensor.to("meta") for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
     trained = net.training
@@ -95,10 +109,15 @@ def refuse_sizes(net: nn.Module, sizes: dict[str, int]) -> None:
     with torch.no_grad():
         for setting, size in sizes.items():
             if (said := fault(size)) and (
-                fitting := next((other for other in (16, 32, 64, 96, 128, 224, 256, 384, 512) if not fault(other)), 0)
+                fitting := next(
+                    (other for other in (16, 32, 64, 96, 128, 224, 256, 384, 512) if not fault(other)), 0
+                )
             ):
                 raise Stop(
-                    Exit.USAGE, f"{setting}={size}: {said}", f"a size that the model takes, such as {fitting}", f"{setting}={fitting}"
+                    Exit.USAGE,
+                    f"{setting}={size}: {said}",
+                    f"a size that the model takes, such as {fitting}",
+                    f"{setting}={fitting}",
                 )
     net.train(trained)
 
@@ -108,10 +127,17 @@ def find(model: settings.Model) -> Spec:
     if model.timm is not None:
         if not timm.is_model(model.timm):
             near = difflib.get_close_matches(model.timm, timm.list_models(), n=3, cutoff=0)
-            raise Stop(Exit.USAGE, f"model.timm={model.timm}", "a name of timm.list_models()", f"model.timm={' or '.join(near)}")
+            raise Stop(
+                Exit.USAGE,
+                f"model.timm={model.timm}",
+                "a name of timm.list_models()",
+                f"model.timm={' or '.join(near)}",
+            )
         return _timm(model.timm, "not in the paper", Published(_fixed_size(model.timm) or 224, None, None))
     if model.name not in MODELS:
-        raise Stop(Exit.USAGE, f"model.name={model.name}", f"the table MODELS: {', '.join(MODELS)}", "model=NAME")
+        raise Stop(
+            Exit.USAGE, f"model.name={model.name}", f"the table MODELS: {', '.join(MODELS)}", "model=NAME"
+        )
     return MODELS[model.name]
 
 
@@ -120,13 +146,23 @@ def _fitting(model: settings.Model) -> Spec:
     spec = find(model)
     if spec.fixed_size and model.image_size is None:
         size = f"model.image_size={spec.fixed_size}"
-        raise Stop(Exit.USAGE, f"model={model.name} without model.image_size", "the size of the images: it is built for one", size)
+        raise Stop(
+            Exit.USAGE,
+            f"model={model.name} without model.image_size",
+            "the size of the images: it is built for one",
+            size,
+        )
     if model.image_size is not None and not spec.fixed_size:
-        raise Stop(Exit.USAGE, f"model.image_size={model.image_size} with {model.name}", "null: it takes any size", "model.image_size=null")
+        raise Stop(
+            Exit.USAGE,
+            f"model.image_size={model.image_size} with {model.name}",
+            "null: it takes any size",
+            "model.image_size=null",
+        )
     return spec
 
 
-# ---- initial weights ------------------------------------------------------------------------------------------------
+# ---- initial weights ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -139,10 +175,11 @@ def _initialise(layers: Iterable[tuple[str, nn.Module]], seed: int) -> None:
 
 
 def truncated_normal(net: nn.Module, seed: int) -> None:
-    """Convolutions and linear layers truncated normal of deviation 0.02, biases 0 (official code; Table 5's 0.2 is a misprint).
+    """Convolutions and linear layers truncated normal of deviation 0.02, biases 0 (official code; Table 5's
+    0.2 is a misprint).
 
-    Each weight has a key of its own, its name: nothing hangs on the order of the modules. torch's initialiser and not timm's,
-    which leaves a few weights at 100 deviations.
+    Each weight has a key of its own, its name: nothing hangs on the order of the modules. torch's initialiser
+    and not timm's, which leaves a few weights at 100 deviations.
     """
     _initialise(net.named_modules(), seed)
 
@@ -152,7 +189,7 @@ def truncated_normal_head(net: nn.Module, seed: int) -> None:
     _initialise([("head", net.get_submodule("head"))], seed)
 
 
-# ---- the kinds of models --------------------------------------------------------------------------------------------
+# ---- the kinds of models -----------------------------------------------------------------------------------
 
 
 def _convnext(timm_name: str, source: str, *published: Published) -> Spec:
@@ -178,10 +215,14 @@ def _steps(prefix: str, regime: dict[str, roadmap.Step], source: str) -> dict[st
         def build(model: settings.Model, classes: int) -> nn.Module:
             return roadmap.Roadmap(design, classes, model.drop_path, model.layer_scale)
 
-        return Spec(build, truncated_normal if design.downsampling else truncated_normal_head, (published,), source)
+        return Spec(
+            build, truncated_normal if design.downsampling else truncated_normal_head, (published,), source
+        )
 
     return {
-        prefix + name: step(design, Published(224, row.parameters, row.macs, row.top1, counted=row.counted, note=row.note))
+        prefix + name: step(
+            design, Published(224, row.parameters, row.macs, row.top1, counted=row.counted, note=row.note)
+        )
         for (name, row), design in zip(regime.items(), roadmap.designs(regime), strict=True)
     }
 
@@ -192,7 +233,10 @@ def _timm(name: str, source: str, *published: Published) -> Spec:
     def build(model: settings.Model, classes: int) -> nn.Module:
         if model.layer_scale is not None:
             raise Stop(
-                Exit.USAGE, f"model.layer_scale={model.layer_scale} with {name}", "null: its constructor decides", "model.layer_scale=null"
+                Exit.USAGE,
+                f"model.layer_scale={model.layer_scale} with {name}",
+                "null: its constructor decides",
+                "model.layer_scale=null",
             )
         options: dict[str, Any] = {"img_size": model.image_size} if model.image_size else {}
         if model.drop_path:
@@ -202,7 +246,10 @@ def _timm(name: str, source: str, *published: Published) -> Spec:
         except (TypeError, ValueError, AssertionError) as error:
             given = ", ".join(f"{key}={value}" for key, value in options.items())
             raise Stop(
-                Exit.USAGE, f"{name} with {given}", f"what timm's constructor takes: {error}", "model.drop_path=0, or the size"
+                Exit.USAGE,
+                f"{name} with {given}",
+                f"what timm's constructor takes: {error}",
+                "model.drop_path=0, or the size",
             ) from error
         _refuse(net, name, model)
         return net
@@ -238,18 +285,27 @@ def _refuse(net: nn.Module, name: str, model: settings.Model) -> None:
         )
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
-OTHERWISE = "published: a count whose rules are not given; counted: convolutions and linear layers, as timm builds them"
+OTHERWISE = (
+    "published: a count whose rules are not given; counted: convolutions and linear layers, as timm builds"
+    " them"
+)
 
 MODELS = {
     "convnext_atto": _convnext("convnext_atto", "timm; not in the paper", Published(224, 3.70, 0.55)),
-    "convnext_t": _convnext("convnext_tiny", "Tables 1, 9", Published(224, 28.6, 4.5, 82.1, 82.9), Published(384, 28.6, 13.1, None, 84.1)),
-    "convnext_s": _convnext("convnext_small", "Table 1", Published(224, 50, 8.7, 83.1, 84.6), Published(384, 50, 25.5, None, 85.8)),
-    "convnext_b": _convnext("convnext_base", "Table 1", Published(224, 89, 15.4, 83.8, 85.8), Published(384, 89, 45.1, 85.1, 86.8, note="45.0 in the row without ImageNet-22K")),
-    "convnext_l": _convnext("convnext_large", "Table 1", Published(224, 198, 34.4, 84.3, 86.6), Published(384, 198, 101.0, 85.5, 87.5)),
-    "convnext_xl": _convnext("convnext_xlarge", "Table 1", Published(224, 350, 60.9, None, 87.0), Published(384, 350, 179.0, None, 87.8)),
-    "convnext_iso_s": _isotropic(384, 18, "Table 2", Published(224, 22, 4.3, 79.7, note="the official repository says 78.7")),
+    "convnext_t": _convnext("convnext_tiny", "Tables 1, 9", Published(224, 28.6, 4.5, 82.1, 82.9),
+        Published(384, 28.6, 13.1, None, 84.1)),
+    "convnext_s": _convnext("convnext_small", "Table 1", Published(224, 50, 8.7, 83.1, 84.6),
+        Published(384, 50, 25.5, None, 85.8)),
+    "convnext_b": _convnext("convnext_base", "Table 1", Published(224, 89, 15.4, 83.8, 85.8),
+        Published(384, 89, 45.1, 85.1, 86.8, note="45.0 in the row without ImageNet-22K")),
+    "convnext_l": _convnext("convnext_large", "Table 1", Published(224, 198, 34.4, 84.3, 86.6),
+        Published(384, 198, 101.0, 85.5, 87.5)),
+    "convnext_xl": _convnext("convnext_xlarge", "Table 1", Published(224, 350, 60.9, None, 87.0),
+        Published(384, 350, 179.0, None, 87.8)),
+    "convnext_iso_s": _isotropic(384, 18, "Table 2",
+        Published(224, 22, 4.3, 79.7, note="the official repository says 78.7")),
     "convnext_iso_b": _isotropic(768, 18, "Table 2", Published(224, 87, 16.9, 82.0)),
     "convnext_iso_l": _isotropic(1024, 36, "Table 2", Published(224, 306, 59.7, 82.6)),
     **_steps("roadmap_", roadmap.RESNET_50, "Table 10; parameters: the authors' code"),
@@ -259,18 +315,28 @@ MODELS = {
     "deit_s": _timm("deit_small_patch16_224", "Table 1", Published(224, 22, 4.6, 79.8)),
     "deit_b": _timm("deit_base_patch16_224", "Table 1", Published(224, 87, 17.6, 81.8)),
     "vit_s": _timm("vit_small_patch16_224", "Table 2", Published(224, 22, 4.6, 79.8)),
-    "vit_b": _timm("vit_base_patch16_224", "Tables 1, 2", Published(224, 87, 17.6, 81.8), Published(384, 87, 55.5, None, 85.4)),
-    "vit_l": _timm("vit_large_patch16_224", "Tables 1, 2", Published(224, 304, 61.6, 82.6), Published(384, 305, 191.1, None, 86.8)),
+    "vit_b": _timm("vit_base_patch16_224", "Tables 1, 2", Published(224, 87, 17.6, 81.8),
+        Published(384, 87, 55.5, None, 85.4)),
+    "vit_l": _timm("vit_large_patch16_224", "Tables 1, 2", Published(224, 304, 61.6, 82.6),
+        Published(384, 305, 191.1, None, 86.8)),
     "swin_t": _timm("swin_tiny_patch4_window7_224", "Table 1", Published(224, 28, 4.5, 81.3)),
     "swin_s": _timm("swin_small_patch4_window7_224", "Table 1", Published(224, 50, 8.7, 83.0)),
     "swin_b": _timm("swin_base_patch4_window7_224", "Table 1", Published(224, 88, 15.4, 83.5, 85.2)),
-    "swin_b_384": _timm("swin_base_patch4_window12_384", "Table 1", Published(384, 88, 47.1, 84.5, 86.4, note="47.0 in the row with ImageNet-22K")),
+    "swin_b_384": _timm("swin_base_patch4_window12_384", "Table 1",
+        Published(384, 88, 47.1, 84.5, 86.4, note="47.0 in the row with ImageNet-22K")),
     "swin_l": _timm("swin_large_patch4_window7_224", "Table 1", Published(224, 197, 34.5, None, 86.3)),
     "swin_l_384": _timm("swin_large_patch4_window12_384", "Table 1", Published(384, 197, 103.9, None, 87.3)),
-    "regnety_16g": _timm("regnety_160", "Table 1", Published(224, 84, 16.0, 82.9, counted=(83.59, 15.91), note="published: the 16 of its name")),
-    "effnet_b7": _timm("tf_efficientnet_b7", "Table 1", Published(600, 66, 37.0, 84.3, counted=(66.35, 37.75), note=OTHERWISE)),
-    "effnetv2_l": _timm("tf_efficientnetv2_l", "Table 1", Published(480, 120, 53.0, 85.7, 86.8, counted=(118.52, 56.08), note=OTHERWISE)),
-    "effnetv2_xl": _timm("tf_efficientnetv2_xl", "Table 1", Published(480, 208, 94.0, None, 87.3, counted=(208.12, 82.05), note="published: nearer to images of 512 px (93.35 counted) than to the 480 of Table 1")),
-    "r101x3": _timm("resnetv2_101x3_bit", "Table 1", Published(384, 388, 204.6, None, 84.4, counted=(387.93, 204.21), note=OTHERWISE)),
-    "r152x4": _timm("resnetv2_152x4_bit", "Table 1", Published(480, 937, 840.5, None, 85.4, counted=(936.53, 839.25), note=OTHERWISE)),
+    "regnety_16g": _timm("regnety_160", "Table 1",
+        Published(224, 84, 16.0, 82.9, counted=(83.59, 15.91), note="published: the 16 of its name")),
+    "effnet_b7": _timm("tf_efficientnet_b7", "Table 1",
+        Published(600, 66, 37.0, 84.3, counted=(66.35, 37.75), note=OTHERWISE)),
+    "effnetv2_l": _timm("tf_efficientnetv2_l", "Table 1",
+        Published(480, 120, 53.0, 85.7, 86.8, counted=(118.52, 56.08), note=OTHERWISE)),
+    "effnetv2_xl": _timm("tf_efficientnetv2_xl", "Table 1",
+        Published(480, 208, 94.0, None, 87.3, counted=(208.12, 82.05),
+            note="published: nearer to images of 512 px (93.35 counted) than to the 480 of Table 1")),
+    "r101x3": _timm("resnetv2_101x3_bit", "Table 1",
+        Published(384, 388, 204.6, None, 84.4, counted=(387.93, 204.21), note=OTHERWISE)),
+    "r152x4": _timm("resnetv2_152x4_bit", "Table 1",
+        Published(480, 937, 840.5, None, 85.4, counted=(936.53, 839.25), note=OTHERWISE)),
 }  # fmt: skip

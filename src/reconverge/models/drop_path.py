@@ -1,6 +1,8 @@
-"""Stochastic depth whose masks are data: drawn once per microbatch from its key and handed to the model with the images.
+"""Stochastic depth whose masks are data: drawn once per microbatch from its key and handed to the model with
+the images.
 
-So neither splitting or joining forward passes, nor torch.compile, activation checkpointing or the device changes them.
+So neither splitting or joining forward passes, nor torch.compile, activation checkpointing or the device
+changes them.
 """
 
 import torch
@@ -11,7 +13,9 @@ from reconverge import chance
 
 
 class StochasticDepth(nn.Module):
-    """Takes timm's DropPath's place: multiplies each image's branch by its entry of the mask (0, or 1 / keep rate)."""
+    """Takes timm's DropPath's place: multiplies each image's branch by its entry of the mask (0, or 1 / keep
+    rate).
+    """
 
     def __init__(self, rate: float):
         super().__init__()
@@ -29,7 +33,9 @@ class StochasticDepth(nn.Module):
 
 
 class Masked(nn.Module):
-    """A classifier called with its images and their masks: forward((N, 3, H, W), (drops, N)) -> logits (N, classes)."""
+    """A classifier called with its images and their masks: forward((N, 3, H, W), (drops, N)) -> logits (N,
+    classes).
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()

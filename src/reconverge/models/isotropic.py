@@ -1,4 +1,6 @@
-"""The isotropic ConvNeXts (section 3.3 and Table 2): ViT's layout with ConvNeXt's block, one width, no downsampling after the stem."""
+"""The isotropic ConvNeXts (section 3.3 and Table 2): ViT's layout with ConvNeXt's block, one width, no
+downsampling after the stem.
+"""
 
 import torch
 from timm.models.convnext import ConvNeXtBlock
@@ -7,13 +9,18 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Isotropic(nn.Module):
-    """(N, 3, H, W) -> logits (N, classes); H and W are multiples of 16. `layer_scale` None: no layer scale, as published for S and B."""
+    """(N, 3, H, W) -> logits (N, classes); H and W are multiples of 16.
+
+    `layer_scale` None: no layer scale, as published for S and B.
+    """
 
     def __init__(self, width: int, depth: int, classes: int, drop_path: float, layer_scale: float | None):
         super().__init__()
         rates = [drop_path * block / (depth - 1) for block in range(depth)]
         self.stem = nn.Conv2d(3, width, kernel_size=16, stride=16)
-        self.blocks = nn.Sequential(*[ConvNeXtBlock(width, ls_init_value=layer_scale, drop_path=rate) for rate in rates])
+        self.blocks = nn.Sequential(
+            *[ConvNeXtBlock(width, ls_init_value=layer_scale, drop_path=rate) for rate in rates]
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, classes)
         self.recompute = False
@@ -21,7 +28,11 @@ class Isotropic(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.recompute and torch.is_grad_enabled()
+                else block(x)
+            )
         return self.head(self.norm(x.mean((2, 3))))
 
     # By timm's names, so that nothing else need know whose model it is.

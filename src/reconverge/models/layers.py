@@ -1,4 +1,6 @@
-"""Which layer of its model a parameter belongs to, for learning rates that fall layer by layer towards the stem."""
+"""Which layer of its model a parameter belongs to, for learning rates that fall layer by layer towards the
+stem.
+"""
 
 import re
 
@@ -9,13 +11,17 @@ from reconverge.errors import Exit, Stop
 
 
 def layers(model: nn.Module, rule: str) -> dict[str, int]:
-    """Parameter name -> layer: 0 for the stem, the largest number for the head. `rule`: auto, stages or blocks. Errors: Stop(USAGE)."""
+    """Parameter name -> layer: 0 for the stem, the largest number for the head.
+
+    `rule`: auto, stages or blocks. Errors: Stop(USAGE).
+    """
     if rule == "stages" or (rule == "auto" and isinstance(model, ConvNeXt)):
         if not isinstance(model, ConvNeXt):
             raise Stop(
                 Exit.USAGE,
                 f"optim.layer_groups=stages with a {type(model).__name__}",
-                "stages: the groups published for ConvNeXt's four stages; blocks: one group a block, for any model",
+                "stages: the groups published for ConvNeXt's four stages; blocks: one group a block, for any"
+                " model",
                 "optim.layer_groups=blocks",
             )
         blocks = len(model.stages[2].blocks)  # type: ignore[union-attr,arg-type]
@@ -31,10 +37,12 @@ def layers(model: nn.Module, rule: str) -> dict[str, int]:
 
 
 def _stages(name: str, blocks: int) -> int:
-    """The published groups of a ConvNeXt by timm's names, three consecutive blocks of its third stage each a group.
+    """The published groups of a ConvNeXt by timm's names, three consecutive blocks of its third stage each a
+    group.
 
-    12 groups and the head where that stage has 27 blocks (official code's optim_factory), 6 and the head where it has 9
-    (the authors' detection and segmentation code, for T). A downsampling layer goes with the first group of its stage.
+    12 groups and the head where that stage has 27 blocks (official code's optim_factory), 6 and the head
+    where it has 9 (the authors' detection and segmentation code, for T). A downsampling layer goes with the
+    first group of its stage.
     """
     last = 3 + -(-blocks // 3)  # the group of the fourth stage
     if name.startswith("stem."):

@@ -1,11 +1,15 @@
-"""The names that other code gives to ConvNeXt's weights, and ours, which are timm's. Pure functions of names and tensors."""
+"""The names that other code gives to ConvNeXt's weights, and ours, which are timm's.
+
+Pure functions of names and tensors.
+"""
 
 import re
 from typing import NamedTuple
 
 from torch import Tensor
 
-# name -> how it is known, and (their name, ours) as regular expressions; a name that none fits stays as it is, and is then unexpected.
+# name -> how it is known, and (their name, ours) as regular expressions; a name that none fits stays as it
+# is, and is then unexpected.
 LAYOUTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "official ConvNeXt": (
         r"downsample_layers\.0\.0\.weight",
@@ -45,7 +49,9 @@ LAYOUTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
 
 
 def stripped(name: str) -> str:
-    """Without the prefixes that DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) put before and into names."""
+    """Without the prefixes that DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) put
+    before and into names.
+    """
     return re.sub(r"^(module\.)+", "", re.sub(r"(^|\.)_orig_mod\.", r"\1", name))
 
 
@@ -56,10 +62,14 @@ class Entry(NamedTuple):
 
 
 def converted(tensors: dict[str, Tensor]) -> tuple[str | None, list[Entry]]:
-    """The layout that the names betray (None: ours, or none that is known), and every tensor by our name and theirs."""
+    """The layout that the names betray (None: ours, or none that is known), and every tensor by our name and
+    theirs.
+    """
     for layout, (sign, rules) in LAYOUTS.items():
         if any(re.fullmatch(sign, name) for name in tensors):
-            return layout, [Entry(_renamed(name, rules), name, _gamma(name, tensor)) for name, tensor in tensors.items()]
+            return layout, [
+                Entry(_renamed(name, rules), name, _gamma(name, tensor)) for name, tensor in tensors.items()
+            ]
     return None, [Entry(name, name, tensor) for name, tensor in tensors.items()]
 
 

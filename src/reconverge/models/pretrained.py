@@ -24,8 +24,12 @@ from reconverge import chance, checkpoint
 from reconverge.data.files import sha256_of
 from reconverge.errors import Exit, Stop, explain
 
-FORMS = "runs/NAME, one of its checkpoints, a .safetensors, .pth or .pt file, a folder with config.json, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME"  # fmt: skip
-# The names by which training code saves its two sets of weights: the official ConvNeXt's, DeiT's and Swin's; timm's.
+FORMS = (
+    "runs/NAME, one of its checkpoints, a .safetensors, .pth or .pt file, a folder with config.json,"
+    " timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME"
+)
+# The names by which training code saves its two sets of weights: the official ConvNeXt's, DeiT's and Swin's;
+# timm's.
 SETS = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
 LOCAL_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order
 
@@ -52,7 +56,9 @@ def read(init: str) -> Pretrained:
     scheme, _, name = rest.partition(":")
     if scheme in DOWNLOADS and not Path(rest).exists():
         if wanted:
-            raise Stop(Exit.USAGE, f"init={init}", f"{scheme}:NAME: it has one set of weights", f"init={rest}")
+            raise Stop(
+                Exit.USAGE, f"init={init}", f"{scheme}:NAME: it has one set of weights", f"init={rest}"
+            )
         return DOWNLOADS[scheme](name)
     path = Path(rest).expanduser()
     if not path.exists():
@@ -71,12 +77,19 @@ def _folder(path: Path, wanted: str) -> Pretrained:
     is_run = (path / "checkpoints").is_dir() or path.absolute().parent.name == "checkpoints"
     is_timm = (path / "config.json").exists()
     if is_run and is_timm:
-        raise Stop(Exit.USAGE, f"init={path} holds checkpoints/ and config.json", "a run or a timm folder", "name a checkpoint or the file")
+        raise Stop(
+            Exit.USAGE,
+            f"init={path} holds checkpoints/ and config.json",
+            "a run or a timm folder",
+            "name a checkpoint or the file",
+        )
     if is_run:
         return _run(path, wanted or "raw")
     if is_timm:
         return _timm_folder(path, wanted)
-    raise Stop(Exit.MISSING, f"init={path} is a folder without checkpoints/ or config.json", FORMS, "the path")
+    raise Stop(
+        Exit.MISSING, f"init={path} is a folder without checkpoints/ or config.json", FORMS, "the path"
+    )
 
 
 def _run(path: Path, wanted: str) -> Pretrained:
@@ -85,11 +98,18 @@ def _run(path: Path, wanted: str) -> Pretrained:
     run = chosen.parents[1]
     files = {"raw": chosen / "model.safetensors", "ema": chosen / "ema.safetensors"}
     if not files[wanted].exists():
-        raise Stop(Exit.USAGE, f"init={path}:{wanted}, and {chosen} has no EMA weights", "the raw weights", f"init={path}")
+        raise Stop(
+            Exit.USAGE,
+            f"init={path}:{wanted}, and {chosen} has no EMA weights",
+            "the raw weights",
+            f"init={path}",
+        )
     try:
         classes = (run / "classes.txt").read_text().splitlines()
     except FileNotFoundError:
-        raise Stop(Exit.MISSING, f"{run} has no classes.txt", "a run's folder as it was left", "restore the file") from None
+        raise Stop(
+            Exit.MISSING, f"{run} has no classes.txt", "a run's folder as it was left", "restore the file"
+        ) from None
     step = json.loads((chosen / "state.json").read_text())["step"]
     digest = json.loads((chosen / "MANIFEST.json").read_text())["files"][files[wanted].name]["sha256"]
     text = f"{path}: {wanted} weights of run {run.name} after step {step}"
@@ -97,7 +117,14 @@ def _run(path: Path, wanted: str) -> Pretrained:
     return Pretrained(
         safetensors.torch.load_file(files[wanted]),
         classes,
-        {"text": text, "run": run.name, "step": step, "weights": wanted, "path": str(files[wanted]), "sha256": digest},
+        {
+            "text": text,
+            "run": run.name,
+            "step": step,
+            "weights": wanted,
+            "path": str(files[wanted]),
+            "sha256": digest,
+        },
     )
 
 
@@ -105,7 +132,9 @@ def _timm_config(path: Path) -> tuple[str, Any]:
     """Architecture and label names of timm's config.json. Errors: Stop(DAMAGED)."""
     try:
         config = json.loads((path / "config.json").read_text())
-        return str(config["architecture"]), config.get("label_names", config.get("pretrained_cfg", {}).get("label_names"))
+        return str(config["architecture"]), config.get(
+            "label_names", config.get("pretrained_cfg", {}).get("label_names")
+        )
     except (ValueError, KeyError, AttributeError) as error:
         raise Stop(
             Exit.DAMAGED,
@@ -120,10 +149,17 @@ def _timm_folder(path: Path, wanted: str) -> Pretrained:
     architecture, names = _timm_config(path)
     found = [path / name for name in LOCAL_FILES if (path / name).exists()]
     if not found:
-        raise Stop(Exit.MISSING, f"init={path} has no weights", f"{' or '.join(LOCAL_FILES)} beside config.json", "the folder")
+        raise Stop(
+            Exit.MISSING,
+            f"init={path} has no weights",
+            f"{' or '.join(LOCAL_FILES)} beside config.json",
+            "the folder",
+        )
     weights = _file(found[0], wanted)
     origin = {**weights.origin, "architecture": architecture, "text": f"{found[0]}: {architecture}"}
-    return Pretrained(weights.tensors, [str(name) for name in names] if isinstance(names, list) else None, origin)
+    return Pretrained(
+        weights.tensors, [str(name) for name in names] if isinstance(names, list) else None, origin
+    )
 
 
 def _file(path: Path, wanted: str) -> Pretrained:
@@ -132,7 +168,9 @@ def _file(path: Path, wanted: str) -> Pretrained:
     if (path.parent / "MANIFEST.json").exists():
         # Its sha256, its classes and the name of its run would go unread.
         change = f"init={path.parent}{':ema' if path.stem == 'ema' else ''}"
-        raise Stop(Exit.USAGE, f"init={path} is a part of a checkpoint", "the folder of the checkpoint", change)
+        raise Stop(
+            Exit.USAGE, f"init={path} is a part of a checkpoint", "the folder of the checkpoint", change
+        )
     content = _load(path)
     tensors, chosen = content, "one set of weights"
     held = {kind: [key for key in keys if isinstance(content.get(key), dict)] for kind, keys in SETS.items()}
@@ -148,8 +186,15 @@ def _file(path: Path, wanted: str) -> Pretrained:
             )
         tensors, chosen = content[keys[0]], f"key {keys[0]}"
     elif wanted:
-        raise Stop(Exit.USAGE, f"init={path}:{wanted}", "no :raw or :ema: this file has one set of weights", f"init={path}")
-    if not tensors or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
+        raise Stop(
+            Exit.USAGE,
+            f"init={path}:{wanted}",
+            "no :raw or :ema: this file has one set of weights",
+            f"init={path}",
+        )
+    if not tensors or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
         raise Stop(
             Exit.USAGE,
             f"init={path}, whose keys are {', '.join(map(str, list(content)[:8]))}",
@@ -157,17 +202,24 @@ def _file(path: Path, wanted: str) -> Pretrained:
             "the file",
         )
     digest = sha256_of(path)
-    return Pretrained(tensors, None, {"text": f"{path}: {chosen}", "weights": chosen, "path": str(path.absolute()), "sha256": digest})
+    return Pretrained(
+        tensors,
+        None,
+        {"text": f"{path}: {chosen}", "weights": chosen, "path": str(path.absolute()), "sha256": digest},
+    )
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Tensors and plain values, with argparse.Namespace (the official checkpoints keep their options in one) and nothing else."""
+    """Tensors and plain values, with argparse.Namespace (the official checkpoints keep their options in one)
+    and nothing else.
+    """
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, EOFError, RuntimeError, ValueError, KeyError and more on broken files
+    # torch raises UnpicklingError, EOFError, RuntimeError, ValueError, KeyError and more on broken files
+    except Exception as error:
         if not isinstance(error, SafetensorError) and explain(error):
             raise
         raise _unreadable(str(path), error) from None
@@ -182,7 +234,12 @@ def _unreadable(init: str, error: Exception) -> Stop:
         reason = "not what torch.save writes"
     else:
         reason = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
-    return Stop(Exit.DAMAGED, f"{init}: {reason}", "a whole file of tensors and plain values; nothing of this one was run", "the file")
+    return Stop(
+        Exit.DAMAGED,
+        f"{init}: {reason}",
+        "a whole file of tensors and plain values; nothing of this one was run",
+        "the file",
+    )
 
 
 # ---- downloads, which the libraries keep in their own caches ----
@@ -190,7 +247,9 @@ def _unreadable(init: str, error: Exception) -> Stop:
 
 @contextmanager
 def _downloading(init: str) -> Iterator[None]:
-    """Whatever a library loads meanwhile is loaded as weights only, whichever its version; its failures become a Stop."""
+    """Whatever a library loads meanwhile is loaded as weights only, whichever its version; its failures
+    become a Stop.
+    """
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
@@ -214,24 +273,38 @@ def _downloading(init: str) -> Iterator[None]:
 
 
 def model(given: str) -> nn.Module:
-    """timm's own model with the weights of timm:NAME, hf-hub:OWNER/NAME or a folder that timm reads. Errors: Stop(USAGE, MISSING, DAMAGED)."""
+    """timm's own model with the weights of timm:NAME, hf-hub:OWNER/NAME or a folder that timm reads.
+
+    Errors: Stop(USAGE, MISSING, DAMAGED).
+    """
     scheme, _, name = given.partition(":")
     if scheme == "timm":
         if not timm.is_model_pretrained(name):
             known = timm.list_pretrained()
             near = difflib.get_close_matches(name, known, n=3, cutoff=0)
-            raise Stop(Exit.USAGE, f"timm:{name}", f"the {len(known)} names of timm.list_pretrained()", f"timm:{' or timm:'.join(near)}")
+            raise Stop(
+                Exit.USAGE,
+                f"timm:{name}",
+                f"the {len(known)} names of timm.list_pretrained()",
+                f"timm:{' or timm:'.join(near)}",
+            )
     elif scheme == "hf-hub":
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
             raise Stop(
-                Exit.USAGE, f"hf-hub:{name}", "hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION", "hf-hub:timm/convnext_tiny.fb_in1k"
+                Exit.USAGE,
+                f"hf-hub:{name}",
+                "hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION",
+                "hf-hub:timm/convnext_tiny.fb_in1k",
             )
         name = given
     else:
         folder = Path(given).expanduser()
         _timm_config(folder)
         name = f"local-dir:{folder}"
-    with _downloading(given), chance.scope("init", given):  # timm knows where the weights lie, and how old names became today's
+    with (
+        _downloading(given),
+        chance.scope("init", given),
+    ):  # timm knows where the weights lie, and how old names became today's
         return timm.create_model(name, pretrained=True)
 
 
@@ -241,18 +314,35 @@ def _created(given: str) -> Pretrained:
     known: Any = net.pretrained_cfg or {}
     architecture = f"{known.get('architecture', given)}.{known.get('tag') or '-'}".removesuffix(".-")
     names = known.get("label_names")
-    classes = [str(label) for label in names] if isinstance(names, list | tuple) and len(names) == net.num_classes else None
-    return Pretrained(tensors, classes, {"text": f"{given}: {architecture}", "architecture": architecture, "sha256": _digest(tensors)})
+    classes = (
+        [str(label) for label in names]
+        if isinstance(names, list | tuple) and len(names) == net.num_classes
+        else None
+    )
+    return Pretrained(
+        tensors,
+        classes,
+        {"text": f"{given}: {architecture}", "architecture": architecture, "sha256": _digest(tensors)},
+    )
 
 
 def _from_torchvision(name: str) -> Pretrained:
-    """`name`: a model with one set of weights, or a set by its full name, as ResNet50_Weights.IMAGENET1K_V2."""
+    """`name`: a model with one set of weights, or the full name of a set: ResNet50_Weights.IMAGENET1K_V2."""
     try:
-        sets = [torchvision.models.get_weight(name)] if "." in name else list(torchvision.models.get_model_weights(name))
+        sets = (
+            [torchvision.models.get_weight(name)]
+            if "." in name
+            else list(torchvision.models.get_model_weights(name))
+        )
     except (ValueError, KeyError):
-        near = difflib.get_close_matches(name, torchvision.models.list_models(module=torchvision.models), n=3, cutoff=0)
+        near = difflib.get_close_matches(
+            name, torchvision.models.list_models(module=torchvision.models), n=3, cutoff=0
+        )
         raise Stop(
-            Exit.USAGE, f"init=torchvision:{name}", "a model of torchvision, or the full name of its weights", f"init=torchvision:{near[0]}"
+            Exit.USAGE,
+            f"init=torchvision:{name}",
+            "a model of torchvision, or the full name of its weights",
+            f"init=torchvision:{near[0]}",
         ) from None
     if len(sets) > 1:
         full = [f"torchvision:{weights}" for weights in sets]
@@ -271,4 +361,6 @@ DOWNLOADS = {
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     """sha256 of names and values: of what came, wherever the library keeps the file."""
-    return sha256(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})).hexdigest()
+    return sha256(
+        safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    ).hexdigest()

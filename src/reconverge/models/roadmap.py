@@ -1,16 +1,19 @@
-"""The roadmap of section 2 (Tables 10 and 11): from ResNet-50 to ConvNeXt-T and from ResNet-200 to ConvNeXt-B, a switch a step.
+"""The roadmap of section 2 (Tables 10 and 11): from ResNet-50 to ConvNeXt-T and from ResNet-200 to
+ConvNeXt-B, a switch a step.
 
-The definitions follow what the authors' submission-time code computes, whose multiply-adds are those of the tables at every step.
-Where it and the paper are silent, or differ, this is what was chosen:
+The definitions follow what the authors' submission-time code computes, whose multiply-adds are those of the
+tables at every step. Where it and the paper are silent, or differ, this is what was chosen:
 
-- The last step is the published ConvNeXt: its layer norms after the stem, before each downsampling and before the head, layer scale,
-  and initial weights. The authors' code comes to its last step without them, by way of a layer norm before the head that is no row
-  of the tables; the paper says that separate downsampling diverges without the added norms.
-- Layer scale: none before the last step, as in the authors' commands, though the appendix may be read as 1e-6 for all steps
-  (model.layer_scale=1e-6 does that).
-- Initial weights before the last step: convolutions as PyTorch initialises them, the head truncated normal of deviation 0.02 with
-  biases 0, as in the authors' code.
-- Stochastic depth: linear over all blocks. The rate is the recipe's for the sizes t and b; for the ResNet-200 regime nothing is published.
+- The last step is the published ConvNeXt: its layer norms after the stem, before each downsampling and before
+  the head, layer scale, and initial weights. The authors' code comes to its last step without them, by way of
+  a layer norm before the head that is no row of the tables; the paper says that separate downsampling
+  diverges without the added norms.
+- Layer scale: none before the last step, as in the authors' commands, though the appendix may be read as 1e-6
+  for all steps (model.layer_scale=1e-6 does that).
+- Initial weights before the last step: convolutions as PyTorch initialises them, the head truncated normal of
+  deviation 0.02 with biases 0, as in the authors' code.
+- Stochastic depth: linear over all blocks. The rate is the recipe's for the sizes t and b; for the ResNet-200
+  regime nothing is published.
 """
 
 from dataclasses import dataclass, replace
@@ -29,16 +32,22 @@ class Design:
 
     depths: tuple[int, int, int, int] = (3, 4, 6, 3)  # blocks of each stage
     width: int = 64  # of the first stage; doubles from stage to stage
-    patchify: bool = False  # stem: a 4x4 convolution of stride 4, for 7x7 of stride 2, norm, activation and max pooling
+    patchify: bool = (
+        False  # stem: a 4x4 convolution of stride 4, for 7x7 of stride 2, norm, activation and max pooling
+    )
     depthwise: bool = False  # the spatial convolution has as many groups as channels
     inverted: bool = False  # C -> 4C -> C, for 4C -> C -> 4C
     depthwise_first: bool = False  # the spatial convolution comes before both 1x1s, for between them
     kernel: int = 3  # of the spatial convolution
     activation: type[nn.Module] = nn.ReLU
-    fewer_activations: bool = False  # only the one between the two 1x1s, for one after each convolution but the last, and after the sum
+    # only the one between the two 1x1s, for one after each convolution but the last, and after the sum
+    fewer_activations: bool = False
     fewer_norms: bool = False  # only the one before the first 1x1, for one after each convolution
-    layer_norm: bool = False  # over the channels, in the place of BatchNorm; the convolutions of blocks get biases
-    downsampling: bool = False  # layer norm and 2x2 of stride 2 between stages, for a stride and a projection in their first blocks
+    layer_norm: bool = (
+        False  # over the channels, in the place of BatchNorm; the convolutions of blocks get biases
+    )
+    # layer norm and 2x2 of stride 2 between stages, for a stride and a projection in their first blocks
+    downsampling: bool = False
 
     def norm(self, channels: int) -> nn.Module:
         return LayerNorm2d(channels, eps=1e-6) if self.layer_norm else nn.BatchNorm2d(channels)
@@ -73,9 +82,21 @@ RESNET_50 = {
     "12_fewer_activations": Step({"fewer_activations": True}, 4.15, 81.27, 25.86),
     "13_fewer_norms": Step({"fewer_norms": True}, 4.15, 81.41, 25.80),
     "14_layer_norm": Step(
-        {"layer_norm": True}, 4.46, 81.47, 25.84, (25.84, 4.15), note="published: a slip; Figure 2 says 4.2, and Table 11 no change"
+        {"layer_norm": True},
+        4.46,
+        81.47,
+        25.84,
+        (25.84, 4.15),
+        note="published: a slip; Figure 2 says 4.2, and Table 11 no change",
     ),
-    "15_downsampling": Step({"downsampling": True}, 4.49, 81.97, 28.59, (28.59, 4.46), note="published: a slip; ConvNeXt-T counts 4.46"),
+    "15_downsampling": Step(
+        {"downsampling": True},
+        4.49,
+        81.97,
+        28.59,
+        (28.59, 4.46),
+        note="published: a slip; ConvNeXt-T counts 4.46",
+    ),
 }
 RESNET_200 = {
     "00_resnet200": Step({"depths": (3, 24, 36, 3)}, 15.01, 81.14, 64.67),
@@ -109,7 +130,15 @@ def designs(regime: dict[str, Step]) -> list[Design]:
 class Block(nn.Module):
     """(N, before, H, W) -> (N, after, H / stride, W / stride): shortcut + branch."""
 
-    def __init__(self, design: Design, before: int, width: int, stride: int, drop_path: float, layer_scale: float | None):
+    def __init__(
+        self,
+        design: Design,
+        before: int,
+        width: int,
+        stride: int,
+        drop_path: float,
+        layer_scale: float | None,
+    ):
         super().__init__()
         after = design.outputs(width)
         # Channels before and after each convolution, and which of them is the spatial one.
@@ -123,7 +152,17 @@ class Block(nn.Module):
         for index, (inputs, outputs) in enumerate(pairwise(channels)):
             if index == spatial:
                 groups = inputs if design.depthwise else 1
-                layers.append(nn.Conv2d(inputs, outputs, design.kernel, stride, design.kernel // 2, groups=groups, bias=design.layer_norm))
+                layers.append(
+                    nn.Conv2d(
+                        inputs,
+                        outputs,
+                        design.kernel,
+                        stride,
+                        design.kernel // 2,
+                        groups=groups,
+                        bias=design.layer_norm,
+                    )
+                )
             else:
                 layers.append(nn.Conv2d(inputs, outputs, 1, bias=design.layer_norm))
             if index == 0 or not design.fewer_norms:
@@ -158,18 +197,27 @@ class Roadmap(nn.Module):
             if design.downsampling:
                 stem.append(design.norm(channels))
         else:
-            stem = [nn.Conv2d(3, channels, 7, 2, 3, bias=False), design.norm(channels), design.activation(), nn.MaxPool2d(3, 2, 1)]
+            stem = [
+                nn.Conv2d(3, channels, 7, 2, 3, bias=False),
+                design.norm(channels),
+                design.activation(),
+                nn.MaxPool2d(3, 2, 1),
+            ]
         self.stem = nn.Sequential(*stem)
         self.stages = nn.ModuleList()
         for index, depth in enumerate(design.depths):
             width, stride = design.width * 2**index, 1 if index == 0 else 2
             stage = nn.ModuleDict({"downsample": nn.Identity()})
             if design.downsampling and stride == 2:
-                stage["downsample"] = nn.Sequential(design.norm(channels), nn.Conv2d(channels, width, kernel_size=2, stride=2))
+                stage["downsample"] = nn.Sequential(
+                    design.norm(channels), nn.Conv2d(channels, width, kernel_size=2, stride=2)
+                )
                 channels, stride = width, 1
             blocks = []
             for block in range(depth):
-                blocks.append(Block(design, channels, width, stride if block == 0 else 1, next(rates), layer_scale))
+                blocks.append(
+                    Block(design, channels, width, stride if block == 0 else 1, next(rates), layer_scale)
+                )
                 channels = design.outputs(width)
             stage["blocks"] = nn.Sequential(*blocks)
             self.stages.append(stage)
@@ -182,7 +230,11 @@ class Roadmap(nn.Module):
         for stage in self.stages:
             x = stage["downsample"](x)  # type: ignore[index]
             for block in stage["blocks"]:  # type: ignore[index]
-                x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
+                x = (
+                    checkpoint(block, x, use_reentrant=False)
+                    if self.recompute and torch.is_grad_enabled()
+                    else block(x)
+                )
         return self.head(self.norm(x.mean((2, 3))))
 
     # By timm's names, so that nothing else need know whose model it is.

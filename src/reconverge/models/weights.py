@@ -1,4 +1,6 @@
-"""Weights from elsewhere into a model: every key is accounted for, the head has a rule of its own, position tables are resampled."""
+"""Weights from elsewhere into a model: every key is accounted for, the head has a rule of its own, position
+tables are resampled.
+"""
 
 import sys
 from collections import Counter
@@ -14,19 +16,26 @@ from reconverge.models.layouts import Entry
 from reconverge.models.pretrained import Pretrained
 
 SHOWN = 8  # names of one kind in a message; environment.json has them all
-# What became of a key: five kinds that are always counted, and three that are named where there are any. The resampled are converted too.
+# What became of a key: five kinds that are always counted, and three that are named where there are any. The
+# resampled are converted too.
 ALWAYS = ("loaded", "converted", "missing", "unexpected", "of another shape")
 RARE = ("resampled", "recomputed", "of the head")
 POSITIONS = ("pos_embed", "relative_position_bias_table")
-BUFFERS = ("relative_position_index", "attn_mask", "num_batches_tracked")  # in old files of Swin, and not in those of ResNet: no weights
+BUFFERS = (
+    "relative_position_index",
+    "attn_mask",
+    "num_batches_tracked",
+)  # in old files of Swin, and not in those of ResNet: no weights
 
 
 @torch.no_grad()
 def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str]) -> dict[str, Any]:
-    """Put the weights that `init` names into `net`, whose head has a row for each of `classes`; the fresh rows are those it has.
+    """Put the weights that `init` names into `net`, whose head has a row for each of `classes`; the fresh
+    rows are those it has.
 
-    `strict`, `head`: settings init_strict and init_head. Returns, for environment.json, where the weights came from, and each
-    key by what became of it. Errors: Stop(USAGE, MISSING, DAMAGED, PERMISSION); the net is then as it was.
+    `strict`, `head`: settings init_strict and init_head. Returns, for environment.json, where the weights
+    came from, and each key by what became of it. Errors: Stop(USAGE, MISSING, DAMAGED, PERMISSION); the net
+    is then as it was.
     """
     found = pretrained.read(init)
     layout, entries = layouts.converted(_stripped(found.tensors, init))
@@ -37,7 +46,12 @@ def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str])
     _refuse_partial(init, found, keys, strict)
     for entry in (*fitting, *head_entries):
         if entry.tensor.is_floating_point() and not entry.tensor.isfinite().all():
-            raise Stop(Exit.DAMAGED, f"init={init}: {entry.given} has values that are not finite", "finite weights", "the file")
+            raise Stop(
+                Exit.DAMAGED,
+                f"init={init}: {entry.given} has values that are not finite",
+                "finite weights",
+                "the file",
+            )
     said = _load_head(own, head_names, head_entries, head, found, classes, init)
     for entry in fitting:
         own[entry.name].copy_(entry.tensor)  # a state dict shares its memory with the model
@@ -51,7 +65,9 @@ def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str])
 
 
 def table(origin: dict[str, Any]) -> dict[str, str]:
-    """What `load` returned, a name and a text a row: source, counts, the names of what was not loaded, the head."""
+    """What `load` returned, a name and a text a row: source, counts, the names of what was not loaded, the
+    head.
+    """
     keys = origin["keys"]
     counts = ", ".join(f"{len(keys[kind])} {kind}" for kind in (*ALWAYS, *RARE) if kind in keys)
     rows = {
@@ -72,13 +88,18 @@ def _stripped(tensors: dict[str, Tensor], init: str) -> dict[str, Tensor]:
     if len(stripped) < len(tensors):
         twice = [name for name, count in Counter(map(layouts.stripped, tensors)).items() if count > 1]
         raise Stop(
-            Exit.USAGE, f"init={init} has {_listed(twice)} more than once, with prefixes and without", "each weight once", "the file"
+            Exit.USAGE,
+            f"init={init} has {_listed(twice)} more than once, with prefixes and without",
+            "each weight once",
+            "the file",
         )
     return stripped
 
 
 def _resampled(net: nn.Module, entries: list[Entry]) -> tuple[list[Entry], dict[str, list[str]]]:
-    """Where the model has position tables, the entries with theirs at its resolution, by timm's filter of its family; and an account."""
+    """Where the model has position tables, the entries with theirs at its resolution, by timm's filter of its
+    family; and an account.
+    """
     keys: dict[str, list[str]] = {kind: [] for kind in (*ALWAYS, *RARE)}
     adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     if adapt is None or not any(name.endswith(POSITIONS) for name in net.state_dict()):
@@ -92,7 +113,9 @@ def _resampled(net: nn.Module, entries: list[Entry]) -> tuple[list[Entry], dict[
     result = []
     for name, tensor in adapted.items():
         entry = by_name.get(name)
-        if entry is None or entry.tensor is not tensor:  # renamed; or another tensor of the same name; or made of several
+        if (
+            entry is None or entry.tensor is not tensor
+        ):  # renamed; or another tensor of the same name; or made of several
             entry = came.get(id(tensor)) or entry or Entry(name, name, tensor)
         if tensor.shape != entry.tensor.shape:
             keys["resampled"].append(f"{entry.given} {tuple(entry.tensor.shape)} to {tuple(tensor.shape)}")
@@ -106,7 +129,10 @@ def _resampled(net: nn.Module, entries: list[Entry]) -> tuple[list[Entry], dict[
 def _sorted(
     entries: list[Entry], own: dict[str, Tensor], head_names: list[str], keys: dict[str, list[str]]
 ) -> tuple[list[Entry], list[Entry]]:
-    """The entries that fit a weight of the model, and those of its head, with any number of rows. Every other key goes into `keys`."""
+    """The entries that fit a weight of the model, and those of its head, with any number of rows.
+
+    Every other key goes into `keys`.
+    """
     fitting, head_entries, met = [], [], set()
     resampled = {text.partition(" ")[0] for text in keys["resampled"]}
     for entry in entries:
@@ -122,7 +148,9 @@ def _sorted(
             keys["of another shape"].append(f"{entry.given} {tuple(entry.tensor.shape)} for {tuple(wanted)}")
         else:
             fitting.append(entry)
-            keys["loaded" if entry.name == entry.given and entry.given not in resampled else "converted"].append(entry.given)
+            keys[
+                "loaded" if entry.name == entry.given and entry.given not in resampled else "converted"
+            ].append(entry.given)
     for name in own:
         if name not in met and (name not in head_names or head_entries):
             keys["recomputed" if name.endswith(BUFFERS) else "missing"].append(name)
@@ -143,17 +171,26 @@ def _refuse_partial(init: str, found: Pretrained, keys: dict[str, list[str]], st
         return
     counts = ", ".join(f"{len(keys[kind])} {kind}" for kind in ALWAYS)
     names = "".join(f"\n           {kind:<16} {_listed(keys[kind])}" for kind in refused)
-    made_for = f" (the weights are of {found.origin['architecture']})" if "architecture" in found.origin else ""
+    made_for = (
+        f" (the weights are of {found.origin['architecture']})" if "architecture" in found.origin else ""
+    )
     raise Stop(
         Exit.USAGE,
         f"init={init}: {counts}{names}",
-        "every weight of the model but the head, and none besides" + ("" if fit else "; nothing of this fits"),
+        "every weight of the model but the head, and none besides"
+        + ("" if fit else "; nothing of this fits"),
         f"model={made_for}" + (f", or init_strict=false to load the {fit} that fit" if fit else ""),
     )
 
 
 def _load_head(
-    own: dict[str, Tensor], names: list[str], entries: list[Entry], rule: str, found: Pretrained, classes: list[str], init: str
+    own: dict[str, Tensor],
+    names: list[str],
+    entries: list[Entry],
+    rule: str,
+    found: Pretrained,
+    classes: list[str],
+    init: str,
 ) -> str:
     """Fill the head's rows by the rule of init_head, and say in words what was done. Errors: Stop(USAGE)."""
     rows = len(entries[0].tensor) if len(entries) == len(names) else 0
@@ -165,7 +202,12 @@ def _load_head(
     if rule == "fresh":
         return f"fresh, {len(classes)} classes; {_why_fresh(rows, theirs, classes)}"
     if not rows:
-        raise Stop(Exit.USAGE, f"init_head={rule}, and init={init} has no head of this width", "weights with a head", "init_head=fresh")
+        raise Stop(
+            Exit.USAGE,
+            f"init_head={rule}, and init={init} has no head of this width",
+            "weights with a head",
+            "init_head=fresh",
+        )
     if rule == "mapped":
         return _map_rows(own, entries, theirs or [], classes) + by_count
     if rows != len(classes):
@@ -188,12 +230,18 @@ def _why_fresh(rows: int, theirs: list[str] | None, classes: list[str]) -> str:
     if theirs == classes:
         return f"the {rows} rows of the weights, of the same classes, are unused"
     if theirs is None and rows == len(classes):
-        return f"the names of the {rows} classes of the weights are unknown: init_head=keep would take them by position"
+        return (
+            f"the names of the {rows} classes of the weights are unknown: init_head=keep would take them by"
+            " position"
+        )
     return f"the {rows} classes of the weights are others"
 
 
 def _map_rows(own: dict[str, Tensor], entries: list[Entry], theirs: list[str], classes: list[str]) -> str:
-    """Each class of the data gets the row of its own name; one that the weights lack keeps its fresh row. Errors: Stop(USAGE)."""
+    """Each class of the data gets the row of its own name; one that the weights lack keeps its fresh row.
+
+    Errors: Stop(USAGE).
+    """
     index = {label: row for row, label in enumerate(theirs)}
     pairs = [(row, index[label]) for row, label in enumerate(classes) if label in index]
     if not pairs:

@@ -1,4 +1,6 @@
-"""What people download, as a stream of samples: nothing is unpacked to disk, and a gzip file is read from its beginning to its end."""
+"""What people download, as a stream of samples: nothing is unpacked to disk, and a gzip file is read from its
+beginning to its end.
+"""
 
 import csv
 import gzip
@@ -18,13 +20,17 @@ from reconverge.data.folder import suffixes
 from reconverge.errors import Exit, Stop
 
 FORMS = (
-    "ILSVRC2012_img_train.tar (with ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz), Kaggle's zip or its folder, "
-    "train_images_*.tar.gz of Hugging Face, fall11_whole.tar, winter21_whole.tar.gz, WebDataset shards, or train/CLASS/ and val/"
+    "ILSVRC2012_img_train.tar (with ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz), Kaggle's zip or"
+    " its folder, train_images_*.tar.gz of Hugging Face, fall11_whole.tar, winter21_whole.tar.gz, WebDataset"
+    " shards, or train/CLASS/ and val/"
 )
 
 
 class Taken(NamedTuple):
-    """One image of the source. Of a stream, `read` works until the next one is asked for; else at any time, in any thread."""
+    """One image of the source.
+
+    Of a stream, `read` works until the next one is asked for; else at any time, in any thread.
+    """
 
     key: str
     label: int
@@ -38,7 +44,9 @@ class Layout:
     kind: str  # what was found, in words
     dataset: str  # imagenet1k, imagenet22k or folder
     files: list[Path]  # of which it is made: names and sizes identify the source
-    classes: Callable[[], list[str]]  # by label; one pass over the source where a gzip stream does not tell before
+    classes: Callable[
+        [], list[str]
+    ]  # by label; one pass over the source where a gzip stream does not tell before
     splits: dict[str, Callable[[list[str]], Iterator[Taken]]]  # given the classes
     bytes: dict[str, int] = field(default_factory=dict)  # of each split, about
     ignored: list[str] = field(default_factory=list)  # names of files that are no images, as they are met
@@ -46,29 +54,50 @@ class Layout:
 
 
 def find(source: Path, dataset: str | None) -> Layout:
-    """What lies at `source`. Errors: Stop(MISSING) with the forms that are known, Stop(USAGE) where labels are missing."""
+    """What lies at `source`.
+
+    Errors: Stop(MISSING) with the forms that are known, Stop(USAGE) where labels are missing.
+    """
     for form in (_official, _huggingface, _whole, _kaggle, _folders):
         if source.exists() and (layout := form(source)):
             layout.dataset = dataset or layout.dataset
             return layout
-    raise Stop(Exit.MISSING, f"{source}: " + ("nothing known" if source.exists() else "does not exist"), FORMS, "the path")
+    raise Stop(
+        Exit.MISSING,
+        f"{source}: " + ("nothing known" if source.exists() else "does not exist"),
+        FORMS,
+        "the path",
+    )
 
 
-# ---- the forms ------------------------------------------------------------------------------------------------------
+# ---- the forms ---------------------------------------------------------------------------------------------
 
 
 def _official(source: Path) -> Layout | None:
-    """ILSVRC2012_img_train.tar is a tar of one tar a synset; the labels of the flat val tar stand in the devkit."""
+    """ILSVRC2012_img_train.tar is a tar of one tar a synset; the labels of the flat val tar stand in the
+    devkit.
+    """
     root = source if source.is_dir() else source.parent
-    train, val, devkit = (root / f"ILSVRC2012_{name}" for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz"))
+    train, val, devkit = (
+        root / f"ILSVRC2012_{name}" for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz")
+    )
     if not train.exists() or source not in (root, train):
         return None
-    layout = Layout("the official archives", "imagenet1k", [train], lambda: _inner_tars(train), {}, {"train": train.stat().st_size})
+    layout = Layout(
+        "the official archives",
+        "imagenet1k",
+        [train],
+        lambda: _inner_tars(train),
+        {},
+        {"train": train.stat().st_size},
+    )
     layout.splits["train"] = lambda classes: _tar_of_tars(layout, train, classes)
     if val.exists():
         synset_of = _val_labels(root)
         layout.files += [val, *([devkit] if devkit.exists() else [])]
-        layout.splits["val"] = lambda classes: _labelled(layout, _tar(val), classes, lambda name: synset_of[_stem(name)])
+        layout.splits["val"] = lambda classes: _labelled(
+            layout, _tar(val), classes, lambda name: synset_of[_stem(name)]
+        )
         layout.bytes["val"] = val.stat().st_size
     return layout
 
@@ -84,7 +113,13 @@ def _huggingface(source: Path) -> Layout | None:
     def read(files: list[Path]) -> Callable[[list[str]], Iterator[Taken]]:
         def samples(classes: list[str]) -> Iterator[Taken]:
             for path in files:
-                yield from _labelled(layout, _tar(path), classes, lambda name: _stem(name).rpartition("_")[2], key=lambda name: _stem(name).rpartition("_")[0])  # fmt: skip
+                yield from _labelled(
+                    layout,
+                    _tar(path),
+                    classes,
+                    lambda name: _stem(name).rpartition("_")[2],
+                    key=lambda name: _stem(name).rpartition("_")[0],
+                )
 
         return samples
 
@@ -98,13 +133,22 @@ def _huggingface(source: Path) -> Layout | None:
 def _whole(source: Path) -> Layout | None:
     """ImageNet-22K: a tar, plain or gzipped, of one tar a synset."""
     if source.is_dir():
-        found = [path for name in ("fall11_whole.tar", "winter21_whole.tar.gz") if (path := source / name).exists()]
+        found = [
+            path for name in ("fall11_whole.tar", "winter21_whole.tar.gz") if (path := source / name).exists()
+        ]
         if len(found) != 1:
             return None
         source = found[0]
     if not source.name.endswith((".tar", ".tar.gz")):
         return None
-    layout = Layout(source.name, "imagenet22k", [source], lambda: _inner_tars(source), {}, {"train": source.stat().st_size})
+    layout = Layout(
+        source.name,
+        "imagenet22k",
+        [source],
+        lambda: _inner_tars(source),
+        {},
+        {"train": source.stat().st_size},
+    )
     layout.splits["train"] = lambda classes: _tar_of_tars(layout, source, classes)
     return layout
 
@@ -120,7 +164,9 @@ def _kaggle(source: Path) -> Layout | None:
         solution = tree.read("LOC_val_solution.csv") if tree.has("LOC_val_solution.csv") else None
         synset_of = _solution(solution) if solution else {}
     else:
-        root = next((path for path in (source, *source.parents[:3]) if (path / below / "train").is_dir()), None)
+        root = next(
+            (path for path in (source, *source.parents[:3]) if (path / below / "train").is_dir()), None
+        )
         if root is None:
             return None
         tree, files, synset_of = FolderTree(root), [], _val_labels(root)
@@ -136,13 +182,16 @@ def _folders(source: Path) -> Layout | None:
     return _tree("class folders", "folder", tree, "", [], _val_labels(source) if flat else {})
 
 
-def _tree(kind: str, dataset: str, tree: "Tree", below: str, files: list[Path], synset_of: dict[str, str]) -> Layout:
+def _tree(
+    kind: str, dataset: str, tree: "Tree", below: str, files: list[Path], synset_of: dict[str, str]
+) -> Layout:
     layout = Layout(kind, dataset, files, lambda: tree.folders(f"{below}train"), {}, stream=False)
 
     def train(classes: list[str], split: str = "train") -> Iterator[Taken]:
         for name in classes:
             entries = tree.entries(f"{below}{split}/{name}")
-            yield from _labelled(layout, entries, classes, lambda _, name=name: name, key=None if layout.dataset != "folder" else lambda path: _plain(path, f"{below}{split}/"))  # type: ignore[misc]  # fmt: skip
+            key = (lambda path: _plain(path, f"{below}{split}/")) if layout.dataset == "folder" else None
+            yield from _labelled(layout, entries, classes, lambda _, name=name: name, key)  # type: ignore[misc]
 
     def flat(classes: list[str]) -> Iterator[Taken]:
         return _labelled(layout, tree.entries(f"{below}val"), classes, lambda name: synset_of[_stem(name)])
@@ -152,13 +201,15 @@ def _tree(kind: str, dataset: str, tree: "Tree", below: str, files: list[Path], 
     if tree.has_files(f"{below}val"):
         layout.splits["val"] = flat
     elif tree.folders(f"{below}val"):
-        layout.splits["val"] = lambda classes: train([name for name in classes if name in set(tree.folders(f"{below}val"))], "val")
+        layout.splits["val"] = lambda classes: train(
+            [name for name in classes if name in set(tree.folders(f"{below}val"))], "val"
+        )
     if "val" in layout.splits:
         layout.bytes["val"] = tree.total_bytes(f"{below}val")
     return layout
 
 
-# ---- samples from entries -------------------------------------------------------------------------------------------
+# ---- samples from entries ----------------------------------------------------------------------------------
 
 Entry = tuple[str, Callable[[], bytes]]  # name, and how to read it
 
@@ -170,7 +221,10 @@ def _labelled(
     synset_of: Callable[[str], str],
     key: Callable[[str], str] | None = None,
 ) -> Iterator[Taken]:
-    """Samples of the entries that are images; the others are noted. Errors: Stop(DAMAGED) for one whose class is unknown."""
+    """Samples of the entries that are images; the others are noted.
+
+    Errors: Stop(DAMAGED) for one whose class is unknown.
+    """
     labels, images = {name: label for label, name in enumerate(classes)}, suffixes()
     for name, read in entries:
         suffix = os.path.splitext(name)[1].lower()
@@ -186,7 +240,9 @@ def _labelled(
                 f"images of the {len(classes)} classes",
                 "the missing labels (devkit or LOC_val_solution.csv), or remove the file",
             ) from None
-        yield Taken(key(name) if key else _stem(name), label, {"jpeg": "jpg"}.get(suffix[1:], suffix[1:]), name, read)
+        yield Taken(
+            key(name) if key else _stem(name), label, {"jpeg": "jpg"}.get(suffix[1:], suffix[1:]), name, read
+        )
 
 
 def _stem(name: str) -> str:
@@ -194,13 +250,17 @@ def _stem(name: str) -> str:
 
 
 def _plain(path: str, below: str) -> str:
-    """A key for a file of a class folder: its path; a dot would end a WebDataset key, and a.png beside a.jpg stays another sample."""
+    """A key for a file of a class folder: its path; a dot would end a WebDataset key, and a.png beside a.jpg
+    stays another sample.
+    """
     stem, suffix = os.path.splitext(path.removeprefix(below))
     folder, _, name = stem.rpartition("/")
-    return f"{folder}/{name.replace('.', '_')}" + ("" if suffix.lower() in (".jpg", ".jpeg") else suffix.lower().replace(".", "_"))
+    return f"{folder}/{name.replace('.', '_')}" + (
+        "" if suffix.lower() in (".jpg", ".jpeg") else suffix.lower().replace(".", "_")
+    )
 
 
-# ---- archives -------------------------------------------------------------------------------------------------------
+# ---- archives ----------------------------------------------------------------------------------------------
 
 
 class Gzip(gzip.GzipFile):
@@ -216,7 +276,9 @@ class Gzip(gzip.GzipFile):
         try:
             return job()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise Stop(Exit.DAMAGED, f"{self.name}: {error}", "a whole gzip file", "download it again") from None
+            raise Stop(
+                Exit.DAMAGED, f"{self.name}: {error}", "a whole gzip file", "download it again"
+            ) from None
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -247,11 +309,25 @@ def _tar_of_tars(layout: Layout, path: Path, classes: list[str]) -> Iterator[Tak
 def _inner_tars(path: Path) -> list[str]:
     """The synsets of a tar of tars, sorted. Of a gzip file this takes a pass over all of it."""
     with _opened(path) as file:
-        found = [_stem(member.name) for member in tar.members(file, str(path), largest=None) if member.name.endswith(".tar")]
+        found = [
+            _stem(member.name)
+            for member in tar.members(file, str(path), largest=None)
+            if member.name.endswith(".tar")
+        ]
     if not found:
-        raise Stop(Exit.USAGE, f"{path} holds no class archives", FORMS, "for WebDataset shards, the folder where they are")
+        raise Stop(
+            Exit.USAGE,
+            f"{path} holds no class archives",
+            FORMS,
+            "for WebDataset shards, the folder where they are",
+        )
     if len(set(found)) < len(found):
-        raise Stop(Exit.DAMAGED, f"{path} holds {len(found) - len(set(found))} class archives twice", "each once", "download it again")
+        raise Stop(
+            Exit.DAMAGED,
+            f"{path} holds {len(found) - len(set(found))} class archives twice",
+            "each once",
+            "download it again",
+        )
     return sorted(found)
 
 
@@ -271,10 +347,16 @@ class FolderTree:
         self.root = root
 
     def folders(self, below: str) -> list[str]:
-        return [name for name in self._names(below) if not name.startswith(".") and (self.root / below / name).is_dir()]
+        return [
+            name
+            for name in self._names(below)
+            if not name.startswith(".") and (self.root / below / name).is_dir()
+        ]
 
     def has_files(self, below: str) -> bool:
-        return any(not name.startswith(".") and (self.root / below / name).is_file() for name in self._names(below))
+        return any(
+            not name.startswith(".") and (self.root / below / name).is_file() for name in self._names(below)
+        )
 
     def entries(self, below: str) -> Iterator[Entry]:
         for name in self._names(below):
@@ -285,7 +367,11 @@ class FolderTree:
                 yield f"{below}/{name}", path.read_bytes
 
     def total_bytes(self, below: str) -> int:
-        return sum(os.stat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(self.root / below) for name in names)
+        return sum(
+            os.stat(os.path.join(folder, name)).st_size
+            for folder, _, names in os.walk(self.root / below)
+            for name in names
+        )
 
     def has(self, name: str) -> bool:
         return (self.root / name).exists()
@@ -309,7 +395,13 @@ class ZipTree:
             tar.refuse_path(name, self._where)
 
     def folders(self, below: str) -> list[str]:
-        return sorted({name[len(below) + 1 :].partition("/")[0] for name in self._below(below) if "/" in name[len(below) + 1 :]})
+        return sorted(
+            {
+                name[len(below) + 1 :].partition("/")[0]
+                for name in self._below(below)
+                if "/" in name[len(below) + 1 :]
+            }
+        )
 
     def has_files(self, below: str) -> bool:
         return any("/" not in name[len(below) + 1 :] for name in self._below(below))
@@ -327,12 +419,17 @@ class ZipTree:
     def read(self, name: str) -> bytes:
         if (size := self._zip.getinfo(name).file_size) > tar.LARGEST:
             raise Stop(
-                Exit.DAMAGED, f"{self._where}, {name} claims {size} bytes", f"at most {tar.LARGEST}", "a zip file from where you trust it"
+                Exit.DAMAGED,
+                f"{self._where}, {name} claims {size} bytes",
+                f"at most {tar.LARGEST}",
+                "a zip file from where you trust it",
             )
         try:
             return self._zip.read(name)
         except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise Stop(Exit.DAMAGED, f"{self._where}, {name}: {error}", "a whole zip file", "download it again") from None
+            raise Stop(
+                Exit.DAMAGED, f"{self._where}, {name}: {error}", "a whole zip file", "download it again"
+            ) from None
 
     def _below(self, below: str) -> Iterator[str]:
         from bisect import bisect_left
@@ -343,11 +440,11 @@ class ZipTree:
             yield self._names[at]
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
+# ---- labels ------------------------------------------------------------------------------------------------
 
 
 def _val_labels(root: Path) -> dict[str, str]:
-    """File stem -> synset of the validation images, from Kaggle's table or the devkit. Errors: Stop(MISSING)."""
+    """File stem -> synset of validation images, by Kaggle's table or the devkit. Errors: Stop(MISSING)."""
     if (solution := root / "LOC_val_solution.csv").exists():
         return _solution(solution.read_bytes())
     if (devkit := root / "ILSVRC2012_devkit_t12.tar.gz").exists():
@@ -361,9 +458,14 @@ def _val_labels(root: Path) -> dict[str, str]:
 
 
 def _solution(text: bytes) -> dict[str, str]:
-    """Rows read `ILSVRC2012_val_00000001,n01751748 111 108 329 150 ...`: the synset of each box, which is the same in all."""
+    """Rows read `ILSVRC2012_val_00000001,n01751748 111 108 329 150 ...`: the synset of each box, which is the
+    same in all.
+    """
     try:
-        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(io.StringIO(text.decode("utf-8-sig")))}
+        return {
+            row["ImageId"]: row["PredictionString"].split()[0]
+            for row in csv.DictReader(io.StringIO(text.decode("utf-8-sig")))
+        }
     except (KeyError, IndexError, AttributeError, UnicodeDecodeError) as error:
         raise Stop(
             Exit.DAMAGED,
@@ -377,7 +479,9 @@ def _whole_archive(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path)
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise Stop(Exit.DAMAGED, f"{path}: {error}", "the archive as it was published", "download it again") from error
+        raise Stop(
+            Exit.DAMAGED, f"{path}: {error}", "the archive as it was published", "download it again"
+        ) from error
 
 
 def _devkit(path: Path) -> dict[str, str]:
@@ -385,11 +489,24 @@ def _devkit(path: Path) -> dict[str, str]:
     from scipy.io import loadmat
 
     with _whole_archive(path) as archive:
-        files = {os.path.basename(member.name): archive.extractfile(member) for member in archive if member.isfile()}
+        files = {
+            os.path.basename(member.name): archive.extractfile(member)
+            for member in archive
+            if member.isfile()
+        }
         truth, meta = files.get("ILSVRC2012_validation_ground_truth.txt"), files.get("meta.mat")
         if truth is None or meta is None:
-            raise Stop(Exit.DAMAGED, f"{path} lacks its ground truth or meta.mat", "ILSVRC2012_devkit_t12.tar.gz", "download it again")
+            raise Stop(
+                Exit.DAMAGED,
+                f"{path} lacks its ground truth or meta.mat",
+                "ILSVRC2012_devkit_t12.tar.gz",
+                "download it again",
+            )
         synsets = loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
         ids = [int(line) for line in truth.read().split()]
-    synset_of = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets if int(entry["num_children"]) == 0}
+    synset_of = {
+        int(entry["ILSVRC2012_ID"]): str(entry["WNID"])
+        for entry in synsets
+        if int(entry["num_children"]) == 0
+    }
     return {f"ILSVRC2012_val_{number:08d}": synset_of[challenge] for number, challenge in enumerate(ids, 1)}

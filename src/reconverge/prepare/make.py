@@ -27,7 +27,10 @@ from reconverge.prepare.scatter import Scatter, content
 from reconverge.progress import Meter, say
 
 IN1K, IN22K = synsets.DATASETS["imagenet1k"], synsets.DATASETS["imagenet22k"]  # the latter as of fall 2011
-EXPECTED = {"imagenet1k": {"train": IN1K.training, "val": IN1K.validation}, "fall11_whole.tar": {"train": IN22K.training}}
+EXPECTED = {
+    "imagenet1k": {"train": IN1K.training, "val": IN1K.validation},
+    "fall11_whole.tar": {"train": IN22K.training},
+}
 CLASSES = {"imagenet1k": IN1K.classes, "fall11_whole.tar": IN22K.classes, "winter21_whole.tar.gz": 19_167}
 
 
@@ -41,22 +44,35 @@ class Options:
 
 
 def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Options) -> dict[str, Any]:
-    """Make the data set at `to` and return its dataset.json; go on where a killed process stopped. Errors: Stop."""
+    """Make the data set at `to` and return its dataset.json; go on where a killed process stopped.
+
+    Errors: Stop.
+    """
     if (to / "dataset.json").exists():
-        raise Stop(Exit.USAGE, f"{to} holds a finished data set", "a new folder", "another --to, or reconverge check")
+        raise Stop(
+            Exit.USAGE, f"{to} holds a finished data set", "a new folder", "another --to, or reconverge check"
+        )
     work = to / ".preparing"
-    strangers = [path.name for path in sorted(to.glob("*"))] if not work.exists() and to.resolve() != source.resolve() else []
+    strangers = (
+        [path.name for path in sorted(to.glob("*"))]
+        if not work.exists() and to.resolve() != source.resolve()
+        else []
+    )
     if strangers:
         raise Stop(
             Exit.USAGE,
-            f"{to} holds {', '.join(strangers[:3])}{' and more' if strangers[3:] else ''}, which is not a data set begun here",
+            f"{to} holds {', '.join(strangers[:3])}{' and more' if strangers[3:] else ''}, which is not a"
+            " data set begun here",
             "a new folder, an empty one, or one that this command began: files in it are replaced",
             "another --to",
         )
     found = _shards_below(source)
     if not found and to.resolve() == source.resolve():
         raise Stop(
-            Exit.USAGE, f"--to {to}, which is the source", "a folder of its own; only shards are indexed where they are", "another --to"
+            Exit.USAGE,
+            f"--to {to}, which is the source",
+            "a folder of its own; only shards are indexed where they are",
+            "another --to",
         )
     work.mkdir(parents=True, exist_ok=True)
     lock = Lock(to / ".lock")
@@ -73,19 +89,33 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
         lock.release()
 
 
-# ---- archives and folders: one pass that scatters, one that indexes ---------------------------------------------------
+# ---- archives and folders: one pass that scatters, one that indexes ----------------------------------------
 
 
 def _scattered(
-    source: Path, to: Path, work: Path, dataset: str | None, jobs: int, threads: ThreadPoolExecutor, options: Options
+    source: Path,
+    to: Path,
+    work: Path,
+    dataset: str | None,
+    jobs: int,
+    threads: ThreadPoolExecutor,
+    options: Options,
 ) -> dict[str, Any]:
     layout = layouts.find(source, dataset)
     plan = _plan(layout, work, options)
-    say(f"{layout.kind}: {plan['dataset']}, {len(plan['classes'])} classes, {sum(layout.bytes.values()) / 1e9:.3g} GB")
+    say(
+        f"{layout.kind}: {plan['dataset']}, {len(plan['classes'])} classes,"
+        f" {sum(layout.bytes.values()) / 1e9:.3g} GB"
+    )
     scatter = Scatter(to, work, plan["shards"], threads)
     free = shutil.disk_usage(to).free + sum(scatter.state["lengths"].values())
     if options.resize is None and free < sum(layout.bytes.values()):
-        raise Stop(Exit.DISK, f"{to} has {free / 1e9:.3g} GB free", f"{sum(layout.bytes.values()) / 1e9:.3g} GB", "another --to")
+        raise Stop(
+            Exit.DISK,
+            f"{to} has {free / 1e9:.3g} GB free",
+            f"{sum(layout.bytes.values()) / 1e9:.3g} GB",
+            "another --to",
+        )
     if not scatter.state.get("scattered"):
         try:
             _scatter(layout, plan, scatter, jobs, threads, options)
@@ -104,7 +134,10 @@ def _scattered(
             )
         if made["content"] != scatter.state["content"].get(split, 0):
             raise Stop(
-                Exit.DISK, f"{to}: the shards of {split} are not what was written", "a disk that keeps what it is given", "another --to"
+                Exit.DISK,
+                f"{to}: the shards of {split} are not what was written",
+                "a disk that keeps what it is given",
+                "another --to",
             )
         if made["repeated"]:
             raise Stop(
@@ -118,7 +151,10 @@ def _scattered(
 
 
 def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
-    """What decides the shards, fixed at the first start. Errors: Stop(USAGE) if this start asks for something else."""
+    """What decides the shards, fixed at the first start.
+
+    Errors: Stop(USAGE) if this start asks for something else.
+    """
     asked = {
         "dataset": layout.dataset,
         "source": {
@@ -143,7 +179,12 @@ def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
     if not classes:
         raise Stop(Exit.MISSING, f"{layout.kind}: no class", "one folder or tar a class", "the path")
     if options.hold_out and "val" in layout.splits:
-        raise Stop(Exit.USAGE, f"--hold-out {options.hold_out:g} for a source with validation images", "one or the other", "no --hold-out")
+        raise Stop(
+            Exit.USAGE,
+            f"--hold-out {options.hold_out:g} for a source with validation images",
+            "one or the other",
+            "no --hold-out",
+        )
     held = {"train": 1 - options.hold_out / 100, "val": options.hold_out / 100} if options.hold_out else {}
     sizes = {split: layout.bytes["train"] * share for split, share in held.items()} or layout.bytes
     plan = asked | {
@@ -156,7 +197,14 @@ def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
     return plan
 
 
-def _scatter(layout: Layout, plan: dict[str, Any], scatter: Scatter, jobs: int, threads: ThreadPoolExecutor, options: Options) -> None:
+def _scatter(
+    layout: Layout,
+    plan: dict[str, Any],
+    scatter: Scatter,
+    jobs: int,
+    threads: ThreadPoolExecutor,
+    options: Options,
+) -> None:
     """Read in order, examine in parallel, write in order."""
     classes = [entry["synset"] for entry in plan["classes"]]
     state, splits = scatter.state, list(layout.splits)
@@ -172,12 +220,22 @@ def _scatter(layout: Layout, plan: dict[str, Any], scatter: Scatter, jobs: int, 
                 drop = options.drop_unreadable and any(word.startswith((*UNREADABLE, "bomb")) for word in odd)
                 if odd:
                     scatter.report(
-                        {"split": split, "name": taken.name, "key": taken.key, "odd": odd, "fate": "dropped" if drop else "kept as it is"}
+                        {
+                            "split": split,
+                            "name": taken.name,
+                            "key": taken.key,
+                            "odd": odd,
+                            "fate": "dropped" if drop else "kept as it is",
+                        }
                     )
                 if drop:
                     state["dropped"] += 1
                 else:
-                    into = "val" if split not in plan["shards"] or _held_out(taken.key, split, plan, options) else split
+                    into = (
+                        "val"
+                        if split not in plan["shards"] or _held_out(taken.key, split, plan, options)
+                        else split
+                    )
                     scatter.add(into, taken.key, taken.suffix, taken.label, data)
                 if scatter.full():
                     scatter.commit()
@@ -195,14 +253,22 @@ def _held_out(key: str, split: str, plan: dict[str, Any], options: Options) -> b
         return False
     return (
         split == "train"
-        and xxhash.xxh3_64_intdigest(f"held out {key}".encode("utf-8", "surrogateescape")) % 100_000 < options.hold_out * 1000
+        and xxhash.xxh3_64_intdigest(f"held out {key}".encode("utf-8", "surrogateescape")) % 100_000
+        < options.hold_out * 1000
     )
 
 
 def _in_order(
-    layout: Layout, split: str, classes: list[str], skip: int, jobs: int, threads: ThreadPoolExecutor, options: Options
+    layout: Layout,
+    split: str,
+    classes: list[str],
+    skip: int,
+    jobs: int,
+    threads: ThreadPoolExecutor,
+    options: Options,
 ) -> Iterator[tuple[Taken, bytes, list[str]]]:
-    """Each sample after the first `skip` with its bytes and what is odd about it; `jobs` are examined at a time, a few wait.
+    """Each sample after the first `skip` with its bytes and what is odd about it; `jobs` are examined at a
+    time, a few wait.
 
     Single files are read by the threads as well; a stream has one place where it is.
     """
@@ -214,7 +280,10 @@ def _in_order(
         except Bomb as bomb:
             if not options.drop_unreadable:
                 raise Stop(
-                    Exit.DAMAGED, f"{taken.name}: {bomb}", "images of a reasonable size", "remove it, or --drop-unreadable leaves it out"
+                    Exit.DAMAGED,
+                    f"{taken.name}: {bomb}",
+                    "images of a reasonable size",
+                    "remove it, or --drop-unreadable leaves it out",
                 ) from None
             return taken, data, [f"bomb: {bomb}"]
         if options.resize:
@@ -230,15 +299,18 @@ def _in_order(
         yield waiting.popleft().result()
 
 
-# ---- shards that exist: indexed where they are ----------------------------------------------------------------------
+# ---- shards that exist: indexed where they are -------------------------------------------------------------
 
 
 def _shards_below(source: Path) -> dict[str, list[Path]]:
-    """Split -> the tars of a folder, or of its train and val folders; the word val, valid or validation in a name says which.
+    """Split -> the tars of a folder, or of its train and val folders; the word val, valid or validation in a
+    name says which.
 
     Nothing where the tars are not shards. Errors: Stop(MISSING) for a part of ImageNet's archives.
     """
-    if not source.is_dir() or any((source / name).exists() for name in ("ILSVRC2012_img_train.tar", "fall11_whole.tar")):
+    if not source.is_dir() or any(
+        (source / name).exists() for name in ("ILSVRC2012_img_train.tar", "fall11_whole.tar")
+    ):
         return {}
     found: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
     for path in sorted([*source.glob("*.tar"), *source.glob("*/*.tar")]):
@@ -246,26 +318,48 @@ def _shards_below(source: Path) -> dict[str, list[Path]]:
             raise Stop(
                 Exit.MISSING,
                 f"{path} without the archive that belongs to it",
-                "ILSVRC2012_img_train.tar as it was published, a tar of one tar a synset, with ILSVRC2012_img_val.tar beside it",
-                f"put it into {source}; class archives that were unpacked: tar -cf ILSVRC2012_img_train.tar n*.tar",
+                "ILSVRC2012_img_train.tar as it was published, a tar of one tar a synset, with"
+                " ILSVRC2012_img_val.tar beside it",
+                f"put it into {source}; class archives that were unpacked: tar -cf ILSVRC2012_img_train.tar"
+                " n*.tar",
             )
         words = set(re.findall("[a-z]+", str(path.relative_to(source).with_suffix("")).lower()))
-        found["test" if "test" in words else "val" if words & {"val", "valid", "validation"} else "train"].append(path)
+        found[
+            "test" if "test" in words else "val" if words & {"val", "valid", "validation"} else "train"
+        ].append(path)
     if ignored := found.pop("test"):
         say(f"{len(ignored)} shards of a test split are left out")
     return {split: paths for split, paths in found.items() if paths}
 
 
 def _in_place(
-    found: dict[str, list[Path]], to: Path, work: Path, dataset: str | None, threads: ThreadPoolExecutor, options: Options
+    found: dict[str, list[Path]],
+    to: Path,
+    work: Path,
+    dataset: str | None,
+    threads: ThreadPoolExecutor,
+    options: Options,
 ) -> dict[str, Any]:
-    if refused := [f"--{name.replace('_', '-')}" for name in ("resize", "hold_out", "drop_unreadable") if getattr(options, name)]:
+    if refused := [
+        f"--{name.replace('_', '-')}"
+        for name in ("resize", "hold_out", "drop_unreadable")
+        if getattr(options, name)
+    ]:
         raise Stop(
-            Exit.USAGE, f"{', '.join(refused)} with shards that exist", "they are indexed where they are, and not rewritten", "drop it"
+            Exit.USAGE,
+            f"{', '.join(refused)} with shards that exist",
+            "they are indexed where they are, and not rewritten",
+            "drop it",
         )
     here = to.resolve()  # what a link leads to: .. of a link is not where it lies
-    names = {split: [os.path.relpath(path.parent.resolve() / path.name, here) for path in paths] for split, paths in found.items()}
-    say(f"WebDataset shards, indexed where they are: {', '.join(f'{len(paths)} of {split}' for split, paths in found.items())}")
+    names = {
+        split: [os.path.relpath(path.parent.resolve() / path.name, here) for path in paths]
+        for split, paths in found.items()
+    }
+    say(
+        "WebDataset shards, indexed where they are:"
+        f" {', '.join(f'{len(paths)} of {split}' for split, paths in found.items())}"
+    )
     report = to / "report.jsonl"
     lines: list[str] = []
 
@@ -273,16 +367,30 @@ def _in_place(
         try:
             odd = oddities(sample.data, sample.suffix)
         except Bomb as bomb:
-            raise Stop(Exit.DAMAGED, f"{sample.key}: {bomb}", "images of a reasonable size", "remove it from the shard") from None
+            raise Stop(
+                Exit.DAMAGED,
+                f"{sample.key}: {bomb}",
+                "images of a reasonable size",
+                "remove it from the shard",
+            ) from None
         if odd:
             lines.append(json.dumps({"key": sample.key, "odd": odd, "fate": "kept as it is"}) + "\n")
 
     parts = _indexed(to, work, names, threads, examine)
     report.write_text("".join(sorted(lines)))
     labels = max((part["labels"] for part in parts.values()), default=0)
-    classes = synsets.imagenet1k() if dataset == "imagenet1k" else [f"{label:0{len(str(labels - 1))}d}" for label in range(labels)]
+    classes = (
+        synsets.imagenet1k()
+        if dataset == "imagenet1k"
+        else [f"{label:0{len(str(labels - 1))}d}" for label in range(labels)]
+    )
     if labels > len(classes):
-        raise Stop(Exit.USAGE, f"labels up to {labels - 1} in {to}", f"{len(classes)} classes of {dataset}", "--as folder")
+        raise Stop(
+            Exit.USAGE,
+            f"labels up to {labels - 1} in {to}",
+            f"{len(classes)} classes of {dataset}",
+            "--as folder",
+        )
     plan = {
         "dataset": dataset or "folder",
         "source": {"kind": "WebDataset shards", "files": [], "bytes": {}},
@@ -293,17 +401,26 @@ def _in_place(
     return _about(to, plan, parts, None, 0)
 
 
-# ---- the index ------------------------------------------------------------------------------------------------------
+# ---- the index ---------------------------------------------------------------------------------------------
 
 
 def _indexed(
-    to: Path, work: Path, found: dict[str, list[str]], threads: ThreadPoolExecutor, examine: Callable[[shards.Sample], None]
+    to: Path,
+    work: Path,
+    found: dict[str, list[str]],
+    threads: ThreadPoolExecutor,
+    examine: Callable[[shards.Sample], None],
 ) -> dict[str, dict[str, Any]]:
     """One reading of every shard: the index of each split and what dataset.json says of its shards."""
     made = {}
-    with Meter("indexing", sum((to / name).stat().st_size for names in found.values() for name in names)) as meter:
+    with Meter(
+        "indexing", sum((to / name).stat().st_size for names in found.values() for name in names)
+    ) as meter:
         for split, names in found.items():
-            jobs = [threads.submit(_piece, to, work, name, number, examine, meter) for number, name in enumerate(names)]
+            jobs = [
+                threads.submit(_piece, to, work, name, number, examine, meter)
+                for number, name in enumerate(names)
+            ]
             pieces = [job.result() for job in jobs]
             rows = [piece["rows"] for piece in pieces]
             index.write(to / f"{split}.index.npy", rows)
@@ -323,7 +440,9 @@ def _indexed(
     return made
 
 
-def _piece(to: Path, work: Path, name: str, number: int, examine: Callable[[shards.Sample], None], meter: Meter) -> dict[str, Any]:
+def _piece(
+    to: Path, work: Path, name: str, number: int, examine: Callable[[shards.Sample], None], meter: Meter
+) -> dict[str, Any]:
     """Rows, sha256 and combined content of one shard."""
     combined = 0
 
@@ -337,7 +456,13 @@ def _piece(to: Path, work: Path, name: str, number: int, examine: Callable[[shar
     return {"rows": rows, "sha256": digest, "content": combined}
 
 
-def _about(to: Path, plan: dict[str, Any], parts: dict[str, dict[str, Any]], lossy: dict[str, Any] | None, dropped: int) -> dict[str, Any]:
+def _about(
+    to: Path,
+    plan: dict[str, Any],
+    parts: dict[str, dict[str, Any]],
+    lossy: dict[str, Any] | None,
+    dropped: int,
+) -> dict[str, Any]:
     """dataset.json. Says so where the source is short of what was published."""
     splits = {}
     total = {split: sum(part["images"]) for split, part in parts.items()}
@@ -367,7 +492,11 @@ def _about(to: Path, plan: dict[str, Any], parts: dict[str, dict[str, Any]], los
         "lossy": lossy,
         "dropped": dropped,
         "class_list": {
-            "name": plan["source"]["kind"].partition("_")[0] if plan["dataset"] == "imagenet22k" else plan["dataset"],
+            "name": (
+                plan["source"]["kind"].partition("_")[0]
+                if plan["dataset"] == "imagenet22k"
+                else plan["dataset"]
+            ),
             "sha256": sha256("\n".join(entry["synset"] for entry in classes).encode()).hexdigest(),
         },
         "classes": classes,

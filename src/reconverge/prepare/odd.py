@@ -1,4 +1,6 @@
-"""Odd files: what is strange about an image, found by decoding it once, and the smaller copy that --resize makes."""
+"""Odd files: what is strange about an image, found by decoding it once, and the smaller copy that --resize
+makes.
+"""
 
 import io
 import warnings
@@ -18,7 +20,10 @@ class Bomb(Exception):
 
 @contextmanager
 def strict_exif() -> Iterator[None]:
-    """Within it, EXIF that Pillow warns about raises. For the main thread, around all others: filters belong to the process."""
+    """Within it, EXIF that Pillow warns about raises.
+
+    For the main thread, around all others: filters belong to the process.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="PIL.TiffImagePlugin")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -37,7 +42,10 @@ def oddities(data: bytes, suffix: str) -> list[str]:
         return [f"unreadable: {reason(error)}"]
     found = []
     form = str(image.format)
-    if form != {"jpg": "JPEG", "tif": "TIFF", "ppm": "PPM"}.get(suffix, suffix.upper()) and (form, suffix) != ("MPO", "jpg"):
+    if form != {"jpg": "JPEG", "tif": "TIFF", "ppm": "PPM"}.get(suffix, suffix.upper()) and (
+        form,
+        suffix,
+    ) != ("MPO", "jpg"):
         found.append(f"{form}, named .{suffix}")
     if image.mode == "CMYK":
         found.append("CMYK")
@@ -55,14 +63,19 @@ def oddities(data: bytes, suffix: str) -> list[str]:
 
 
 def shrunk(data: bytes, side: int, quality: int) -> bytes:
-    """A JPEG whose shorter side is `side` pixels at most, bicubic; the file itself where Pillow cannot read it."""
+    """A JPEG whose shorter side is `side` pixels at most, bicubic; the file itself where Pillow cannot read
+    it.
+    """
     try:
         image = Image.open(io.BytesIO(data)).convert("RGB")
     except Exception:
         return data
     scale = side / min(image.size)
     if scale < 1:
-        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
+        image = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
+            Image.Resampling.BICUBIC,
+        )
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

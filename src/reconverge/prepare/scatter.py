@@ -1,4 +1,6 @@
-"""Samples scattered over shards in one pass, with bounded memory, one open file, and a journal to go on from after a kill."""
+"""Samples scattered over shards in one pass, with bounded memory, one open file, and a journal to go on from
+after a kill.
+"""
 
 import io
 import json
@@ -13,12 +15,15 @@ from webdataset.writer import TarWriter
 from reconverge.data import files
 
 MEMORY = 256 << 20, 4 << 30  # bytes of samples that wait to be written: at least, at most
-PIECE = 1 << 20  # bytes that a shard is to grow by at a time: for 6,000 shards on a disk that seeks, a sample at a time would take weeks
+# Bytes that a shard is to grow by at a time: for 6,000 shards on a disk that seeks, a sample at a time would
+# take weeks.
+PIECE = 1 << 20
 END = bytes(1024)  # end-of-archive blocks
 
 
 class Scatter:
-    """Shards of several splits. A sample's key alone chooses its shard; nothing is on disk until commit() says so in the journal.
+    """Shards of several splits. A sample's key alone chooses its shard; nothing is on disk until commit()
+    says so in the journal.
 
     After a kill, shards and report are cut back to what the journal knows.
     """
@@ -41,7 +46,9 @@ class Scatter:
         }
         if journal.exists():
             self.state = json.loads(journal.read_text())
-        for path in [folder / name for split in shards for name in self.names(split)] + [folder / "report.jsonl"]:
+        for path in [folder / name for split in shards for name in self.names(split)] + [
+            folder / "report.jsonl"
+        ]:
             if path.exists() and path.name not in self.state["lengths"]:
                 path.unlink()
             elif path.exists():
@@ -55,7 +62,10 @@ class Scatter:
         name = f"{split}-{hashed % self._shards[split]:06d}.tar"
         if name not in self._waiting:
             buffer = io.BytesIO()
-            self._waiting[name] = buffer, TarWriter(buffer, user="reconverge", group="reconverge", mtime=0, encoder=False)
+            self._waiting[name] = (
+                buffer,
+                TarWriter(buffer, user="reconverge", group="reconverge", mtime=0, encoder=False),
+            )
         self._waiting[name][1].write({"__key__": key, suffix: data, "cls": str(label).encode()})
         self._buffered += len(data)
         self.state["images"][split] = self.state["images"].get(split, 0) + 1
@@ -106,4 +116,6 @@ class Scatter:
 
 def content(key: str, data: bytes) -> int:
     """64 bits of a sample; those of a whole split are combined by exclusive or, in any order."""
-    return xxhash.xxh3_64_intdigest(data, seed=xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape")))
+    return xxhash.xxh3_64_intdigest(
+        data, seed=xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
+    )
