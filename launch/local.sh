@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Trains on this machine, a rank a GPU, by torchrun:  launch/local.sh [option ...] model=convnext_t recipe=in1k ...
+# Trains on this machine, a rank a GPU, by torchrun:
+#   launch/local.sh [option ...] model=convnext_t recipe=in1k ...
 #   --ranks N          so many ranks: on a CPU, or on some of the GPUs
-#   --max-restarts N   when a rank is lost, start all of them again, N times at most: they go on from the last checkpoint
-# Everything else is train.py's. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save the step. Ends with the exit code of the run, which torchrun loses.
+#   --max-restarts N   when a rank is lost, start all of them again, N times at most: they go on from the
+#                      last checkpoint
+# Everything else is train.py's. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save the step. Ends with the exit code of
+# the run, which torchrun loses.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
@@ -22,7 +25,8 @@ if [[ ! ${ranks:-1} =~ ^[1-9][0-9]*$ || ! $restarts =~ ^[0-9]+$ ]]; then
     exit 2
 fi
 for argument in "$@"; do
-    if [[ $argument == -* ]]; then # of one process: --help, --cfg; and -m, which starts this script for each run
+    # of one process: --help, --cfg; and -m, which starts this script for each run
+    if [[ $argument == -* ]]; then
         export RECONVERGE_LAUNCHER="$(printf '%q ' "$root/launch/local.sh" ${options[@]+"${options[@]}"})"
         exec "$python" "$root/train.py" "$@"
     fi
@@ -37,11 +41,12 @@ if [ -z "$ranks" ]; then
     fi
 fi
 
-# Ranks leave their exit code in this file. torchrun is a process group of its own (set -m), so that a terminal's Ctrl-C comes to it
-# once, from here: a second signal makes it leave its ranks behind.
+# Ranks leave their exit code in this file. torchrun is a process group of its own (set -m), so that a
+# terminal's Ctrl-C comes to it once, from here: a second signal makes it leave its ranks behind.
 export RECONVERGE_EXIT_FILE=$(mktemp)
 trap 'rm -f "$RECONVERGE_EXIT_FILE"' EXIT
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} # seconds for a step and its checkpoint, then SIGKILL
+# seconds for a step and its checkpoint, then SIGKILL
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                                 # torch's own are set by threads=
 set -m
 "$python" -m torch.distributed.run --standalone --nproc-per-node="$ranks" --max-restarts="$restarts" \
@@ -61,5 +66,6 @@ while kill -0 "$torchrun" 2>/dev/null; do # a trap interrupts wait
 done
 
 left=$(<"$RECONVERGE_EXIT_FILE")
-if [ -n "$left" ]; then code=$left; elif [ -n "$told" ]; then code=75; fi # 75: told to stop before there was anything to save
+# 75: told to stop before there was anything to save
+if [ -n "$left" ]; then code=$left; elif [ -n "$told" ]; then code=75; fi
 exit "$code"

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The same training with several seeds, each a run of its own:
-#   launch/seeds.sh [option ...] 0 1 2 -- model=convnext_t recipe=in1k ...             here, one after the other, with a table at the end
-#   launch/seeds.sh --sbatch [option ...] 0 1 2 -- model=convnext_t recipe=in1k ...    as a job array of launch/slurm.sbatch
+#   launch/seeds.sh [option ...] 0 1 2 -- model=convnext_t recipe=in1k ...
+#       here, one after the other, with a table at the end
+#   launch/seeds.sh --sbatch [option ...] 0 1 2 -- model=convnext_t recipe=in1k ...
+#       as a job array of launch/slurm.sbatch
 # Options are those of launch/local.sh (--ranks=2), or after --sbatch those of sbatch (--nodes=4).
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -15,7 +17,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 if [[ $# -eq 0 || ! ${seeds[*]-} =~ ^[0-9]+(\ [0-9]+)*$ ]]; then
-    echo "launch/seeds.sh [--sbatch] [--option=value ...] SEED ... -- key=value ...: whole numbers for seeds are wanted, and then --" >&2
+    echo "launch/seeds.sh [--sbatch] [--option=value ...] SEED ... -- key=value ...:" \
+        "whole numbers for seeds are wanted, and then --" >&2
     exit 2
 fi
 shift
@@ -25,7 +28,8 @@ if [ -z "$submit" ]; then
 fi
 for argument in "$@"; do
     if [[ $argument == run=* && $argument != *'${seed}'* ]]; then
-        echo "launch/seeds.sh: $argument is one folder for all seeds; '$argument-s\${seed}' is one for each" >&2
+        echo "launch/seeds.sh: $argument is one folder for all seeds;" \
+            "'$argument-s\${seed}' is one for each" >&2
         exit 2
     fi
 done

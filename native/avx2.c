@@ -6,7 +6,9 @@
 #include <immintrin.h>
 #include <string.h>
 
-enum { HALF = 1 << (BITS - 1) }; /* so that cutting the bits off rounds */
+enum {
+  HALF = 1 << (BITS - 1)
+}; /* so that cutting the bits off rounds */
 
 #define AVX2 __attribute__((target("avx2"))) /* and not FMA, which rounds otherwise */
 
@@ -16,7 +18,9 @@ AVX2 static inline __m128i load4(const uint8_t *in) {
   return _mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes));
 }
 
-AVX2 static inline __m256i load8(const uint8_t *in) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)in)); }
+AVX2 static inline __m256i load8(const uint8_t *in) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)in));
+}
 
 /* Cut to 0..255. */
 AVX2 static inline void store4(uint8_t *out, __m128i values) {
@@ -31,8 +35,10 @@ AVX2 static inline void store8(uint8_t *out, __m256i values) {
 }
 
 /* `n` rows at once, for which coefficients are spread only once. */
-AVX2 static inline __attribute__((always_inline)) void resize_n_rows(int n, const uint8_t *in, int from, const struct taps *taps, uint8_t *out) {
-  const __m256i first_two = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), last_two = _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3);
+AVX2 static inline __attribute__((always_inline)) void resize_n_rows(int n, const uint8_t *in, int from,
+                                                                     const struct taps *taps, uint8_t *out) {
+  const __m256i first_two = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
+                last_two = _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3);
   for (int x = 0; x < taps->length; x++, out += 4) {
     const int32_t *k = taps->k + (size_t)x * taps->size;
     const uint8_t *pixel = in + 4 * (size_t)taps->first[x];
@@ -40,7 +46,8 @@ AVX2 static inline __attribute__((always_inline)) void resize_n_rows(int n, cons
     for (int row = 0; row < n; row++) sums[row] = _mm256_setr_epi32(HALF, HALF, HALF, HALF, 0, 0, 0, 0);
     for (int i = 0; i < taps->count[x]; i += 4, pixel += 16) { /* k ends with zeros, `in` with padding */
       __m256i four = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(k + i)));
-      __m256i k_first = _mm256_permutevar8x32_epi32(four, first_two), k_last = _mm256_permutevar8x32_epi32(four, last_two);
+      __m256i k_first = _mm256_permutevar8x32_epi32(four, first_two),
+              k_last = _mm256_permutevar8x32_epi32(four, last_two);
       for (int row = 0; row < n; row++) {
         const uint8_t *pixels = pixel + 4 * (size_t)from * row;
         sums[row] = _mm256_add_epi32(sums[row], _mm256_mullo_epi32(load8(pixels), k_first));
@@ -56,8 +63,10 @@ AVX2 static inline __attribute__((always_inline)) void resize_n_rows(int n, cons
 
 AVX2 static void resize_rows(const uint8_t *in, int from, int rows, const struct taps *taps, uint8_t *out) {
   int y = 0;
-  for (; y + 4 <= rows; y += 4) resize_n_rows(4, in + 4 * (size_t)from * y, from, taps, out + 4 * (size_t)taps->length * y);
-  for (; y < rows; y++) resize_n_rows(1, in + 4 * (size_t)from * y, from, taps, out + 4 * (size_t)taps->length * y);
+  for (; y + 4 <= rows; y += 4)
+    resize_n_rows(4, in + 4 * (size_t)from * y, from, taps, out + 4 * (size_t)taps->length * y);
+  for (; y < rows; y++)
+    resize_n_rows(1, in + 4 * (size_t)from * y, from, taps, out + 4 * (size_t)taps->length * y);
 }
 
 AVX2 static void resize_columns(const uint8_t *in, int width, const struct taps *taps, uint8_t *out) {
@@ -84,7 +93,8 @@ AVX2 static void resize_columns(const uint8_t *in, int width, const struct taps 
     }
     for (; x < stride; x += 4) {
       __m128i sum = _mm256_castsi256_si128(half);
-      for (int i = 0; i < taps->count[y]; i++) sum = _mm_add_epi32(sum, _mm_mullo_epi32(load4(top + i * stride + x), _mm_set1_epi32(k[i])));
+      for (int i = 0; i < taps->count[y]; i++)
+        sum = _mm_add_epi32(sum, _mm_mullo_epi32(load4(top + i * stride + x), _mm_set1_epi32(k[i])));
       store4(out + x, _mm_srai_epi32(sum, BITS));
     }
   }
@@ -101,11 +111,14 @@ AVX2 static inline f64x4 along(const uint8_t *row, int column, int width, double
   if (d == 0.0) return doubles(v2);
   i32x4 v3 = (i32x4)load4(row + 4 * within(column + 1, width));
   if (filter == BILINEAR) return doubles(v2) + doubles(v3 - v2) * d;
-  i32x4 v1 = (i32x4)load4(row + 4 * within(column - 1, width)), v4 = (i32x4)load4(row + 4 * within(column + 2, width));
-  return doubles(v2) + d * (doubles(v3 - v1) + d * (doubles(2 * (v1 - v2) + v3 - v4) + d * doubles(v2 - v1 - v3 + v4)));
+  i32x4 v1 = (i32x4)load4(row + 4 * within(column - 1, width)),
+        v4 = (i32x4)load4(row + 4 * within(column + 2, width));
+  return doubles(v2) +
+         d * (doubles(v3 - v1) + d * (doubles(2 * (v1 - v2) + v3 - v4) + d * doubles(v2 - v1 - v3 + v4)));
 }
 
-AVX2 static void transform(const uint8_t *in, int width, int height, const double a[6], uint32_t fill, int filter, uint8_t *out) {
+AVX2 static void transform(const uint8_t *in, int width, int height, const double a[6], uint32_t fill,
+                           int filter, uint8_t *out) {
   size_t stride = 4 * (size_t)width;
   for (int y = 0; y < height; y++)
     for (int x = 0; x < width; x++, out += 4) {
@@ -119,8 +132,7 @@ AVX2 static void transform(const uint8_t *in, int width, int height, const doubl
       f64x4 v2 = along(in + stride * within(row, height), column, width, dx, filter);
       if (dy != 0.0) {
         f64x4 v3 = along(in + stride * within(row + 1, height), column, width, dx, filter);
-        if (filter == BILINEAR)
-          v2 = v2 + (v3 - v2) * dy;
+        if (filter == BILINEAR) v2 = v2 + (v3 - v2) * dy;
         else {
           f64x4 v1 = along(in + stride * within(row - 1, height), column, width, dx, filter);
           f64x4 v4 = along(in + stride * within(row + 2, height), column, width, dx, filter);

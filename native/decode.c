@@ -6,7 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The library's layout is that of libjpeg 6.2 (it refuses callers of another), whatever these headers stand for: Ubuntu's for 8. */
+/* The library's layout is that of libjpeg 6.2 (it refuses callers of another), whatever these headers stand
+ * for: Ubuntu's for 8. */
 #include <jconfig.h>
 #undef JPEG_LIB_VERSION
 #define JPEG_LIB_VERSION 62
@@ -51,10 +52,13 @@ struct decoder {
 static void fail(j_common_ptr info) { longjmp(((struct decoder *)info)->failed, 1); }
 static void stay_silent(j_common_ptr info) { (void)info; }
 
-/* 8 bits, Huffman, gray or YCbCr 4:4:4, 4:2:2, 4:2:0, and not too large: what the tests compare with Pillow. */
+/* 8 bits, Huffman, gray or YCbCr 4:4:4, 4:2:2, 4:2:0, and not too large: what the tests compare with Pillow.
+ */
 static int is_plain(const struct jpeg_decompress_struct *info) {
   const jpeg_component_info *component = info->comp_info;
-  if ((uint64_t)info->image_width * info->image_height > LARGEST || info->data_precision != 8 || info->arith_code) return 0;
+  if ((uint64_t)info->image_width * info->image_height > LARGEST || info->data_precision != 8 ||
+      info->arith_code)
+    return 0;
   if (info->num_components == 1) return info->jpeg_color_space == JCS_GRAYSCALE;
   if (info->num_components != 3 || info->jpeg_color_space != JCS_YCbCr) return 0;
   for (int i = 1; i < 3; i++)
@@ -62,7 +66,8 @@ static int is_plain(const struct jpeg_decompress_struct *info) {
   return component[0].h_samp_factor <= 2 && component[0].v_samp_factor <= component[0].h_samp_factor;
 }
 
-/* Every bit of every coefficient was sent. Where a progressive file lacks some, libjpeg smooths, looking further than our margin. */
+/* Every bit of every coefficient was sent. Where a progressive file lacks some, libjpeg smooths, looking
+ * further than our margin. */
 static int is_complete(const struct jpeg_decompress_struct *info) {
   if (!info->progressive_mode || !info->coef_bits) return 1;
   for (int component = 0; component < info->num_components; component++)
@@ -71,7 +76,8 @@ static int is_complete(const struct jpeg_decompress_struct *info) {
   return 1;
 }
 
-/* What follows the last row that was decoded is compressed data and the end marker: nothing at which Pillow would raise. */
+/* What follows the last row that was decoded is compressed data and the end marker: nothing at which Pillow
+ * would raise. */
 static int ends_well(const struct jpeg_decompress_struct *info) {
   const uint8_t *at = info->src->next_input_byte, *end = at + info->src->bytes_in_buffer;
   int marker = info->unread_marker;
@@ -102,7 +108,8 @@ int decode(const uint8_t *data, size_t size, struct box box, uint8_t *out) {
   info->out_color_space = JCS_EXT_RGBX;
   if (!jpeg.start(info) || !is_complete(info)) goto not_ours;
 
-  /* Chroma is interpolated between neighbours: two pixels more on each side, which the library widens to whole blocks. */
+  /* Chroma is interpolated between neighbours: two pixels more on each side, which the library widens to
+   * whole blocks. */
   JDIMENSION left = box.left < 2 ? 0 : box.left - 2;
   JDIMENSION right = box.right + 2 > info->image_width ? info->image_width : box.right + 2;
   JDIMENSION width = right - left;

@@ -17,8 +17,10 @@ int simd(void) {
 #endif
 }
 
-int crop_and_resize(const uint8_t *data, size_t size, struct box box, int width, int height, struct how how, uint8_t *out) {
-  if (box.left >= box.right || box.top >= box.bottom || box.right > UINT16_MAX || box.bottom > UINT16_MAX) return NOT_OURS;
+int crop_and_resize(const uint8_t *data, size_t size, struct box box, int width, int height, struct how how,
+                    uint8_t *out) {
+  if (box.left >= box.right || box.top >= box.bottom || box.right > UINT16_MAX || box.bottom > UINT16_MAX)
+    return NOT_OURS;
   if (width < 1 || height < 1 || width > UINT16_MAX || height > UINT16_MAX) return NOT_OURS;
   int from_width = box.right - box.left, from_height = box.bottom - box.top;
   if ((uint64_t)from_width * from_height > LARGEST) return NOT_OURS;
@@ -30,6 +32,7 @@ int crop_and_resize(const uint8_t *data, size_t size, struct box box, int width,
   return status;
 }
 
-void affine(const uint8_t *in, int width, int height, const double a[6], uint32_t fill, struct how how, uint8_t *out) {
+void affine(const uint8_t *in, int width, int height, const double a[6], uint32_t fill, struct how how,
+            uint8_t *out) {
   (how.simd ? &avx2 : &scalar)->transform(in, width, height, a, fill, how.filter, out);
 }

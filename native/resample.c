@@ -1,4 +1,5 @@
-/* Pillow's resampling (Resample.c): coefficients in doubles, rounded to integers of 22 bits; two passes with bytes between them. */
+/* Pillow's resampling (Resample.c): coefficients in doubles, rounded to integers of 22 bits; two passes with
+ * bytes between them. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -24,7 +25,8 @@ static void free_taps(struct taps *taps) {
   free(taps->k);
 }
 
-/* How each of `length` outputs is composed of `from` inputs. Returns OK or NO_MEMORY; free_taps in either case. */
+/* How each of `length` outputs is composed of `from` inputs. Returns OK or NO_MEMORY; free_taps in either
+ * case. */
 static int find_taps(struct taps *taps, int from, int length, int filter) {
   double scale = (double)from / length, stretch = scale < 1.0 ? 1.0 : scale, inverse = 1.0 / stretch;
   double support = (filter == BICUBIC ? 2.0 : 1.0) * stretch;
@@ -60,7 +62,8 @@ static int find_taps(struct taps *taps, int from, int length, int filter) {
 }
 
 /* A pass that would change nothing is left out, as in Pillow. Returns OK or NO_MEMORY. */
-int resample(const uint8_t *in, int from_width, int from_height, int width, int height, struct how how, uint8_t *out) {
+int resample(const uint8_t *in, int from_width, int from_height, int width, int height, struct how how,
+             uint8_t *out) {
   const struct loops *loops = how.simd ? &avx2 : &scalar;
   int wide = from_width != width, high = from_height != height, status = OK;
   struct taps across = {0}, down = {0};
@@ -68,7 +71,8 @@ int resample(const uint8_t *in, int from_width, int from_height, int width, int 
   if (wide) status |= find_taps(&across, from_width, width, how.filter);
   if (high) status |= find_taps(&down, from_height, height, how.filter);
   if (wide && high) {
-    between = malloc(4 * (how.vertical_first ? (size_t)from_width * height : (size_t)width * from_height) + PADDING);
+    between = malloc(4 * (how.vertical_first ? (size_t)from_width * height : (size_t)width * from_height) +
+                     PADDING);
     if (!between) status = NO_MEMORY;
   }
   if (status != OK)
@@ -79,12 +83,9 @@ int resample(const uint8_t *in, int from_width, int from_height, int width, int 
   } else if (wide && high) {
     loops->resize_rows(in, from_width, from_height, &across, between);
     loops->resize_columns(between, width, &down, out);
-  } else if (wide)
-    loops->resize_rows(in, from_width, height, &across, out);
-  else if (high)
-    loops->resize_columns(in, width, &down, out);
-  else
-    memcpy(out, in, 4 * (size_t)width * height);
+  } else if (wide) loops->resize_rows(in, from_width, height, &across, out);
+  else if (high) loops->resize_columns(in, width, &down, out);
+  else memcpy(out, in, 4 * (size_t)width * height);
   free(between);
   free_taps(&across);
   free_taps(&down);

@@ -33,10 +33,12 @@ static void resize_columns(const uint8_t *in, int width, const struct taps *taps
   size_t stride = 4 * (size_t)width;
   for (int y = 0; y < taps->length; y++)
     for (int x = 0; x < width; x++, out += 4)
-      sum_up(in + taps->first[y] * stride + 4 * (size_t)x, stride, taps->k + (size_t)y * taps->size, taps->count[y], out);
+      sum_up(in + taps->first[y] * stride + 4 * (size_t)x, stride, taps->k + (size_t)y * taps->size,
+             taps->count[y], out);
 }
 
-/* The value at `d` behind at[1] of a row. Where d is 0, as it is throughout for some shears and translations, the others vanish. */
+/* The value at `d` behind at[1] of a row. Where d is 0, as it is throughout for some shears and translations,
+ * the others vanish. */
 static inline double along(const uint8_t *row, const int at[4], double d, int filter) {
   int v2 = row[at[1]];
   if (d == 0.0) return v2;
@@ -46,7 +48,8 @@ static inline double along(const uint8_t *row, const int at[4], double d, int fi
   return v2 + d * ((v3 - v1) + d * ((2 * (v1 - v2) + v3 - v4) + d * (v2 - v1 - v3 + v4)));
 }
 
-static void transform(const uint8_t *in, int width, int height, const double a[6], uint32_t fill, int filter, uint8_t *out) {
+static void transform(const uint8_t *in, int width, int height, const double a[6], uint32_t fill, int filter,
+                      uint8_t *out) {
   size_t stride = 4 * (size_t)width;
   for (int y = 0; y < height; y++)
     for (int x = 0; x < width; x++, out += 4) {
@@ -59,14 +62,15 @@ static void transform(const uint8_t *in, int width, int height, const double a[6
       double dx = from.dx, dy = from.dy;
       int at[4];
       for (int i = 0; i < 4; i++) at[i] = 4 * within(column - 1 + i, width);
-      const uint8_t *line1 = in + stride * within(row - 1, height), *line2 = in + stride * within(row, height);
-      const uint8_t *line3 = in + stride * within(row + 1, height), *line4 = in + stride * within(row + 2, height);
+      const uint8_t *line1 = in + stride * within(row - 1, height),
+                    *line2 = in + stride * within(row, height);
+      const uint8_t *line3 = in + stride * within(row + 1, height),
+                    *line4 = in + stride * within(row + 2, height);
       for (int band = 0; band < 3; band++) {
         double v2 = along(line2 + band, at, dx, filter);
         if (dy != 0.0) {
           double v3 = along(line3 + band, at, dx, filter);
-          if (filter == BILINEAR)
-            v2 = v2 + (v3 - v2) * dy;
+          if (filter == BILINEAR) v2 = v2 + (v3 - v2) * dy;
           else {
             double v1 = along(line1 + band, at, dx, filter), v4 = along(line4 + band, at, dx, filter);
             v2 = v2 + dy * ((v3 - v1) + dy * ((2 * (v1 - v2) + v3 - v4) + dy * (v2 - v1 - v3 + v4)));

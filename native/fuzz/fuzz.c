@@ -1,7 +1,9 @@
-/* A coverage-guided fuzzer of all that reads hostile bytes: the decoder and, on whatever it gives, the resize and the transform.
+/* A coverage-guided fuzzer of all that reads hostile bytes: the decoder and, on whatever it gives, the resize
+   and the transform.
 
-   The first bytes of an input say box, size and matrix; the rest is the file. README.md has the commands. With -DTHREADS it is a
-   program of its own that decodes the files of a folder in four threads at once, for ThreadSanitizer. */
+   The first bytes of an input say box, size and matrix; the rest is the file. README.md has the commands.
+   With -DTHREADS it is a program of its own that decodes the files of a folder in four threads at once, for
+   ThreadSanitizer. */
 
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +15,10 @@ static const char *library(void) {
   return path ? path : "libjpeg.so.62";
 }
 
-enum { HEAD = 16, LONGEST = 1 << 16 };
+enum {
+  HEAD = 16,
+  LONGEST = 1 << 16
+};
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -26,9 +31,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   memcpy(numbers, data, HEAD);
   /* Mostly boxes within small images; now and then any at all. */
   uint32_t mask = numbers[0] & 0x8000 ? 0xFFFF : 0x3F;
-  struct box box = {numbers[0] & mask, numbers[1] & mask, (numbers[0] & mask) + (numbers[2] & mask), (numbers[1] & mask) + (numbers[3] & mask)};
+  struct box box = {numbers[0] & mask, numbers[1] & mask, (numbers[0] & mask) + (numbers[2] & mask),
+                    (numbers[1] & mask) + (numbers[3] & mask)};
   int width = numbers[4] % 70, height = numbers[5] % 70;
-  struct how how = {numbers[6] & 1 ? BICUBIC : BILINEAR, numbers[6] >> 1 & 1, simd() && (numbers[6] >> 2 & 1)};
+  struct how how = {numbers[6] & 1 ? BICUBIC : BILINEAR, numbers[6] >> 1 & 1,
+                    simd() && (numbers[6] >> 2 & 1)};
 
   uint8_t *file = malloc(size - HEAD + 1); /* of exactly this size, so that a byte too far is noticed */
   memcpy(file, data + HEAD, size - HEAD);
@@ -71,7 +78,8 @@ static void *decode_all(void *argument) {
   for (int round = 0; round < 20; round++)
     for (int i = 0; i < count; i++) {
       struct how how = {BICUBIC, 0, simd() && (round & 1)};
-      if (crop_and_resize(files[i], sizes[i], whole, 24, 24, how, pixels) == OK) affine(pixels, 24, 24, a, 0, how, moved);
+      if (crop_and_resize(files[i], sizes[i], whole, 24, 24, how, pixels) == OK)
+        affine(pixels, 24, 24, a, 0, how, moved);
     }
   free(pixels);
   free(moved);
