@@ -41,14 +41,14 @@ from timm.data.auto_augment import rand_augment_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from reconverge import chance
+from reconverge.base import chance
+from reconverge.config.settings import Augment, Data
 from reconverge.data import decode, native, sources, transforms
 from reconverge.data.loader import Feed, Images
 from reconverge.data.mix import Normalise, erase
 from reconverge.data.order import Order
+from reconverge.distributed.world import keep_freed_memory
 from reconverge.prepare.make import Options, prepare
-from reconverge.settings import Augment, Data
-from reconverge.world import keep_freed_memory
 
 BATCH, SIZE = 64, 224
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD

@@ -16,7 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from reconverge import jobs, jsonl
+from reconverge.base import files
+from reconverge.commands import processes
 
 JOB = ["model=convnext_t", "recipe.name=mine", "augment.size=96", "evaluate.size=96", "batch=32",
     "microbatch=4", "model.drop_path=0.1",
@@ -32,7 +33,7 @@ def images_per_second(
     for name in names:
         shutil.rmtree(folder / "runs" / name, ignore_errors=True)
         command = [
-            *jobs.command(jobs.script(), ranks),
+            *processes.command(processes.script(), ranks),
             *JOB,
             f"steps={steps}",
             f"reduce={reduce}",
@@ -45,7 +46,7 @@ def images_per_second(
             )
         )
     assert not any([process.wait() for process in started])
-    lines = [jsonl.lines(folder / "runs" / name / "metrics.jsonl")[2:] for name in names]
+    lines = [files.json_lines(folder / "runs" / name / "metrics.jsonl")[2:] for name in names]
     return sum(statistics.median(line["images_per_second"] for line in of_run) for of_run in lines)
 
 

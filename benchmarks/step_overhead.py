@@ -62,10 +62,10 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
 
     import train
-    from reconverge import optim
-    from reconverge.ema import Ema
     from reconverge.models.drop_path import Masked
-    from reconverge.run import Run
+    from reconverge.run.folder import Run
+    from reconverge.training import optim
+    from reconverge.training.ema import Ema
 
     spent = dict.fromkeys(("forward", "backward", "optimizer", "EMA"), 0.0)
     rows: list[dict[str, float]] = []

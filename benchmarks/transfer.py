@@ -19,8 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from reconverge.config.settings import Data
 from reconverge.data.sources import open_sources
-from reconverge.settings import Data
 
 ROOT = Path(__file__).parents[1]
 

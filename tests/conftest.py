@@ -129,11 +129,11 @@ def _home(tmp_path, monkeypatch, cache):
 def _main(script, arguments, monkeypatch):
     import importlib
 
-    from reconverge import signals
+    from reconverge.base import signals
 
     handlers = {number: signal.getsignal(number) for number in signals.CAUGHT}
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-    from reconverge.errors import exit_code
+    from reconverge.base.errors import exit_code
 
     try:
         return int(exit_code(importlib.import_module(script).main))
@@ -164,8 +164,8 @@ def digits(tmp_path_factory):
     """The first 12 training and 3 validation images of each of the bundled digits, as class folders."""
     import shutil
 
+    from reconverge.config.settings import Data
     from reconverge.data.sources import open_sources
-    from reconverge.settings import Data
 
     root = tmp_path_factory.mktemp("digits")
     for split, source, count in zip(
@@ -194,16 +194,15 @@ def train(monkeypatch, small):
 
 
 @pytest.fixture
-def compose(monkeypatch):
+def compose():
     """The checked configuration of these arguments, in this process."""
 
-    from reconverge import checks, config
-    from reconverge.settings import Train
+    from reconverge.config import rules
+    from reconverge.config.compose import of_training
 
     def compose(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        cfg = config.from_command_line(ROOT / "conf", "config", Train)
-        checks.check(cfg)
+        cfg = of_training(arguments)
+        rules.check(cfg)
         return cfg
 
     return compose
@@ -322,9 +321,9 @@ def workers_of(torchrun):
 @pytest.fixture(scope="session")
 def counted_once():
     """Each model's size is counted once in the session: all of them take some ten seconds."""
-    from reconverge import models
+    from reconverge.models import table
 
-    count, kept = models.Spec.count, {}
+    count, kept = table.Spec.count, {}
 
     def remembered(spec, settings, size):
         key = (id(spec), str(settings), size)
@@ -333,7 +332,7 @@ def counted_once():
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.Spec, "count", remembered)
+        patch.setattr(table.Spec, "count", remembered)
         yield
 
 

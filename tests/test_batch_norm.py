@@ -10,16 +10,15 @@ from conftest import trained, weights
 from safetensors.torch import load_file
 from torch import nn
 
-from reconverge import models
+from reconverge.config.settings import Augment, Data, Model
+from reconverge.config.settings import Mix as MixSettings
 from reconverge.data import transforms
 from reconverge.data.loader import Images
 from reconverge.data.mix import Mix, Normalise
 from reconverge.data.order import Order
 from reconverge.data.sources import open_sources
-from reconverge.models import drop_path
-from reconverge.models.batch_norm import RunningStatistics
-from reconverge.settings import Augment, Data, Model
-from reconverge.settings import Mix as MixSettings
+from reconverge.models import create, drop_path
+from reconverge.training.batch_norm import RunningStatistics
 
 KINDS = ("model", "ema", "optimizer")
 RESNET = ["model=timm", "model.timm=test_resnet", "model.drop_path=0.3"]
@@ -54,7 +53,7 @@ def by_hand(digits, cache, run, steps):
     images_of = Images(training, transforms.training(Augment(size=32), [0.485, 0.456, 0.406]), 3)
     normalise = Normalise([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], torch.device("cpu"), False)
     mix, order = Mix(0.5, MixSettings(), 10), Order(len(training), 16, 8, 3)
-    net = models.build(MODEL, 10, seed=3).train()
+    net = create.model(MODEL, 10, seed=3).train()
     running = {name: tensor.double() for name, tensor in statistics(net.state_dict()).items()}
     seen = {}
     for name, module in net.named_modules():
@@ -221,7 +220,7 @@ def test_what_is_not_finite_does_not_stay():
 
 
 def test_models_without_running_statistics_are_left_alone():
-    net = models.build(Model("convnext_atto", "atto", 0.0), 10, 0)
+    net = create.model(Model("convnext_atto", "atto", 0.0), 10, 0)
     running = RunningStatistics(net)
     running.note()
     running.settle(torch.tensor(0.0))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from reconverge.models import MODELS, throughput
+from reconverge.models import throughput
+from reconverge.models.table import MODELS
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_the_published_figures_stand_beside_and_a_batch_that_does_not_fit_ends_i
 def test_published_figures_are_of_models_that_exist():
     for model, size in [*throughput.V100, *throughput.A100]:
         assert size in [published.size for published in MODELS[model].published]
-    assert throughput.published("convnext_iso_l", 224) == {
+    assert throughput.figures("convnext_iso_l", 224) == {
         "V100, images/s": 94.4,
         "training at batch 32, GB": 20.4,
     }

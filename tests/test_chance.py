@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from reconverge import chance
+from reconverge.base import chance
 
 
 def test_keys_are_golden(golden):

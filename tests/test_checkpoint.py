@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from reconverge import checkpoint
-from reconverge.errors import Exit, Stop
+from reconverge.base.errors import Exit, Stop
+from reconverge.run import checkpoint, reader
 
 
 def tensors(step):
@@ -29,7 +29,7 @@ def save(folder, *steps):
 
 
 def names(folder):
-    return [path.name for path in checkpoint.steps(folder)]
+    return [path.name for path in reader.checkpoints(folder)]
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -82,7 +82,7 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path_factory, data):
 
 def test_all_bad_stops_and_names_each(tmp_path):
     save(tmp_path, 1, 2)
-    for path in checkpoint.steps(tmp_path):
+    for path in reader.checkpoints(tmp_path):
         (path / "model.safetensors").unlink()
     with pytest.raises(
         Stop, match=r"step-00000002: model.safetensors is missing; step-00000001: model.safetensors"

@@ -110,7 +110,7 @@ def test_batch_prints_and_draws_what_the_step_saw(train, monkeypatch, capsys, sh
     )  # step 3, two microbatches a step
     capsys.readouterr()
     drawn = []
-    from reconverge import pictures
+    from reconverge.report import pictures
 
     seen = pictures.seen
     monkeypatch.setattr(

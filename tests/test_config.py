@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from reconverge import config
-from reconverge.clock import Clock
-from reconverge.settings import Eval, Train
+from reconverge.base.errors import Stop
+from reconverge.config.compose import composed, from_text, to_text
+from reconverge.config.settings import Eval, Train, flat
+from reconverge.training.clock import Clock
 
 # what is typed, the line "given", something of "allowed", something of "change"
 REFUSED = [
@@ -170,7 +171,7 @@ def test_help_shows_groups_choices_and_examples():
 def test_cfg_job_prints_what_would_run(compose):
     done = process("--cfg", "job", "--resolve", "model=convnext_t", "recipe=in1k")
     assert done.returncode == 0, done.stderr
-    assert config.from_text(done.stdout, Train) == compose("model=convnext_t", "recipe=in1k")
+    assert from_text(done.stdout, Train) == compose("model=convnext_t", "recipe=in1k")
     assert "drop_path: 0.1\n" in done.stdout
     assert "microbatch: 128\n" in done.stdout
     assert not Path("runs").exists()
@@ -192,11 +193,10 @@ def test_a_typo_in_a_recipe_file_is_named(tmp_path, monkeypatch, capsys):
     conf = tmp_path / "conf"
     shutil.copytree(ROOT / "conf", conf)
     (conf / "recipe" / "mine.yaml").write_text("# @package _global_\nepohcs: 30\n")
-    monkeypatch.setattr(sys, "argv", ["train.py", "recipe=mine"])
     from hydra.core.global_hydra import GlobalHydra
 
-    with pytest.raises(config.Stop, match="epohcs"):
-        config.from_command_line(conf, "config", Train)
+    with pytest.raises(Stop, match="epohcs"):
+        composed(conf, "config", Train, ["recipe=mine"])
     GlobalHydra.instance().clear()
 
 
@@ -248,9 +248,7 @@ def test_recipes_state_every_setting_that_they_own():
     for path in (ROOT / "conf" / "recipe").glob("*.yaml"):
         given = yaml.safe_load(path.read_text())
         for section in owned:
-            names = {
-                key.partition(".")[2] for key, *_ in config.flat(Train()) if key.startswith(f"{section}.")
-            }
+            names = {key.partition(".")[2] for key, *_ in flat(Train()) if key.startswith(f"{section}.")}
             assert set(given[section]) == names - ({"batch"} if section == "evaluate" else set()), (
                 f"{path.name}: {section}"
             )
@@ -262,8 +260,8 @@ def test_recipes_state_every_setting_that_they_own():
 
 def test_text_goes_both_ways(compose):
     cfg = compose("optim.clip=1", "optim.eps=1e-7")
-    assert config.from_text(config.to_text(cfg), Train) == cfg
-    assert all(checks["help"] for schema in (Train, Eval) for _, _, checks in config.flat(schema()))
+    assert from_text(to_text(cfg), Train) == cfg
+    assert all(checks["help"] for schema in (Train, Eval) for _, _, checks in flat(schema()))
 
 
 def test_batch_notice_tells_the_linear_rule(train, capsys):

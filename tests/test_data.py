@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from reconverge.base.errors import Exit, Stop
+from reconverge.config.settings import Augment, Data, Evaluate
 from reconverge.data import transforms
 from reconverge.data.decode import crop_and_resize, dimensions
 from reconverge.data.folder import open_folder
 from reconverge.data.loader import Feed, Images
 from reconverge.data.order import Order, in_sequence
 from reconverge.data.sources import Synthetic, open_sources
-from reconverge.errors import Exit, Stop
-from reconverge.settings import Augment, Data, Evaluate
 
 CPU = torch.device("cpu")
 
@@ -248,14 +248,17 @@ def test_the_index_holds_no_object_per_image(photographs, cache):
 
 
 def test_workers_and_threads_together_never_take_more_than_the_cores(monkeypatch):
-    from reconverge import ranks, world
+    from reconverge.base import launcher
+    from reconverge.distributed import world
 
     for cores in (1, 2, 3, 8, 64):
         for local in (1, 2, 8):
             monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
-            monkeypatch.setattr(ranks, "HERE", ranks.Place(size=local, local_size=local, launcher="torchrun"))
+            monkeypatch.setattr(
+                launcher, "HERE", launcher.Place(size=local, local_size=local, launcher="torchrun")
+            )
             mine = max(1, cores // local)
-            assert ranks.cores() == mine
+            assert launcher.cores() == mine
             for device in (torch.device("cpu"), torch.device("cuda")):
                 workers = world.default_workers(device)
                 assert workers >= 0
@@ -285,7 +288,7 @@ import torch
 from reconverge.data import transforms
 from reconverge.data.loader import Feed, Images
 from reconverge.data.sources import Synthetic
-from reconverge.settings import Evaluate
+from reconverge.config.settings import Evaluate
 
 def microbatches():
     raise RuntimeError("a bug")

@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT, trained
 from hydra.core.global_hydra import GlobalHydra
 
-from reconverge import checks, config
 from reconverge.commands import main, parsed
-from reconverge.settings import Eval
+from reconverge.config import compose, rules
+from reconverge.config.settings import Eval
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = (
@@ -89,18 +89,17 @@ def test_each_is_accepted(page, given, monkeypatch):
                 return  # the command's name alone
             arguments = parsed(words)
             if getattr(arguments, "overrides", []):
-                checks.check(config.of_training([word for word in arguments.overrides if "=" in word]))
+                rules.check(compose.of_training([word for word in arguments.overrides if "=" in word]))
             return
         script = next((word for word in given if word.endswith((".py", ".sh", ".sbatch"))), "train.py")
         overrides = [
             word for word in given[given.index(script) + 1 :] if "=" in word and not word.startswith("-")
         ]
         if script == "eval.py":
-            monkeypatch.setattr(sys, "argv", ["eval.py", *overrides])
-            cfg = config.from_command_line(ROOT / "conf", "eval", Eval)
-            checks.evaluation(cfg)
+            cfg = compose.composed(ROOT / "conf", "eval", Eval, overrides)
+            rules.evaluation(cfg)
             return
-        for combination in config.combinations(overrides):
+        for combination in compose.combinations(overrides):
             name = next(
                 (word for word in combination if word == "data=folder" or word == "data=imagenet1k"), ""
             )
@@ -109,7 +108,7 @@ def test_each_is_accepted(page, given, monkeypatch):
                 if name and not any(word.startswith("data.root=") for word in combination)
                 else []
             )
-            checks.check(config.of_training([*combination, *more]))
+            rules.check(compose.of_training([*combination, *more]))
     finally:
         GlobalHydra.instance().clear()
 

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms as tv
 
-from reconverge import models
-from reconverge.settings import Model
+from reconverge.config.settings import Model
+from reconverge.models import create
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def report(run, data="folder", step=6, precision="fp32"):
 
 def independent(run, digits, kind, classes=10):
     """Image by image: the official evaluation transform, plain counting in Python."""
-    net = models.build(Model("convnext_atto", "atto", 0.0), classes, 1).eval()
+    net = create.model(Model("convnext_atto", "atto", 0.0), classes, 1).eval()
     net.load_state_dict(load_file(sorted((run / "checkpoints").iterdir())[-1] / f"{kind}.safetensors"))
     transform = tv.Compose(
         [

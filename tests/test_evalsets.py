@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms as tv
 
-from reconverge import evalsets, models
-from reconverge.errors import Stop
+from reconverge.base.errors import Stop
+from reconverge.config.settings import Evaluate, Model
+from reconverge.evaluation import sets
+from reconverge.evaluation.figures import published_accuracy
+from reconverge.models import create
 from reconverge.prepare.make import Options, prepare
-from reconverge.settings import Evaluate, Model
 
 # As the authors of ImageNet-C publish them: AlexNet's mean errors.
 ALEXNET = """gaussian_noise .886428, shot_noise .894468, impulse_noise .922640, defocus_blur .819880,
@@ -50,7 +52,7 @@ def run(learned):
 @pytest.fixture
 def logits(run):
     """The raw weights' logits of an image file, by plain torch and torchvision."""
-    net = models.build(Model("convnext_atto", "atto", 0.0), 10, 1).eval()
+    net = create.model(Model("convnext_atto", "atto", 0.0), 10, 1).eval()
     net.load_state_dict(load_file(sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors"))
 
     def logits(path):
@@ -167,18 +169,18 @@ def test_real_labels_are_sets_and_an_empty_one_does_not_count(run, digits, logit
 
 
 def test_the_rule_of_real_by_hand():
-    assert evalsets.real_accuracy([{1, 2}, set(), {3}], np.array([2, 0, 1]), np.array([3, 4, 9])) == 50.0
-    assert evalsets.real_accuracy([{1}], np.array([0]), np.array([1])) == 100.0
+    assert sets.real_accuracy([{1, 2}, set(), {3}], np.array([2, 0, 1]), np.array([3, 4, 9])) == 50.0
+    assert sets.real_accuracy([{1}], np.array([0]), np.array([1])) == 100.0
 
 
 def test_mce_by_hand():
     alexnet = {
         name: float(error) for name, error in (pair.split() for pair in ALEXNET.replace("\n", " ").split(","))
     }
-    assert alexnet == evalsets.ALEXNET
-    assert evalsets.mce({name: 100 * error for name, error in alexnet.items()}) == pytest.approx(100)
+    assert alexnet == sets.ALEXNET
+    assert sets.mce({name: 100 * error for name, error in alexnet.items()}) == pytest.approx(100)
     half = {name: 50 * error for name, error in alexnet.items()}
-    assert evalsets.mce(half | {"fog": 81.9324}) == pytest.approx((14 * 50 + 100) / 15)
+    assert sets.mce(half | {"fog": 81.9324}) == pytest.approx((14 * 50 + 100) / 15)
 
 
 def corrupted(digits, to, corruptions, groups=None):
@@ -217,23 +219,23 @@ def test_corruptions_and_the_row_of_the_paper(run, digits, logits, evaluate, tmp
         if name.endswith(part)
     }
     corrupted(digits, tmp_path / "all" / "imagenet-c", alexnet, groups)
-    corrupted(digits, tmp_path / "all" / "imagenet-c-bar", evalsets.C_BAR)
+    corrupted(digits, tmp_path / "all" / "imagenet-c-bar", sets.C_BAR)
     shutil.copytree(digits / "val", tmp_path / "all" / "imagenet" / "val")
     assert evaluate("checkpoint=runs/a", "suite=robustness", f"suite.root={tmp_path}/all", "workers=0") == 0
     said = capsys.readouterr().out
     assert "not there, and left out" in said
     assert "sketch" in said
-    sets = json.loads(next(run.glob("eval-robustness-*.json")).read_text())["sets"]
+    found = json.loads(next(run.glob("eval-robustness-*.json")).read_text())["sets"]
     places = {name: tmp_path / "all" / "imagenet-c" / groups.get(name, "") / name for name in alexnet}
     errors = {name: errors_by(logits, path) for name, path in places.items()}
     for name, error in errors.items():
-        assert sets["c"]["raw"][name] == pytest.approx(error)
+        assert found["c"]["raw"][name] == pytest.approx(error)
     expected = sum(error / alexnet[name] for name, error in errors.items()) / 15
-    assert sets["c"]["raw"]["mce"] == pytest.approx(expected)
-    assert sets["c"]["raw"]["mean_error"] == pytest.approx(sum(errors.values()) / 15)
-    bars = [errors_by(logits, tmp_path / "all" / "imagenet-c-bar" / name) for name in evalsets.C_BAR]
-    assert sets["c_bar"]["raw"]["mean_error"] == pytest.approx(sum(bars) / 10)
-    assert sets["imagenet1k"]["raw"]["images"] == 30
+    assert found["c"]["raw"]["mce"] == pytest.approx(expected)
+    assert found["c"]["raw"]["mean_error"] == pytest.approx(sum(errors.values()) / 15)
+    bars = [errors_by(logits, tmp_path / "all" / "imagenet-c-bar" / name) for name in sets.C_BAR]
+    assert found["c_bar"]["raw"]["mean_error"] == pytest.approx(sum(bars) / 10)
+    assert found["imagenet1k"]["raw"]["images"] == 30
     heads, raw = [line for line in said.splitlines() if line.startswith(("percent", "raw  "))][-2:]
     assert heads == f"{'percent':<10}   imagenet1k (top-1)   c (mCE)   c_bar (mean error)"
     assert raw.split()[1:] == [
@@ -244,22 +246,22 @@ def test_corruptions_and_the_row_of_the_paper(run, digits, logits, evaluate, tmp
 
 
 def test_images_that_are_cropped_already_are_not_cropped_again():
-    from reconverge.settings import Data
+    from reconverge.config.settings import Data
 
     settings = Evaluate(224, 0.875)
-    assert evalsets.settings_of(Data("c", "evaluation", dataset="c"), settings, []).crop_ratio == 1
-    assert evalsets.settings_of(Data("c", "evaluation", dataset="c"), settings, ["crop_ratio"]) == settings
-    assert evalsets.settings_of(Data("a", "evaluation", dataset="a"), settings, []) == settings
+    assert sets.settings_of(Data("c", "evaluation", dataset="c"), settings, []).crop_ratio == 1
+    assert sets.settings_of(Data("c", "evaluation", dataset="c"), settings, ["crop_ratio"]) == settings
+    assert sets.settings_of(Data("a", "evaluation", dataset="a"), settings, []) == settings
 
 
 def test_published_figures_are_found():
-    assert evalsets.published("convnext_t", Evaluate(224, 0.875)) == (
+    assert published_accuracy("convnext_t", Evaluate(224, 0.875)) == (
         "Table 8",
         {"imagenet1k": 82.1, "c": 53.2, "c_bar": 40.0, "a": 24.2, "r": 47.2, "sketch": 33.8},
     )
-    who, figures = evalsets.published("convnext_tiny.fb_in1k", Evaluate(224, 0.875))
+    who, figures = published_accuracy("convnext_tiny.fb_in1k", Evaluate(224, 0.875))
     assert (who, figures["imagenet1k"], figures["real"], figures["v2"]) == ("timm", 82.066, 87.309, 70.93)
-    assert evalsets.published("convnext_atto", Evaluate(32, 1.0))[1] == {}
+    assert published_accuracy("convnext_atto", Evaluate(32, 1.0))[1] == {}
 
 
 def test_wrong_input(run, digits, evaluate, capsys, tmp_path):
@@ -300,7 +302,7 @@ def test_predictions_of_images_without_labels(run, digits, logits, evaluate):
     assert [line["image"] for line in lines] == [
         str(path) for path in sorted((digits / "val").rglob("*.png"))
     ]
-    net = models.build(Model("convnext_atto", "atto", 0.0), 10, 1).eval()
+    net = create.model(Model("convnext_atto", "atto", 0.0), 10, 1).eval()
     net.load_state_dict(load_file(sorted((run / "checkpoints").iterdir())[-1] / "ema.safetensors"))
     for line in lines[::7]:
         with torch.no_grad():
@@ -321,4 +323,4 @@ def test_predictions_of_images_without_labels(run, digits, logits, evaluate):
 
 def test_the_docs_name_every_corruption():
     text = (ROOT / "docs" / "evaluate.md").read_text()
-    assert all(f"`{name}`" in text for name in (*evalsets.ALEXNET, *evalsets.C_BAR))
+    assert all(f"`{name}`" in text for name in (*sets.ALEXNET, *sets.C_BAR))

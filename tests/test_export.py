@@ -17,8 +17,9 @@ from conftest import trained
 from PIL import Image
 from safetensors.torch import load_file
 
-from reconverge import export, models
-from reconverge.settings import Model
+from reconverge.config.settings import Model
+from reconverge.evaluation import export
+from reconverge.models import create
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def run(three_epochs):
 
 
 def net_of(run, kind="ema", step=-1):
-    net = models.build(Model("convnext_atto", "atto", 0.0), 10, 1).eval()
+    net = create.model(Model("convnext_atto", "atto", 0.0), 10, 1).eval()
     net.load_state_dict(load_file(sorted((run / "checkpoints").iterdir())[step] / f"{kind}.safetensors"))
     return net
 

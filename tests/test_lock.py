@@ -7,11 +7,12 @@ import time
 
 import pytest
 
-from reconverge import lock
-from reconverge.errors import Exit, Stop
+from reconverge.base import lock
+from reconverge.base.errors import Exit, Stop
 
 HOLDER = (
-    "import sys, time; from pathlib import Path; from reconverge.lock import Lock; Lock(Path(sys.argv[1]));"
+    "import sys, time; from pathlib import Path; from reconverge.base.lock import Lock;"
+    " Lock(Path(sys.argv[1]));"
     " print('held', flush=True); time.sleep(100)"
 )
 

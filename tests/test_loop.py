@@ -8,22 +8,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from reconverge import chance, models
+from reconverge.base import chance
+from reconverge.config.settings import Augment, Data, Model
+from reconverge.config.settings import Mix as MixSettings
 from reconverge.data import transforms
 from reconverge.data.loader import Images
 from reconverge.data.mix import Mix, Normalise, erase
 from reconverge.data.order import Order
 from reconverge.data.sources import open_sources
-from reconverge.models import drop_path
-from reconverge.settings import Augment, Data, Model
-from reconverge.settings import Mix as MixSettings
+from reconverge.models import create, drop_path
 
 STEPS, BATCH, MICROBATCH, LR, DECAY, CLIP, WEIGHT_DECAY = 4, 16, 8, 1e-3, 0.9, 0.7, 0.3
 
 
 def reference(digits, cache):
     training, _ = open_sources(Data("folder", "folder", root=str(digits), cache=str(cache)))
-    net = models.build(Model("convnext_atto", "atto", 0.5), 10, seed=3).train()
+    net = create.model(Model("convnext_atto", "atto", 0.5), 10, seed=3).train()
     masked = drop_path.Masked(net)
     parameters = dict(net.named_parameters())
     first = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
@@ -80,7 +80,7 @@ def test_the_loop_equals_a_slow_one(train, digits, cache):
     )
     saved = Path("runs/a/checkpoints/step-00000004")
     raw, ema = load_file(saved / "model.safetensors"), load_file(saved / "ema.safetensors")
-    start = models.build(Model("convnext_atto", "atto", 0.5), 10, seed=3).state_dict()
+    start = create.model(Model("convnext_atto", "atto", 0.5), 10, seed=3).state_dict()
     for name in weights:
         moved = float((weights[name] - start[name]).abs().max())
         # AdamW divides by the gradient's own size: where that is tiny, rounding decides the sign. Most must

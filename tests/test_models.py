@@ -7,12 +7,13 @@ from conftest import ROOT
 from test_commands import run
 from timm.layers import DropPath
 
-from reconverge import chance, models
+from reconverge.base import chance
+from reconverge.base.errors import Stop
 from reconverge.commands.models import _settings
-from reconverge.errors import Stop
-from reconverge.models import drop_path
+from reconverge.config.settings import Model
+from reconverge.models import create, drop_path, table
+from reconverge.models.initial import truncated_normal
 from reconverge.models.isotropic import Isotropic
-from reconverge.settings import Model
 
 CPU = torch.device("cpu")
 ROADMAP = """
@@ -113,7 +114,7 @@ SHAPES = {
 
 def rows(table, macs=None):
     """Split lines; with the column of GMACs, what takes long to count is slow."""
-    found = [line.split() for line in table.strip().splitlines()[1:]]
+    found = [line.split() for line in table.strip().splitlines() if not line.startswith("#")]
     return (
         found
         if macs is None
@@ -131,7 +132,7 @@ def in_conf(name):
 
 
 def published(name, size):
-    (row,) = [row for row in models.MODELS[name].published if row.size == int(size)]
+    (row,) = [row for row in table.MODELS[name].published if row.size == int(size)]
     return row
 
 
@@ -148,7 +149,7 @@ def test_the_typed_tables_hold_every_model_at_every_size():
         (name, int(size)) for name, size, *_ in rows(PAPER) + rows(OTHERWISE)
     ]
     assert sorted(typed) == sorted(
-        (name, row.size) for name, spec in models.MODELS.items() for row in spec.published
+        (name, row.size) for name, spec in table.MODELS.items() for row in spec.published
     )
 
 
@@ -159,7 +160,7 @@ def test_parameters_and_macs_are_the_published_ones(
     row = published(name, size)
     assert row[1:5] == tuple(map(number, (parameters, macs, top1, top1_22k)))
     assert row.counted is None
-    counted = models.MODELS[name].count(in_conf(name), int(size))
+    counted = table.MODELS[name].count(in_conf(name), int(size))
     assert parameters == "-" or rounded(counted[0], parameters) == parameters
     assert rounded(counted[1], macs) == macs
 
@@ -175,7 +176,7 @@ def test_models_that_others_counted_otherwise(
     row = published(name, size)
     assert row[1:5] == tuple(map(number, (parameters, macs, top1, top1_22k)))
     assert row.counted == (float(counted_parameters), float(counted_macs))
-    counted = models.MODELS[name].count(in_conf(name), int(size))
+    counted = table.MODELS[name].count(in_conf(name), int(size))
     assert tuple(map(rounded, counted, (counted_parameters, counted_macs))) == (
         counted_parameters,
         counted_macs,
@@ -187,7 +188,7 @@ def test_models_that_others_counted_otherwise(
 def test_the_roadmap_counts_as_tables_10_and_11(counted_once, name, macs, top1, measured, parameters):
     row = published(name, 224)
     assert (row.parameters, row.macs, row.top1) == tuple(map(number, (parameters, macs, top1)))
-    counted = models.MODELS[name].count(in_conf(name), 224)
+    counted = table.MODELS[name].count(in_conf(name), 224)
     assert measured == "-" or rounded(counted[1], measured) == measured
     assert parameters == "-" or rounded(counted[0], parameters) == parameters
     if name in SLIPS:
@@ -213,19 +214,19 @@ def test_every_model_has_its_file_and_every_file_its_model():
         for path in folder.rglob("*.yaml")
     }
     assert named.pop("timm") == "${model.timm}"
-    assert {file.replace("/", "_") for file in named} == set(named.values()) == set(models.MODELS)
+    assert {file.replace("/", "_") for file in named} == set(named.values()) == set(table.MODELS)
     assert all(file.replace("/", "_") == name for file, name in named.items())
-    for name in models.MODELS:
+    for name in table.MODELS:
         given = yaml.safe_load(
             next(folder / f"{file}.yaml" for file in named if named[file] == name).read_text()
         )
-        assert ("image_size" in given) == bool(models.MODELS[name].fixed_size)
+        assert ("image_size" in given) == bool(table.MODELS[name].fixed_size)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_depths_and_widths(name):
     with torch.device("meta"):
-        net = models.find(model(name)).build(model(name), 1000)
+        net = table.find(model(name)).build(model(name), 1000)
     stages = [stage.blocks for stage in net.stages] if hasattr(net, "stages") else [net.blocks]
     assert (tuple(map(len, stages)), tuple(blocks[0].conv_dw.weight.shape[0] for blocks in stages)) == SHAPES[
         name
@@ -240,18 +241,18 @@ def test_other_models_start_as_timm_draws_them(name):
         "swin_t": "swin_tiny_patch4_window7_224",
     }[name]
     size = {} if name == "resnet50" else {"image_size": 224}
-    net = models.build(model(name, layer_scale=None, **size), 10, seed=3)
+    net = create.model(model(name, layer_scale=None, **size), 10, seed=3)
     with chance.scope(3, "init"):
         reference = timm.create_model(timm_name, num_classes=10)
     assert all(torch.equal(tensor, reference.state_dict()[key]) for key, tensor in net.state_dict().items())
     torch.manual_seed(99)
-    other = models.build(model(name, layer_scale=None, **size), 10, seed=4)
+    other = create.model(model(name, layer_scale=None, **size), 10, seed=4)
     assert not all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
 
 
 def test_drop_rates_of_other_models_are_masks_too():
     for name, blocks in (("swin_t", 12), ("resnet50", 16)):
-        net = models.build(
+        net = create.model(
             model(name, layer_scale=None, drop_path=0.2, image_size=32 if name == "swin_t" else None), 10, 0
         )
         assert not [module for module in net.modules() if isinstance(module, DropPath)]
@@ -262,7 +263,7 @@ def test_drop_rates_of_other_models_are_masks_too():
 
 @pytest.mark.parametrize("name", ["vit_s", "swin_t"])
 def test_models_of_one_size_are_built_for_the_images(name):
-    net = models.build(model(name, layer_scale=None, image_size=64), 10, 0).eval()
+    net = create.model(model(name, layer_scale=None, image_size=64), 10, 0).eval()
     assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
     with pytest.raises(AssertionError, match="64"):
         net(torch.zeros(1, 3, 96, 96))
@@ -285,29 +286,29 @@ def test_models_of_one_size_are_built_for_the_images(name):
 )
 def test_what_a_model_cannot_take_is_refused(settings, said):
     with pytest.raises(Stop, match=said):
-        models.build(model(**{"layer_scale": None, **settings}), 10, 0)
+        create.model(model(**{"layer_scale": None, **settings}), 10, 0)
 
 
 def test_any_model_of_timms():
     """Counted, and marked: not in the paper."""
-    net = models.build(
+    net = create.model(
         model("test_vit", timm="test_vit", layer_scale=None, image_size=64, drop_path=0.1), 10, 0
     )
     assert net.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
-    spec = models.find(model("test_resnet", timm="test_resnet"))
+    spec = table.find(model("test_resnet", timm="test_resnet"))
     assert (spec.source, spec.published[0].parameters, spec.published[0].macs) == (
         "not in the paper",
         None,
         None,
     )
-    scaled = models.build(
+    scaled = create.model(
         model("test_resnet", timm="test_resnet", layer_scale=None, head_init_scale=0.0), 10, 0
     )
     assert not scaled.fc.weight.any()
 
 
 def test_initial_weights():
-    net = models.build(model("convnext_t"), 1000, seed=0)
+    net = create.model(model("convnext_t"), 1000, seed=0)
     for name, parameter in net.named_parameters():
         if name.endswith("gamma"):
             assert (parameter == 1e-6).all()
@@ -327,10 +328,10 @@ def test_initial_weights():
 
 
 def test_initial_weights_are_a_function_of_the_seed_alone():
-    first = models.build(model(), 10, seed=0).state_dict()
+    first = create.model(model(), 10, seed=0).state_dict()
     torch.manual_seed(99)
-    second = models.build(model(), 10, seed=0).state_dict()
-    other = models.build(model(), 10, seed=1).state_dict()
+    second = create.model(model(), 10, seed=0).state_dict()
+    other = create.model(model(), 10, seed=1).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["stem.0.weight"], other["stem.0.weight"])
     assert not torch.equal(
@@ -340,12 +341,12 @@ def test_initial_weights_are_a_function_of_the_seed_alone():
 
 def test_head_init_scale_and_layer_scale():
     plain, scaled = (
-        models.build(model(), 10, 0),
-        models.build(model(head_init_scale=0.001, layer_scale=0.5), 10, 0),
+        create.model(model(), 10, 0),
+        create.model(model(head_init_scale=0.001, layer_scale=0.5), 10, 0),
     )
     assert torch.equal(scaled.head.fc.weight, plain.head.fc.weight * 0.001)
     assert (scaled.stages[0].blocks[0].gamma == 0.5).all()
-    assert models.build(model(layer_scale=None), 10, 0).stages[0].blocks[0].gamma is None
+    assert create.model(model(layer_scale=None), 10, 0).stages[0].blocks[0].gamma is None
 
 
 @pytest.mark.parametrize(
@@ -361,7 +362,7 @@ def test_head_init_scale_and_layer_scale():
 )
 def test_drop_rates_are_linear_over_all_blocks(name, rate, blocks):
     with torch.device("meta"):
-        net = models.MODELS[name].build(model(name, drop_path=rate), 10)
+        net = table.MODELS[name].build(model(name, drop_path=rate), 10)
     drop_path.replace(net)
     assert not [module for module in net.modules() if isinstance(module, DropPath)]
     # torch.linspace in the official code; the first block's rate is 0, and it has no mask.
@@ -417,7 +418,7 @@ def test_masks_are_keyed_scaled_and_independent():
 
 
 def test_masks_act_like_timms_drop_path_and_not_in_evaluation():
-    net = models.build(model(drop_path=0.5, layer_scale=1.0), 10, 0)
+    net = create.model(model(drop_path=0.5, layer_scale=1.0), 10, 0)
     masked = drop_path.Masked(net)
     images = torch.randn(6, 3, 32, 32)
     masks = drop_path.draw(drop_path.rates(net), 6, (0, 0, 0), CPU)
@@ -432,7 +433,7 @@ def test_masks_act_like_timms_drop_path_and_not_in_evaluation():
 
     net.train()
     ours = masked(images, masks)
-    reference = models.MODELS["convnext_atto"].build(model(drop_path=0.5, layer_scale=1.0), 10)
+    reference = table.MODELS["convnext_atto"].build(model(drop_path=0.5, layer_scale=1.0), 10)
     reference.load_state_dict(net.state_dict())
     rows = iter(masks)
     for stage in reference.stages:
@@ -450,18 +451,18 @@ def test_masks_act_like_timms_drop_path_and_not_in_evaluation():
 def isotropic():
     net = Isotropic(24, 3, 10, 0.5, 1.0)
     drop_path.replace(net)
-    models.truncated_normal(net, 0)
+    truncated_normal(net, 0)
     return net
 
 
 def reference_without_drops(net, images):
-    plain = models.MODELS["convnext_atto"].build(model(layer_scale=1.0), 10).eval()
+    plain = table.MODELS["convnext_atto"].build(model(layer_scale=1.0), 10).eval()
     plain.load_state_dict(net.state_dict())
     return plain(images)
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: models.build(model(drop_path=0.5, layer_scale=1.0), 10, 0), lambda: isotropic()]
+    "build", [lambda: create.model(model(drop_path=0.5, layer_scale=1.0), 10, 0), lambda: isotropic()]
 )
 def test_activation_checkpointing_and_channels_last_keep_the_masks(build):
     def gradients(prepare):
@@ -482,4 +483,4 @@ def test_activation_checkpointing_and_channels_last_keep_the_masks(build):
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(Stop, match=r"model.name=resnet(.|\n)*convnext_atto, convnext_t"):
-        models.build(model("resnet"), 10, 0)
+        create.model(model("resnet"), 10, 0)

@@ -17,7 +17,7 @@ from PIL import Image
 from test_decode import KINDS, encoded, picture
 from timm.data.auto_augment import rand_augment_transform
 
-from reconverge import chance
+from reconverge.base import chance
 from reconverge.data import native, transforms
 from reconverge.data.decode import RESAMPLING, Undecodable, crop_and_resize
 

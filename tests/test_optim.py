@@ -4,12 +4,13 @@ import timm
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from reconverge import models, optim
-from reconverge.clock import Clock
-from reconverge.ema import Ema
-from reconverge.errors import Stop
+from reconverge.base.errors import Stop
+from reconverge.config.settings import Model, Optim, Train
+from reconverge.models import create, table
 from reconverge.models.layers import layers
-from reconverge.settings import Model, Optim, Train
+from reconverge.training import optim
+from reconverge.training.clock import Clock
+from reconverge.training.ema import Ema
 
 
 def published_schedule(base, final, epochs, steps_per_epoch, warmup_epochs):
@@ -111,7 +112,7 @@ def test_the_linear_rule_multiplies_the_whole_schedule():
 
 
 def test_weight_decay_falls_on_the_right_parameters(golden):
-    net = models.build(Model("convnext_t", "t", 0.1), 1000, 0)
+    net = create.model(Model("convnext_t", "t", 0.1), 1000, 0)
     groups = optim.parameter_groups(net, Optim(weight_decay=0.05))
     decayed = {name for group in groups if group["weight_decay"] == 0.05 for name in group["names"]}
     plain = {name for group in groups if group["weight_decay"] == 0.0 for name in group["names"]}
@@ -199,8 +200,8 @@ def test_layers_and_their_rates_are_the_published_groups(size, published, head):
 def test_other_families_have_a_layer_for_each_block(name, head, some):
     with torch.device("meta"):
         net = (
-            models.MODELS[name].build(Model(name, "", 0.0, None), 10)
-            if name in models.MODELS
+            table.MODELS[name].build(Model(name, "", 0.0, None), 10)
+            if name in table.MODELS
             else timm.create_model(name)
         )
     found = layers(net, "auto")
@@ -222,7 +223,7 @@ def test_the_rule_can_be_named_and_is_refused_where_it_has_no_meaning():
 
 def test_layer_decay_moves_each_weight_by_its_own_rate():
     """With AdamW's first step every weight moves by its learning rate, whatever its gradient."""
-    net = models.build(Model("convnext_atto", "atto", 0.0), 10, 0)
+    net = create.model(Model("convnext_atto", "atto", 0.0), 10, 0)
     optimizer = optim.adamw(net, Optim(lr=1.0, layer_decay=0.5, weight_decay=0.0, eps=0.0), fused=True)
     optim.set_learning_rate(optimizer, 1e-3)
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}

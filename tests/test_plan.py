@@ -10,13 +10,14 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from reconverge import commands, estimate, models, optim
-from reconverge.ema import Ema
-from reconverge.gradients import Gradients, copies
-from reconverge.models import drop_path
-from reconverge.passes import Passes
-from reconverge.settings import Model, Optim
-from reconverge.world import World
+from reconverge import commands
+from reconverge.config.settings import Model, Optim
+from reconverge.distributed.world import World
+from reconverge.models import cost, create, drop_path
+from reconverge.training import optim
+from reconverge.training.ema import Ema
+from reconverge.training.gradients import Gradients, copies
+from reconverge.training.passes import Passes
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def measured(name, microbatch, microbatches, side, classes, tree):
     """Most bytes that torch's CPU allocator held in two steps, with everything that a run keeps."""
     world, passes = World("cpu", "fp32", deterministic=False), Passes(microbatches, microbatch, None, tree)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        net = models.build(Model(name, "", 0.1), classes, 0).train()
+        net = create.model(Model(name, "", 0.1), classes, 0).train()
         ema, masked, optimizer = Ema(net, 0.9), drop_path.Masked(net), optim.adamw(net, Optim(), fused=True)
         gradients = Gradients(net, world, passes)
         for _ in range(2):
@@ -185,8 +186,8 @@ def test_memory_is_what_training_takes(microbatch, microbatches, side, tree):
     """Within 15 %: the kernels' own memory (some 15 MB of oneDNN's here) is not in the estimate, which
     therefore lies below.
     """
-    net = models.on_meta(Model("convnext_atto", "", 0.1), 10)
-    estimated = estimate.memory(
+    net = create.on_meta(Model("convnext_atto", "", 0.1), 10)
+    estimated = cost.memory(
         net, microbatch, side, 10, torch.float32, ema=True, gradients=copies(microbatches) if tree else 1
     ).total
     assert 0.85 <= estimated / measured("convnext_atto", microbatch, microbatches, side, 10, tree) <= 1.02
@@ -194,10 +195,10 @@ def test_memory_is_what_training_takes(microbatch, microbatches, side, tree):
 
 def test_memory_follows_precision_and_checkpointing():
     def memory(dtype=torch.float32, checkpointing=False, ema=True):
-        net = models.on_meta(Model("convnext_atto", "", 0.1), 10)
+        net = create.on_meta(Model("convnext_atto", "", 0.1), 10)
         if checkpointing:
             net.set_grad_checkpointing()
-        return estimate.memory(net, 32, 64, 10, dtype, ema, gradients=1)
+        return cost.memory(net, 32, 64, 10, dtype, ema, gradients=1)
 
     plain = memory()
     assert plain.weights == plain.gradients == plain.average == plain.moments / 2 == 4 * 3_377_730

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from reconverge.base.errors import Stop
 from reconverge.data.shards import open_shards
-from reconverge.errors import Stop
 from reconverge.prepare import scatter
 from reconverge.prepare.make import Options, prepare
 

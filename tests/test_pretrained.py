@@ -14,9 +14,9 @@ import timm
 import torch
 import torchvision
 
-from reconverge import synsets
-from reconverge.errors import Exit, Stop
-from reconverge.models import pretrained
+from reconverge.base import imagenet
+from reconverge.base.errors import Exit, Stop
+from reconverge.weights import read
 
 
 def tensors(value=1.0):
@@ -25,7 +25,7 @@ def tensors(value=1.0):
 
 def stopped(init):
     with pytest.raises(Stop) as caught:
-        pretrained.read(init)
+        read.read(init)
     return caught.value.code, str(caught.value)
 
 
@@ -54,7 +54,7 @@ def official(path, **other):
 def test_an_official_training_checkpoint_gives_its_raw_weights_and_by_name_its_ema():
     official("c.pth", model=tensors(1.0), model_ema=tensors(2.0))
     for init, value in (("c.pth", 1.0), ("c.pth:raw", 1.0), ("c.pth:ema", 2.0)):
-        found = pretrained.read(init)
+        found = read.read(init)
         assert found.tensors.keys() == tensors().keys()
         assert (found.tensors["a.weight"] == value).all()
         assert found.classes is None
@@ -86,7 +86,7 @@ def test_plain_files_of_tensors():
     torch.save(tensors(3.0), "old.pth", _use_new_zipfile_serialization=False)
     torch.save({"state_dict": tensors(3.0), "meta": {"epoch": 3}}, "timm.pth")
     for name in ("w.safetensors", "w.pt", "old.pth", "timm.pth", str(Path("w.pt").absolute())):
-        assert torch.equal(pretrained.read(name).tensors["a.weight"], tensors(3.0)["a.weight"])
+        assert torch.equal(read.read(name).tensors["a.weight"], tensors(3.0)["a.weight"])
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_what_may_not_be_read_is_told_apart_from_damage(monkeypatch):
 
     monkeypatch.setattr(torch, "load", refuse)  # root may read everything
     with pytest.raises(PermissionError):
-        pretrained.read("w.pth")
+        read.read("w.pth")
 
 
 # ---- folders of timm, and downloads from the caches that the libraries keep ----
@@ -198,7 +198,7 @@ def timm_folder(path, name, safe, **config):
 def test_a_folder_of_timm(safe):
     saved = timm_folder("folder", "test_convnext", safe, label_names=["n1", "n2", "n3", "n4"])
     assert Path("folder/pytorch_model.bin").exists() != safe
-    found = pretrained.read("folder")
+    found = read.read("folder")
     assert found.tensors.keys() == saved.keys()
     assert all(torch.equal(found.tensors[name], saved[name]) for name in saved)
     assert found.classes == ["n1", "n2", "n3", "n4"]
@@ -231,7 +231,7 @@ def cached(hub, repository, name, **config):
 
 def test_hub_names_download_through_timm(hub):
     saved = cached(hub, "owner/mine", "test_convnext", label_names=[f"c{row}" for row in range(1000)])
-    found = pretrained.read("hf-hub:owner/mine")
+    found = read.read("hf-hub:owner/mine")
     assert all(torch.equal(found.tensors[name], saved[name]) for name in saved)
     assert found.classes[:2] == ["c0", "c1"]
     assert found.origin["architecture"].startswith("test_convnext")
@@ -241,7 +241,7 @@ def test_timm_names_download_through_timm(hub):
     saved = cached(hub, "timm/test_convnext.r160_in1k", "test_convnext")
     state = torch.random.get_rng_state()
     for name in ("timm:test_convnext", "timm:test_convnext.r160_in1k"):
-        found = pretrained.read(name)
+        found = read.read(name)
         assert all(torch.equal(found.tensors[name], saved[name]) for name in saved)
         assert found.origin["architecture"] == "test_convnext.r160_in1k"  # the tag is on record, given or not
     assert torch.equal(state, torch.random.get_rng_state())
@@ -263,7 +263,7 @@ def test_torchvision_downloads_or_says_why_not(tmp_path, monkeypatch):
     saved = torchvision.models.squeezenet1_1().state_dict()
     torch.save(saved, tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth")
     for init in ("torchvision:squeezenet1_1", "torchvision:SqueezeNet1_1_Weights.IMAGENET1K_V1"):
-        found = pretrained.read(init)
+        found = read.read(init)
         assert all(torch.equal(found.tensors[name], saved[name]) for name in saved)
     write_malicious(tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth", "zip")
     assert stopped("torchvision:squeezenet1_1")[0] == Exit.DAMAGED
@@ -272,11 +272,11 @@ def test_torchvision_downloads_or_says_why_not(tmp_path, monkeypatch):
 
 def test_class_lists_are_the_published_ones():
     """Trap 15 of the published code: the 21841 synsets have all of IN-1K's but n04399382, its class 850."""
-    large, small = synsets.of_head(21841), synsets.of_head(1000)
+    large, small = imagenet.of_head(21841), imagenet.of_head(1000)
     assert (len(large), len(small)) == (21841, 1000)
     assert large == sorted(large)
     assert small == sorted(small)
     assert small[0] == "n01440764"
     assert set(small) - set(large) == {"n04399382"}
     assert small.index("n04399382") == 850
-    assert synsets.of_head(10) is None
+    assert imagenet.of_head(10) is None

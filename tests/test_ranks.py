@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from reconverge import world
-from reconverge.errors import Exit, Stop
-from reconverge.gradients import Gradients, copies, merges
-from reconverge.passes import Passes, block, worlds
-from reconverge.ranks import Place, place
-from reconverge.world import World
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.launcher import Place, place
+from reconverge.distributed import group
+from reconverge.distributed.ranks import block, worlds
+from reconverge.distributed.world import World
+from reconverge.training.gradients import Gradients, copies, merges
+from reconverge.training.passes import Passes
 
 KINDS = ("model", "ema", "optimizer")
 CONVNEXT, RESNET = (["model=timm", f"model.timm={name}"] for name in ("test_convnext", "test_resnet"))
@@ -339,7 +340,7 @@ def test_merges_by_hand():
 def test_gradients_are_views_in_the_weights_memory_format_and_sums_of_passes():
     """A convolution in channels_last, several buckets, twice: equal to autograd's own accumulation."""
     torch.manual_seed(0)
-    from reconverge import gradients as module
+    from reconverge.training import gradients as module
 
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)).to(
         memory_format=torch.channels_last
@@ -413,14 +414,14 @@ def test_ranks_that_start_again_meet_only_each_other(monkeypatch):
     names = []
     for _start in range(3):
         with ThreadPoolExecutor() as pool:
-            early = pool.submit(world._met, store, 1, 2, 30)
+            early = pool.submit(group._met, store, 1, 2, 30)
             with pytest.raises(TimeoutError):
                 early.result(timeout=0.3)
-            assert world._met(store, 0, 2, 30) == early.result(timeout=10)
+            assert group._met(store, 0, 2, 30) == early.result(timeout=10)
             names.append(early.result())
     assert len(set(names)) == 3
     with pytest.raises(RuntimeError, match="of an earlier start"):
-        world._met(store, 0, 2, 0.3)
-    monkeypatch.setattr(world, "told_to_stop", lambda: True)
+        group._met(store, 0, 2, 0.3)
+    monkeypatch.setattr(group, "told_to_stop", lambda: True)
     with pytest.raises(Stop, match="before all ranks had come"):
-        world._met(store, 0, 2, 0.3)
+        group._met(store, 0, 2, 0.3)

@@ -22,11 +22,15 @@ from conftest import require, trained
 from PIL import Image
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from reconverge import charts, commands, published, report, synsets
-from reconverge.clock import Clock
-from reconverge.commands.report import table
-from reconverge.outcomes import Outcomes
-from reconverge.report import Ran
+from reconverge import commands
+from reconverge.base import imagenet
+from reconverge.commands.report import summary
+from reconverge.config import published
+from reconverge.report import charts, numbers
+from reconverge.report.numbers import Ran
+from reconverge.run.predictions import Predictions
+from reconverge.training.clock import Clock
+from reconverge.training.evaluate import calibration_error
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +91,14 @@ class Page(HTMLParser):
 def ran(compose):
     """A run of ten steps an epoch with these lines of metrics.jsonl."""
 
-    def ran(records, *arguments, name="a", summary="", reason="done"):
+    def ran(records, *arguments, name="a", comparison=None, reason="done"):
         cfg = compose("data=synthetic", *arguments)
         status = {
             "reason": reason,
             "step": 40,
             "total": 10 * cfg.epochs,
-            "summary": summary,
+            "summary": "",
+            "comparison": comparison,
             "time": "2026-11-26T00:00:00",
         }
         return Ran(
@@ -124,21 +129,21 @@ def test_mean_and_deviation_over_seeds(ran):
         one(1, 92.0, 91.0, [5, 10]),
         one(2, 97.0, 94.0, [1, 2, 1000]),
     ]
-    assert report.groups(group) == [group]
-    row = report.row(group)
+    assert numbers.groups(group) == [group]
+    row = numbers.row(group)
     assert (row.runs, row.step) == (["s0", "s1", "s2"], 40)
     assert row.top1 == {"raw": [90.0, 92.0, 97.0], "ema": [91.0, 91.0, 94.0]}
     assert row.speed == [200, 7.5, 2]
     assert row.data_wait == pytest.approx([20, 0.75, 0.2])
     # mean 93, deviations -3, -1, 4: (9 + 1 + 16) / 2 = 13; mean 92, deviations -1, -1, 2: 6 / 2 = 3
-    said = table([row]).splitlines()
+    said = summary([row]).splitlines()
     assert "93.00 ± 3.61" in said[1]
     assert "92.00 ± 1.73" in said[1]
     assert "mean ± std of 3" in said[1]
     # One that is still on its way is not averaged with those that are further.
     late = ran([{"step": 20, "raw_top1": 1.0, "ema_top1": 2.0}], "seed=3", name="s3")
-    assert report.row([*group, late]).top1 == row.top1
-    assert "mean ± std of 3 of 4)" in table([report.row([*group, late])])
+    assert numbers.row([*group, late]).top1 == row.top1
+    assert "mean ± std of 3 of 4)" in summary([numbers.row([*group, late])])
 
 
 def test_curves_of_several_seeds(ran):
@@ -151,14 +156,14 @@ def test_curves_of_several_seeds(ran):
         + [{"step": 30, "lr": 1.0}],
         "seed=1",
     )
-    both = report.curve([one, other], "loss")
+    both = numbers.curve([one, other], "loss")
     assert both.epochs.tolist() == [1.0]  # steps 5 and 15 are of one alone, and step 20 has no number
     assert both.mean.tolist() == [3.0]
     assert both.std.tolist() == pytest.approx([math.sqrt(2)])
-    alone = report.curve([one], "loss")
+    alone = numbers.curve([one], "loss")
     assert (alone.epochs.tolist(), alone.mean.tolist(), alone.std) == ([0.5, 1.0, 2.0], [3.0, 2.0, 1.0], None)
-    assert report.curve([one, other], "lr").mean.tolist() == [1.0]  # of the one that has it
-    assert report.curve([one, other], "grad_norm") is None
+    assert numbers.curve([one, other], "lr").mean.tolist() == [1.0]  # of the one that has it
+    assert numbers.curve([one, other], "grad_norm") is None
 
 
 def test_which_runs_are_one_group(ran):
@@ -171,20 +176,20 @@ def test_which_runs_are_one_group(ran):
         ran([], "seed=4", name="other images")._replace(environment={"facts": {"data": {"train": "2"}}}),
         ran([], "seed=2", name="c"),
     ]
-    assert [[run.name for run in group] for group in report.groups(runs)] == [
+    assert [[run.name for run in group] for group in numbers.groups(runs)] == [
         ["a", "b", "c"],
         ["b again"],
         ["lr"],
         ["short"],
         ["other images"],
     ]
-    assert dict(report.differing([runs[0], runs[1], runs[3]])) == {
+    assert dict(numbers.differing([runs[0], runs[1], runs[3]])) == {
         "seed": [0, 1, 2],
         "workers": [None, 3, None],
         "log_every": [10, 7, 10],
         "optim.lr": [runs[0].cfg.optim.lr, runs[0].cfg.optim.lr, 1e-3],
     }
-    assert report.differing([runs[0]]) == []
+    assert numbers.differing([runs[0]]) == []
 
 
 @pytest.fixture
@@ -200,14 +205,14 @@ def said():
     losses = torch.nn.functional.cross_entropy(
         torch.from_numpy(logits), torch.from_numpy(labels), reduction="none"
     )
-    return Outcomes(labels, predicted.numpy(), confidence.numpy(), losses.numpy()), probabilities
+    return Predictions(labels, predicted.numpy(), confidence.numpy(), losses.numpy()), probabilities
 
 
 def test_classes_and_confusions_by_plain_counting(said):
     found, _ = said
     pairs = list(zip(found.labels.tolist(), found.predicted.tolist(), strict=True))
     images, right = Counter(true for true, _ in pairs), Counter(true for true, said in pairs if true == said)
-    classes = report.per_class(found)
+    classes = numbers.worst_classes(found)
     assert {of.label: (of.images, of.right) for of in classes} == {
         label: (images[label], right[label]) for label in images
     }
@@ -215,21 +220,23 @@ def test_classes_and_confusions_by_plain_counting(said):
     assert classes[0].label == 4
     assert 3 not in {of.label for of in classes}
     counted = Counter(pair for pair in pairs if pair[0] != pair[1])
-    confused = report.confusions(found)
+    confused = numbers.confusions(found)
     assert {(true, said): count for true, said, count in confused} == counted
     assert [count for *_, count in confused] == sorted(counted.values(), reverse=True)
-    assert report.confusions(Outcomes(found.labels, found.labels, found.confidence, found.losses)) == []
+    assert numbers.confusions(Predictions(found.labels, found.labels, found.confidence, found.losses)) == []
 
 
 def test_calibration_by_torchmetrics_and_by_plain_counting(said):
     found, probabilities = said
-    bins = report.reliability(found)
+    bins = numbers.reliability(found)
     expected = multiclass_calibration_error(
         probabilities, torch.from_numpy(found.labels), num_classes=7, n_bins=15
     )
-    assert report.calibration_error(bins) == pytest.approx(
-        100 * float(expected), rel=1e-6
-    )  # it counts in float32
+    right = torch.from_numpy(found.labels == found.predicted)
+    counted = calibration_error(torch.from_numpy(found.confidence), right)
+    assert counted == pytest.approx(100 * float(expected), rel=1e-6)  # it counts in float32
+    by_bins = sum(of.images * abs(of.accuracy - of.confidence) for of in bins) / 300
+    assert counted == pytest.approx(100 * by_bins, rel=1e-6)
     assert (found.confidence == 1).sum() >= 20
     places = {}
     for confidence, true, said_class in zip(found.confidence, found.labels, found.predicted, strict=True):
@@ -244,14 +251,14 @@ def test_calibration_by_torchmetrics_and_by_plain_counting(said):
 
 def test_best_and_worst_images(said):
     found, _ = said
-    best, worst = report.extremes(found, 12)
+    best, worst = numbers.extremes(found, 12)
     ranked = sorted(range(300), key=lambda image: found.losses[image])
     assert (best, worst) == (ranked[:12], ranked[::-1][:12])
-    few = Outcomes(*(column[:5] for column in found))
-    assert [len(images) for images in report.extremes(few, 12)] == [2, 2]
-    assert not set(report.extremes(few, 12)[0]) & set(report.extremes(few, 12)[1])
-    one = Outcomes(*(column[:1] for column in found))
-    assert report.extremes(one, 12) == ([0], [0])
+    few = Predictions(*(column[:5] for column in found))
+    assert [len(images) for images in numbers.extremes(few, 12)] == [2, 2]
+    assert not set(numbers.extremes(few, 12)[0]) & set(numbers.extremes(few, 12)[1])
+    one = Predictions(*(column[:1] for column in found))
+    assert numbers.extremes(one, 12) == ([0], [0])
 
 
 def test_many_points_are_thinned_to_means():
@@ -265,34 +272,23 @@ def test_many_points_are_thinned_to_means():
 
 def test_the_verdict_is_the_sentence_of_the_last_line(train, ran):
     assert train("run=p", "recipe=in1k", "augment.size=32", "evaluate.size=32", "steps=1") == 0
-    (run,) = report.read([Path("runs/p")])
-    assert report.verdict(run) == "not comparable: no top-1 of convnext_atto with recipe=in1k is published"
-    assert report.verdict(run) in run.status["summary"]
-    assert report.row([run]).published is None
+    (run,) = numbers.read([Path("runs/p")])
+    assert numbers.verdict(run) == "not comparable: no top-1 of convnext_atto with recipe=in1k is published"
+    assert numbers.verdict(run) in run.status["summary"]
+    assert numbers.row([run]).published is None
 
     recipe = ["model=convnext_t", "recipe=in1k"]
     imagenet, cfg = (range(1_281_167), range(50_000)), ran([], *recipe).cfg
     clock = Clock.of(cfg, 1_281_167)
-    within = published.comparison(cfg, clock, clock.total, *imagenet, {"raw": 80.0, "ema": 82.2})
+    within = published.comparison(cfg, clock.total, clock.total, *imagenet, {"raw": 80.0, "ema": 82.2})
     assert within == "published 82.1 ± 0.2 %: within the noise band (+0.10)"
-    short = published.comparison(cfg, clock, 7, range(120), range(30), {})
-    assert short.count("; ") >= 2
-    for sentence in (within, short):
-        for rest in (
-            "; best of ema 82.30 % in checkpoints/step-00000007",
-            "; 3 damaged images were replaced (quarantine.jsonl)",
-            "",
-        ):
-            summary = (
-                f"top-1 82.20 % (ema weights, raw 80.00 %) after step 7; {sentence}{rest}; everything is in"
-                " runs/a/"
-            )
-            assert report.verdict(ran([], *recipe, summary=summary)) == sentence
+    for sentence in (within, published.comparison(cfg, clock.total, 7, range(120), range(30), {})):
+        assert numbers.verdict(ran([], *recipe, comparison=sentence)) == sentence
     assert (
-        report.verdict(ran([], *recipe, reason="running")) == "not compared: the run has not come to its end"
+        numbers.verdict(ran([], *recipe, reason="running")) == "not compared: the run has not come to its end"
     )
-    assert report.verdict(ran([])) == "recipe=demo reproduces no published number"
-    assert report.row([ran([], *recipe)]).published == "82.1 ± 0.2"
+    assert numbers.verdict(ran([])) == "recipe=demo reproduces no published number"
+    assert numbers.row([ran([], *recipe)]).published == "82.1 ± 0.2"
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -418,7 +414,7 @@ def test_a_thousand_classes_by_their_names(runs, command):
         "ema/losses": random.random(5000),
     }
     np.savez(runs / "s0" / "outcomes.npz", step=14, fingerprint="f", labels=labels, **columns)
-    (runs / "s0" / "classes.txt").write_text("".join(f"{name}\n" for name in synsets.imagenet1k()))
+    (runs / "s0" / "classes.txt").write_text("".join(f"{name}\n" for name in imagenet.imagenet1k()))
     assert command("runs/s0")[0] == 0
     page = Page("runs/s0/report.html")
     assert "the 30 worst of 1000" in page.text

@@ -310,7 +310,7 @@ def test_a_signal_before_an_evaluation_does_not_lose_it(whole, train):
 
 
 def test_a_signal_in_the_middle_of_an_evaluation_saves_the_step_and_evaluates_later(whole, train):
-    from reconverge import signals
+    from reconverge.base import signals
 
     def hook(module, inputs):
         if (
@@ -396,7 +396,7 @@ def test_a_lost_or_cut_record_stops(whole, train, capsys, name, harm):
 
 
 def test_a_signal_before_the_first_step_stops_there(train, capsys):
-    from reconverge import signals
+    from reconverge.base import signals
 
     signals._came[signal.SIGINT] = 0.0
     assert train(*EVERY, "run=a") == 75
@@ -404,7 +404,7 @@ def test_a_signal_before_the_first_step_stops_there(train, capsys):
 
 
 def test_ctrl_c_again_after_seconds_stops_at_once_and_repeats_within_a_moment_do_not(capfd):
-    from reconverge import signals
+    from reconverge.base import signals
 
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -425,7 +425,8 @@ def test_ctrl_c_again_after_seconds_stops_at_once_and_repeats_within_a_moment_do
 
 def test_a_save_below_a_damaged_newer_checkpoint_is_the_one_that_stays(whole, train):
     """keep=1, the newest is damaged, and a signal asks for a save before its step is reached again."""
-    from reconverge import checkpoint, signals
+    from reconverge.base import signals
+    from reconverge.run import checkpoint
 
     folder = copy(whole, "a", 6)
     (folder / "checkpoints" / "step-00000006" / "state.json").write_text("{}")

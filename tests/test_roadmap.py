@@ -7,8 +7,9 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from reconverge import chance, models
-from reconverge.settings import Model
+from reconverge.base import chance
+from reconverge.config.settings import Model
+from reconverge.models import create, table
 
 # Blocks of each stage and width of the first, after each step.
 SIZES = {
@@ -162,14 +163,14 @@ def slow(*values):
 
 def test_the_steps_are_those_of_tables_10_and_11():
     assert ["roadmap_" + name for name in SIZES] == [
-        name for name in models.MODELS if name.startswith("roadmap")
+        name for name in table.MODELS if name.startswith("roadmap")
     ]
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_structure_is_the_typed_one(name):
     with torch.device("meta"):
-        net = models.find(settings(name)).build(settings(name), 1000)
+        net = table.find(settings(name)).build(settings(name), 1000)
     assert structure(net.eval()) == expected(name)
 
 
@@ -180,7 +181,7 @@ def test_the_last_step_is_convnext(name, timm_name):
     """The same function as timm's: weights mapped by hand, logits of two images at 64 px."""
     import timm
 
-    ours = models.build(settings(name, layer_scale=0.3), 1000, 0).eval()
+    ours = create.model(settings(name, layer_scale=0.3), 1000, 0).eval()
     theirs = timm.create_model(timm_name, ls_init_value=0.3).eval()
     weights = ours.state_dict()
     for key, tensor in weights.items():
@@ -212,7 +213,7 @@ def test_the_last_step_is_convnext(name, timm_name):
 
 @pytest.mark.parametrize("name", ["15_downsampling", slow("b_15_downsampling")])
 def test_the_last_step_starts_as_convnext(name):
-    last = models.build(settings(name, layer_scale=1e-6), 1000, 0)
+    last = create.model(settings(name, layer_scale=1e-6), 1000, 0)
     for path, module in last.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             assert float(module.weight.detach().std()) == pytest.approx(0.02, rel=0.1), path
@@ -221,11 +222,11 @@ def test_the_last_step_starts_as_convnext(name):
 
 
 def test_earlier_steps_start_as_the_authors_code():
-    net = models.build(settings("12_fewer_activations"), 1000, 0)
+    net = create.model(settings("12_fewer_activations"), 1000, 0)
     torch.manual_seed(99)
     again, other = (
-        models.build(settings("12_fewer_activations"), 1000, 0),
-        models.build(settings("12_fewer_activations"), 1000, 1),
+        create.model(settings("12_fewer_activations"), 1000, 0),
+        create.model(settings("12_fewer_activations"), 1000, 1),
     )
     assert all(
         torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True)
@@ -242,7 +243,7 @@ def test_earlier_steps_start_as_the_authors_code():
 
 
 def test_stochastic_depth_and_layer_scale_stand_in_every_block():
-    net = models.build(settings("03_depthwise", drop_path=0.17, layer_scale=0.25), 10, 0)
+    net = create.model(settings("03_depthwise", drop_path=0.17, layer_scale=0.25), 10, 0)
     blocks = [block for stage in net.stages for block in stage["blocks"]]
     assert [getattr(block.drop_path, "rate", 0.0) for block in blocks] == pytest.approx(
         [0.17 * b / 17 for b in range(18)]
@@ -255,7 +256,7 @@ def test_stochastic_depth_and_layer_scale_stand_in_every_block():
 
 def fit(name):
     """Cross-entropy of four small images before and after 20 steps of AdamW on them."""
-    net = models.build(settings(name, layer_scale=1e-6 if "15" in name else None), 10, 0).train()
+    net = create.model(settings(name, layer_scale=1e-6 if "15" in name else None), 10, 0).train()
     side = (
         32 if "00" in name or "15" in name else 16
     )  # what the strides leave of 16 pixels is too little for ResNet-200 and ConvNeXt

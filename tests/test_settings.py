@@ -8,9 +8,8 @@ import pytest
 import torch
 from conftest import weights
 
-from reconverge import config
+from reconverge.config.settings import Train, flat
 from reconverge.data.loader import Images
-from reconverge.settings import Train
 
 MIXED = ["mix.mixup=0.8", "mix.cutmix=1.0", "mix.probability=1.0", "mix.switch=0.5"]
 SYNTHETIC = ["data=synthetic", "data.images=40", "data.classes=5"]
@@ -124,7 +123,7 @@ ELSEWHERE = {
 
 
 def test_every_setting_is_here():
-    assert {name for name, *_ in EFFECTS} | set(ELSEWHERE) == {key for key, *_ in config.flat(Train())}
+    assert {name for name, *_ in EFFECTS} | set(ELSEWHERE) == {key for key, *_ in flat(Train())}
 
 
 @pytest.fixture

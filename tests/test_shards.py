@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import ROOT, weights
 
-from reconverge import chance, commands
-from reconverge.data import files, transforms
+from reconverge import commands
+from reconverge.base import chance, files
+from reconverge.base.errors import Exit, Stop
+from reconverge.config.settings import Augment
+from reconverge.data import transforms
 from reconverge.data.loader import Feed, Images, Quarantine
 from reconverge.data.order import Order
 from reconverge.data.shards import open_shards
-from reconverge.errors import Exit, Stop
-from reconverge.settings import Augment
 
 CPU = torch.device("cpu")
 
@@ -330,7 +331,7 @@ def test_faults_of_disk_are_tried_again_and_then_stop(shards, monkeypatch, capsy
 def test_a_shard_that_disappears_while_training_is_missing(copy):
     source = open_shards(copy, None)[0]
     (copy / source.shards[0]["name"]).unlink()
-    from reconverge.errors import explain
+    from reconverge.base.errors import explain
 
     with pytest.raises(FileNotFoundError) as stopped:
         source.read(0)

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reconverge.base.errors import Exit, Stop
+from reconverge.config.settings import Augment
 from reconverge.data import transforms
 from reconverge.data.loader import Feed, Images
 from reconverge.data.order import Order, Windows
 from reconverge.data.shards import open_shards
 from reconverge.data.stage import Stage
-from reconverge.errors import Exit, Stop
-from reconverge.settings import Augment
 
 CPU = torch.device("cpu")
 BATCH, MICROBATCH, STEPS = 16, 2, 9  # of 60 images: three epochs of three steps of eight microbatches

@@ -7,23 +7,25 @@ from pathlib import Path
 import pytest
 from conftest import weights
 
-from reconverge import config, ranks, sweep
-from reconverge.errors import Exit, Stop
+from reconverge.base import launcher
+from reconverge.base.errors import Exit, Stop
+from reconverge.commands import sweep
+from reconverge.config import compose
 
 
 def test_combinations_are_read_in_hydras_grammar():
-    assert config.combinations(
+    assert compose.combinations(
         ["seed=range(0,3)", "model=a,roadmap/b", "data.root='x,y'", "resume_allow=[a,b]"]
     ) == [
         [f"seed={seed}", f"model={model}", "data.root='x,y'", "resume_allow=[a,b]"]
         for seed in range(3)
         for model in ("a", "roadmap/b")
     ]
-    assert config.combinations(["seed=1"]) == [["seed=1"]]
+    assert compose.combinations(["seed=1"]) == [["seed=1"]]
 
 
 def test_runs_that_would_share_a_folder_are_named_by_what_differs():
-    combinations = config.combinations(["seed=0,1", "optim.lr=1e-3,2e-3", "epochs=5"])
+    combinations = compose.combinations(["seed=0,1", "optim.lr=1e-3,2e-3", "epochs=5"])
     assert sweep.names(combinations, ["a-s0", "a-s0", "a-s1", "a-s1"]) == [
         "a-s0-optim.lr-0.001", "a-s0-optim.lr-0.002", "a-s1-optim.lr-0.001", "a-s1-optim.lr-0.002",
     ]  # fmt: skip
@@ -45,7 +47,7 @@ def test_the_table_has_mean_and_deviation_of_what_only_the_seed_tells_apart():
         sweep.Result("d", ["lr=2", "seed=0"], 0, {"raw": 10.0}),
         sweep.Result("e", ["lr=2", "seed=1"], None, {}),
     ]
-    header, *rows = [row.split() for row in sweep.table(results).splitlines()]
+    header, *rows = [row.split() for row in sweep.summary(results).splitlines()]
     assert header[:2] == ["run", "exit"]
     assert rows == [
         ["a", "0", "80.00", "81.00"],
@@ -58,13 +60,13 @@ def test_the_table_has_mean_and_deviation_of_what_only_the_seed_tells_apart():
 
 
 def test_ranks_do_not_sweep(monkeypatch, train, capsys):
-    monkeypatch.setattr(ranks, "HERE", ranks.Place(0, 2, 0, 2, "torchrun"))
+    monkeypatch.setattr(sweep, "HERE", launcher.Place(0, 2, 0, 2, "torchrun"))
     assert train("-m", "seed=0,1") == 2
     assert "launch/seeds.sh" in capsys.readouterr().err
 
 
 def test_nothing_starts_after_a_signal(monkeypatch, train, capfd):
-    from reconverge import signals
+    from reconverge.base import signals
 
     monkeypatch.setattr(signals, "told_to_stop", lambda: True)
     assert train("-m", "seed=0,1") == Exit.PREEMPTED

@@ -96,7 +96,8 @@ def test_a_mirror_that_fails_is_told(train, capsys, tmp_path):
 def test_the_mirror_ends_when_its_run_is_killed(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     mirror = subprocess.Popen(
-        [sys.executable, "-m", "reconverge.tracker", "tensorboard", "p", str(tmp_path)], stdin=subprocess.PIPE
+        [sys.executable, "-m", "reconverge.run.tracker", "tensorboard", "p", str(tmp_path)],
+        stdin=subprocess.PIPE,
     )
     mirror.stdin.close()  # as the end of the training process closes it
     assert mirror.wait(180) == 0

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, _main, weights
 
+from reconverge.base.errors import Exit, explain
 from reconverge.data.order import Order
-from reconverge.errors import Exit, explain
 
 
 def metrics(run):
@@ -219,7 +219,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(train, small_disk, monkeypat
     monkeypatch.chdir(small_disk)
     assert train("run=a", "steps=4", "save_every=1", "evaluate_every=never") == 74
     assert "24 MB free for a checkpoint of 54 MB" in capsys.readouterr().err
-    from reconverge import checkpoint
+    from reconverge.run import checkpoint
 
     path, skipped = checkpoint.newest_valid(Path("runs/a/checkpoints"))
     assert (path.name, skipped) == ("step-00000001", [])
@@ -278,13 +278,13 @@ def test_images_of_which_the_model_leaves_nothing_are_refused_before_the_first_s
 
 
 def test_a_model_that_the_meta_device_cannot_run_is_not_refused_for_its_size():
-    from reconverge import models
+    from reconverge.models import create
 
     class Odd(torch.nn.Module):
         def forward(self, images):
             return images.sum().item()  # a number, which meta tensors have not
 
-    models.refuse_sizes(Odd(), {"augment.size": 32})
+    create.refuse_sizes(Odd(), {"augment.size": 32})
 
 
 def test_check_says_what_it_looked_at(train, capsys):

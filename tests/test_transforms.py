@@ -12,11 +12,11 @@ from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import transforms as tv
 
-from reconverge import chance
+from reconverge.base import chance
+from reconverge.config.settings import Augment, Evaluate
+from reconverge.config.settings import Mix as MixSettings
 from reconverge.data import transforms
 from reconverge.data.mix import Mix, Normalise, erase
-from reconverge.settings import Augment, Evaluate
-from reconverge.settings import Mix as MixSettings
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 normalise = Normalise(MEAN, STD, torch.device("cpu"), channels_last=False)

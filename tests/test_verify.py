@@ -11,9 +11,11 @@ import torch
 from conftest import SMALL, _main
 from safetensors.torch import load_file, save_file
 
-from reconverge import commands, compare, config
-from reconverge.data.files import sha256_of
-from reconverge.settings import Train
+from reconverge import commands
+from reconverge.base.files import sha256_of
+from reconverge.config import compose
+from reconverge.config.settings import Train
+from reconverge.run import first_difference
 
 STEPS = [
     "steps=4",
@@ -201,7 +203,7 @@ def test_what_cannot_be_compared_is_refused_before_a_process_starts(a, verify):
     assert (code, "deterministic=false" in said) == (78, True)
 
 
-def test_train_py_composes_exactly_a_runs_configuration_again(tmp_path, monkeypatch):
+def test_train_py_composes_exactly_a_runs_configuration_again(tmp_path):
     """What no file of conf/ says, too: tables, numbers that decimal fractions do not hold, null, text that
     YAML might read otherwise.
     """
@@ -214,17 +216,16 @@ def test_train_py_composes_exactly_a_runs_configuration_again(tmp_path, monkeypa
         "run=007",
         "optim.lr=0.1",
     ]
-    cfg = config.of_training(given)
+    cfg = compose.of_training(given)
     odd = replace(
         cfg,
         optim=replace(cfg.optim, lr=0.1 + 0.2, eps=5e-324),
         recipe=replace(cfg.recipe, drop_path={"1e3": 1 / 3}),
     )
     odd = replace(odd, data=replace(cfg.data, root="/a b/': 1e3 #"))
-    monkeypatch.setattr(sys, "argv", ["train.py"])
     for number, expected in enumerate((cfg, odd)):
-        config.write_conf(tmp_path / str(number), expected)
-        assert config.from_command_line(tmp_path / str(number), "config", Train) == expected
+        compose.write_conf(tmp_path / str(number), expected)
+        assert compose.composed(tmp_path / str(number), "config", Train, []) == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]  # Hydra leaves nothing
 
 
@@ -240,13 +241,13 @@ def test_checkpoints_are_compared_by_hash_and_then_by_tensor(tmp_path):
 
     a, b = torch.tensor([1.0, float("nan")]), torch.arange(3.0)
     one = checkpoint("one", a=a, b10=b, b9=b)
-    assert compare.checkpoints(one, checkpoint("same", a=a, b10=b, b9=b)) is None
-    assert "b9 is in" in compare.checkpoints(one, checkpoint("less", a=a, b10=b))
-    assert "b9 is torch.float32 (3,) and torch.float64 (3,)" in compare.checkpoints(
+    assert first_difference.checkpoints(one, checkpoint("same", a=a, b10=b, b9=b)) is None
+    assert "b9 is in" in first_difference.checkpoints(one, checkpoint("less", a=a, b10=b))
+    assert "b9 is torch.float32 (3,) and torch.float64 (3,)" in first_difference.checkpoints(
         one, checkpoint("type", a=a, b10=b + 1, b9=b.double())
     )
-    said = compare.checkpoints(one, checkpoint("zero", a=a, b10=b, b9=b * -1))
+    said = first_difference.checkpoints(one, checkpoint("zero", a=a, b10=b, b9=b * -1))
     assert "b9 (3,) is the first tensor that differs: 2 of 3 numbers, by up to 4" in said
-    assert "b9 (3,) is the first tensor" in compare.checkpoints(
+    assert "b9 (3,) is the first tensor" in first_difference.checkpoints(
         one, checkpoint("sign", a=a, b10=b, b9=torch.tensor([-0.0, 1, 2]))
     )

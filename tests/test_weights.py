@@ -13,15 +13,15 @@ import torch
 import torchvision
 from torch import nn
 
-from reconverge import models
-from reconverge.errors import Exit, Stop
-from reconverge.models import drop_path, layouts, weights
-from reconverge.settings import Model
+from reconverge.base.errors import Exit, Stop
+from reconverge.config.settings import Model
+from reconverge.models import create, drop_path, table
+from reconverge.weights import load, names
 
 slow = pytest.mark.slow
 
 
-def names(count):
+def classes_called(count):
     return [f"class{row}" for row in range(count)]
 
 
@@ -52,7 +52,7 @@ def save(net, path="w.safetensors", **changed):
 
 def stopped(*arguments, code=Exit.USAGE):
     with pytest.raises(Stop) as caught:
-        weights.load(*arguments)
+        load.load(*arguments)
     assert caught.value.code == code
     return str(caught.value)
 
@@ -94,11 +94,11 @@ def test_official_weights_give_the_official_logits(size, classes, pixels):
         given = official.drawn(official.shapes(depth, official.WIDTHS[size], classes))
     torch.save({"model": given}, "official.pth")
     with torch.device("meta"):
-        net = models.MODELS[f"convnext_{size}"].build(
+        net = table.MODELS[f"convnext_{size}"].build(
             Model("", size, drop_path=0.0, layer_scale=layer_scale), classes
         )
     net = net.to_empty(device="cpu").eval()  # whatever is not loaded stays undefined
-    origin = weights.load(net, "official.pth", True, "keep", names(classes))
+    origin = load.load(net, "official.pth", True, "keep", classes_called(classes))
     images = torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = net(images)
@@ -128,8 +128,8 @@ def test_torchvision_weights_give_torchvisions_logits():
     given = {name: tensor for name, tensor in official_scale(theirs).items()}
     theirs.load_state_dict(given)
     torch.save(given, "torchvision.pth")
-    net = models.build(Model(name="convnext_t", size="t", drop_path=0.0), 7, 0).eval()
-    origin = weights.load(net, "torchvision.pth", True, "keep", names(7))
+    net = create.model(Model(name="convnext_t", size="t", drop_path=0.0), 7, 0).eval()
+    origin = load.load(net, "torchvision.pth", True, "keep", classes_called(7))
     assert origin["layout"] == "torchvision's ConvNeXt"
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -157,7 +157,7 @@ def official_scale(net):
 
 def test_our_own_names_load_as_they_are():
     source, net = small(), scrambled(small(), 9)
-    origin = weights.load(net, save(source), True, "keep", names(4))
+    origin = load.load(net, save(source), True, "keep", classes_called(4))
     assert same(net, source)
     keys = {kind: set(listed) for kind, listed in origin["keys"].items()}
     head = {"head.fc.weight", "head.fc.bias"}
@@ -170,23 +170,23 @@ def test_our_own_names_load_as_they_are():
 def test_prefixes_of_wrappers_are_stripped(prefix):
     source, net = small(), scrambled(small(), 9)
     torch.save({f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}, "w.pth")
-    weights.load(net, "w.pth", True, "keep", names(4))
+    load.load(net, "w.pth", True, "keep", classes_called(4))
     assert same(net, source)
 
 
 def test_the_wrappers_do_put_these_prefixes():
     net = nn.Sequential(nn.Linear(2, 2))
     compiled = torch.compile(net)
-    assert {layouts.stripped(name) for name in compiled.state_dict()} == set(net.state_dict())
+    assert {names.stripped(name) for name in compiled.state_dict()} == set(net.state_dict())
     net[0] = torch.compile(net[0])
-    assert {layouts.stripped(name) for name in nn.DataParallel(net).state_dict()} == {"0.weight", "0.bias"}
-    assert layouts.stripped("stages.0.module.weight") == "stages.0.module.weight"
+    assert {names.stripped(name) for name in nn.DataParallel(net).state_dict()} == {"0.weight", "0.bias"}
+    assert names.stripped("stages.0.module.weight") == "stages.0.module.weight"
 
 
 def test_a_weight_with_and_without_a_prefix_is_refused():
     source = small()
     torch.save({**source.state_dict(), "module.stem.0.weight": source.stem[0].weight.detach()}, "w.pth")
-    assert "stem.0.weight more than once" in stopped(small(), "w.pth", True, "auto", names(4))
+    assert "stem.0.weight more than once" in stopped(small(), "w.pth", True, "auto", classes_called(4))
 
 
 def test_nothing_partial_without_being_told():
@@ -195,7 +195,7 @@ def test_nothing_partial_without_being_told():
     path = save(
         source, **{"stem.0.bias": None, "stem.9.bias": torch.zeros(3), "stem.1.weight": torch.ones(5)}
     )
-    said = stopped(net, path, True, "keep", names(4))
+    said = stopped(net, path, True, "keep", classes_called(4))
     total = len(before) - 4
     assert f"{total} loaded, 0 converted, 1 missing, 1 unexpected, 1 of another shape" in said
     for line in (
@@ -207,37 +207,37 @@ def test_nothing_partial_without_being_told():
     assert f"init_strict=false to load the {total} that fit" in said
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
-    origin = weights.load(net, path, False, "keep", names(4))
+    origin = load.load(net, path, False, "keep", classes_called(4))
     assert origin["keys"]["missing"] == ["stem.0.bias"]
     assert origin["keys"]["unexpected"] == ["stem.9.bias"]
     assert origin["keys"]["of another shape"] == ["stem.1.weight (5,) for (24,)"]
     assert same(net, source, ("stem.0.bias", "stem.1.weight"))
     for name in ("stem.0.bias", "stem.1.weight"):
         assert torch.equal(net.state_dict()[name], before[name])
-    rows = weights.table(origin)
+    rows = load.table(origin)
     assert (rows["missing"], rows["unexpected"]) == ("stem.0.bias", "stem.9.bias")
 
 
 def test_two_names_of_one_weight_are_not_both_taken():
     given = official.drawn(official.shapes((3, 3, 9, 3), (96, 192, 384, 768), 4))
     torch.save({"model": given | {"head.norm.weight": torch.ones(768)}}, "w.pth")
-    net = models.build(Model(name="convnext_t", size="t", drop_path=0.0), 4, 0)
-    assert "unexpected       head.norm.weight" in stopped(net, "w.pth", True, "auto", names(4))
+    net = create.model(Model(name="convnext_t", size="t", drop_path=0.0), 4, 0)
+    assert "unexpected       head.norm.weight" in stopped(net, "w.pth", True, "auto", classes_called(4))
 
 
 def test_another_architecture_is_refused_with_the_first_keys():
     torch.save(torchvision.models.resnet18().state_dict(), "resnet.pth")
     said = stopped(
-        small(), "resnet.pth", False, "auto", names(4)
+        small(), "resnet.pth", False, "auto", classes_called(4)
     )  # init_strict=false does not help: nothing fits
     assert "0 loaded, 0 converted" in said
     assert "unexpected       conv1.weight, bn1.weight" in said
     assert "missing          stem.0.weight, stem.0.bias" in said
     timm.models.save_for_hf(timm.create_model("test_vit"), "vit", safe_serialization=True)
-    assert "the weights are of test_vit" in stopped(small(), "vit", True, "auto", names(4))
+    assert "the weights are of test_vit" in stopped(small(), "vit", True, "auto", classes_called(4))
     save(small(), "convnext.safetensors")
     assert "0 loaded" in stopped(
-        timm.create_model("test_vit"), "convnext.safetensors", True, "auto", names(1000)
+        timm.create_model("test_vit"), "convnext.safetensors", True, "auto", classes_called(1000)
     )
 
 
@@ -245,13 +245,13 @@ def test_weights_that_are_not_finite_are_damaged():
     source = small()
     path = save(source, **{"stem.0.bias": torch.full((24,), float("nan"))})
     assert "stem.0.bias has values that are not finite" in stopped(
-        small(), path, True, "auto", names(4), code=Exit.DAMAGED
+        small(), path, True, "auto", classes_called(4), code=Exit.DAMAGED
     )
 
 
 def test_other_number_types_become_ours():
     source, net = small(), small()
-    weights.load(net, save(source.half()), True, "keep", names(4))
+    load.load(net, save(source.half()), True, "keep", classes_called(4))
     assert net.stem[0].weight.dtype == torch.float32
     assert same(net, source.float())
 
@@ -263,7 +263,7 @@ def test_batch_norms_counter_may_be_absent():
         timm.create_model("test_resnet", num_classes=4),
     )
     counters = {name: None for name in source.state_dict() if name.endswith("num_batches_tracked")}
-    origin = weights.load(net, save(source, **counters), True, "keep", names(4))
+    origin = load.load(net, save(source, **counters), True, "keep", classes_called(4))
     assert sorted(origin["keys"]["recomputed"]) == sorted(counters)
     assert same(net, source)
 
@@ -274,7 +274,7 @@ def test_batch_norms_counter_may_be_absent():
 def test_a_head_for_other_classes_starts_afresh():
     source, net = small(6), scrambled(small(4), 9)
     fresh = net.head.fc.weight.detach().clone()
-    origin = weights.load(net, save(source), True, "auto", names(4))
+    origin = load.load(net, save(source), True, "auto", classes_called(4))
     assert torch.equal(net.head.fc.weight, fresh)
     assert same(net, source, ("head.fc",))
     assert origin["head"].startswith("fresh, 4 classes; the 6 classes of the weights are others")
@@ -283,13 +283,13 @@ def test_a_head_for_other_classes_starts_afresh():
 def test_the_same_number_of_other_classes_starts_afresh_and_is_said():
     source, net = small(4), scrambled(small(4), 9)
     fresh = net.head.fc.weight.detach().clone()
-    origin = weights.load(net, save(source), True, "auto", names(4))
+    origin = load.load(net, save(source), True, "auto", classes_called(4))
     assert torch.equal(net.head.fc.weight, fresh)
     assert (
         "the names of the 4 classes of the weights are unknown: init_head=keep would take them by position"
         in origin["head"]
     )
-    weights.load(net, "w.safetensors", True, "keep", names(4))
+    load.load(net, "w.safetensors", True, "keep", classes_called(4))
     assert same(net, source)
 
 
@@ -299,17 +299,17 @@ def test_a_head_for_the_same_classes_is_kept():
     synsets = (
         importlib.resources.files("timm.data._info").joinpath("imagenet_synsets.txt").read_text().split()
     )
-    origin = weights.load(net, save(source), True, "auto", synsets)
+    origin = load.load(net, save(source), True, "auto", synsets)
     assert same(net, source)
     assert origin["head"] == "kept, 1000 classes; taken for ImageNet's 1000 synsets by their number"
     net = scrambled(small(1000), 9)
-    weights.load(net, "w.safetensors", True, "auto", synsets[::-1])
+    load.load(net, "w.safetensors", True, "auto", synsets[::-1])
     assert not torch.equal(net.head.fc.weight, source.head.fc.weight)
     timm.models.save_for_hf(
         small(3), "folder", model_config={"label_names": ["cat", "cow", "dog"]}, safe_serialization=True
     )
     net = scrambled(small(3), 9)
-    assert weights.load(net, "folder", True, "auto", ["cat", "cow", "dog"])["head"] == "kept, 3 classes"
+    assert load.load(net, "folder", True, "auto", ["cat", "cow", "dog"])["head"] == "kept, 3 classes"
     assert same(net, small(3))
 
 
@@ -329,7 +329,7 @@ def test_a_22k_head_is_mapped_by_synset(reverse):
     classes = files.joinpath("imagenet_synsets.txt").read_text().split()
     large = files.joinpath("imagenet22k_synsets.txt").read_text().split()
     classes = classes[::-1] if reverse else classes
-    origin = weights.load(net, save(source), True, "mapped", classes)
+    origin = load.load(net, save(source), True, "mapped", classes)
     for row, label in enumerate(classes):
         if label == "n04399382":
             assert torch.equal(net.head.fc.weight[row], fresh[0][row])
@@ -347,19 +347,19 @@ def test_a_22k_head_is_mapped_by_synset(reverse):
 def test_what_a_head_cannot_do_is_refused():
     path = save(small(6))
     assert "init_head=keep with a head of 6 classes for data of 4" in stopped(
-        small(4), path, True, "keep", names(4)
+        small(4), path, True, "keep", classes_called(4)
     )
-    assert "whose names are unknown" in stopped(small(4), path, True, "mapped", names(4))
+    assert "whose names are unknown" in stopped(small(4), path, True, "mapped", classes_called(4))
     path = save(small(1000))
-    assert "none of which has the name" in stopped(small(4), path, True, "mapped", names(4))
+    assert "none of which has the name" in stopped(small(4), path, True, "mapped", classes_called(4))
     path = save(small(4), **{"head.fc.weight": None, "head.fc.bias": None})
-    assert "no head of this width" in stopped(small(4), path, True, "keep", names(4))
+    assert "no head of this width" in stopped(small(4), path, True, "keep", classes_called(4))
     assert (
-        weights.load(small(4), path, True, "auto", names(4))["head"]
+        load.load(small(4), path, True, "auto", classes_called(4))["head"]
         == "fresh, 4 classes; the weights have no whole one"
     )
     path = save(small(4), **{"head.fc.bias": None})
-    assert "1 missing" in stopped(small(4), path, True, "auto", names(4))
+    assert "1 missing" in stopped(small(4), path, True, "auto", classes_called(4))
 
 
 def test_a_head_that_is_a_convolution():
@@ -371,7 +371,7 @@ def test_a_head_that_is_a_convolution():
     timm.models.save_for_hf(
         source, "folder", model_config={"label_names": list("abcdef")}, safe_serialization=True
     )
-    weights.load(net, "folder", True, "mapped", ["f", "a", "b", "z"])
+    load.load(net, "folder", True, "mapped", ["f", "a", "b", "z"])
     assert torch.equal(net.head.fc.weight[:3], source.head.fc.weight[[5, 0, 1]])
 
 
@@ -386,7 +386,7 @@ def test_vit_positions_are_resampled():
     net = timm.create_model("deit_tiny_patch16_224", num_classes=4, img_size=160)
     with torch.no_grad():
         source.pos_embed.normal_()
-    origin = weights.load(net, save(source), True, "keep", names(4))
+    origin = load.load(net, save(source), True, "keep", classes_called(4))
     grid = source.pos_embed[:, 1:].reshape(1, 14, 14, 192).permute(0, 3, 1, 2)
     grid = nn.functional.interpolate(grid, size=(10, 10), mode="bicubic", antialias=True, align_corners=False)
     expected = torch.cat([source.pos_embed[:, :1], grid.permute(0, 2, 3, 1).reshape(1, 100, 192)], 1)
@@ -394,7 +394,7 @@ def test_vit_positions_are_resampled():
     assert same(net, source, ("pos_embed",))
     assert origin["keys"]["resampled"] == ["pos_embed (1, 197, 192) to (1, 101, 192)"]
     assert origin["keys"]["converted"] == ["pos_embed"]
-    assert weights.table(origin)["resampled"] == "pos_embed (1, 197, 192) to (1, 101, 192)"
+    assert load.table(origin)["resampled"] == "pos_embed (1, 197, 192) to (1, 101, 192)"
 
 
 def test_swin_positions_are_resampled():
@@ -408,7 +408,7 @@ def test_swin_positions_are_resampled():
         for name, parameter in source.named_parameters():
             if name in tables:
                 parameter.normal_() if name != tables[0] else parameter.fill_(0.7)
-    origin = weights.load(net, save(source), True, "keep", names(4))
+    origin = load.load(net, save(source), True, "keep", classes_called(4))
     assert set(origin["keys"]["converted"]) == set(tables)
     timms = {"pretrained": True, "pretrained_cfg_overlay": {"file": "w.safetensors", "num_classes": 4}}
     reference = timm.create_model(
@@ -437,7 +437,7 @@ def test_swins_published_layout():
     published["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
     published["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
     torch.save({"model": published}, "swin.pth")
-    origin = weights.load(net, "swin.pth", True, "keep", names(4))
+    origin = load.load(net, "swin.pth", True, "keep", classes_called(4))
     assert same(net, source)
     assert len(origin["keys"]["recomputed"]) == 2
     assert set(origin["keys"]["converted"]) == {name for name in published if "downsample" in name}

@@ -41,13 +41,13 @@ def test_a_lock_written_under_another_clock_is_judged_by_the_file_systems(tmp_pa
     """A live holder on another host, whose clock is wrong by a day: heartbeats are compared with a file made
     now in the same folder.
     """
-    from reconverge.errors import Exit, Stop
-    from reconverge.lock import Lock
+    from reconverge.base.errors import Exit, Stop
+    from reconverge.base.lock import Lock
 
     path = tmp_path / "lock"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": None, "id": "x"}))
     script = f"import time; time.time = lambda real=time.time: real() + {seconds}\n"
-    script += f"from reconverge.lock import Lock; from pathlib import Path; Lock(Path({str(path)!r}))"
+    script += f"from reconverge.base.lock import Lock; from pathlib import Path; Lock(Path({str(path)!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "is in use by process 1 on elsewhere" in done.stderr
     with pytest.raises(Stop) as stop:
@@ -135,8 +135,8 @@ def test_a_data_worker_killed_while_it_hands_a_batch_over_is_told_as_such(fault)
     """
     import torch
 
+    from reconverge.base.errors import Exit, explain
     from reconverge.data.loader import Feed
-    from reconverge.errors import Exit, explain
 
     def cut_off():
         raise fault

@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from reconverge.errors import exit_code
+from reconverge.base.errors import exit_code
 
 COMMANDS = {
     "prepare": "from what people download to verified shards",
@@ -22,7 +22,7 @@ COMMANDS = {
 
 def main() -> None:
     arguments = parsed(sys.argv[1:])
-    sys.exit(exit_code(lambda: import_module(f"reconverge.commands.{arguments.command}").run(arguments)))
+    sys.exit(exit_code(lambda: import_module(f"reconverge.commands.{arguments.command}").main(arguments)))
 
 
 def parsed(given: list[str]) -> argparse.Namespace:

@@ -3,13 +3,17 @@ and mixing.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from reconverge.errors import Exit, Stop
-from reconverge.opened import Opened, opened
-from reconverge.progress import say
+from reconverge.base import chance
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.terminal import say
+from reconverge.data import native
+from reconverge.run import reader
+from reconverge.run.reader import Opened
+from reconverge.training import datasets
+from reconverge.training.datasets import Datasets
 
 DRAWN = 256  # images, at most, of one picture
 
@@ -29,19 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    run = opened(arguments.run)
-    cfg = run.cfg
-
-    from reconverge import chance
-    from reconverge.clock import Clock
-    from reconverge.data import native, sources, transforms
-    from reconverge.data.loader import Images
-    from reconverge.data.order import Order
-
-    training, validation = sources.open_sources(cfg.data)
-    _same_data(run, training.fingerprint, validation.fingerprint if validation else None)
-    clock = Clock.of(cfg, len(training))
+def main(arguments: argparse.Namespace) -> int:
+    run = reader.opened(arguments.run)
+    cfg, data = run.cfg, datasets.opened(run.cfg)
+    _refuse_other_data(run, data)
+    training, clock, order = data.training, data.clock, data.order
     for name, value, end in (
         ("step", arguments.step, clock.total),
         ("microbatch", arguments.microbatch or 0, clock.microbatches),
@@ -50,16 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise Stop(
                 Exit.USAGE, f"--{name} {value}", f"0 to {end - 1}", f"--{name} {min(max(value, 0), end - 1)}"
             )
+
+    from reconverge import build
+
     native.choose(cfg.data.native)
     numbers = range(clock.microbatches) if arguments.microbatch is None else [arguments.microbatch]
-    images = Images(
-        training,
-        transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode),
-        cfg.seed,
-        cfg.data.on_bad_image,
-    )
-    order = Order.of(cfg, training)
-
+    images = build.augmented(cfg, training)
     for number in numbers:
         microbatch = order.microbatch(arguments.step, number)
         mixing = "/".join(map(str, (cfg.seed, "mix", arguments.step, number)))
@@ -68,23 +60,20 @@ def run(arguments: argparse.Namespace) -> int:
             f" mixing key {mixing}"
         )
         labels = training.labels(microbatch.ids).tolist()
-        for sample, repeat, label in zip(
-            microbatch.ids.tolist(), microbatch.repeats.tolist(), labels, strict=True
-        ):
+        samples = zip(microbatch.ids.tolist(), microbatch.repeats.tolist(), labels, strict=True)
+        for sample, repeat, label in samples:
             key = images.key(microbatch.epoch, sample, repeat)
             said = f"key {'/'.join(map(str, key))} = {chance.key(*key):016x}"
-            say(
-                f"  sample {sample:<8} class {label} {training.classes[label]}  {said} "
-                f" {training.where(sample)}"
-            )
+            name = training.classes[label]
+            say(f"  sample {sample:<8} class {label} {name}  {said}  {training.where(sample)}")
     if arguments.show:
         _show(run, arguments.step, numbers, images, order)
     return Exit.DONE
 
 
-def _same_data(run: Opened, train: str, val: str | None) -> None:
-    recorded = json.loads((run.folder / "environment.json").read_text())["facts"]["data"]
-    if (recorded["train"], recorded["val"]) != (train, val):
+def _refuse_other_data(run: Opened, data: Datasets) -> None:
+    recorded, now = reader.environment(run.folder)["facts"]["data"], data.fingerprints()
+    if any(recorded[split] != now[split] for split in ("train", "val")):
         raise Stop(
             Exit.NOT_COMPARABLE,
             f"{run.cfg.data.root or run.cfg.data.name} is not the data that {run.folder} was trained on",
@@ -97,8 +86,8 @@ def _show(run: Opened, step: int, numbers: range | list[int], images: Any, order
     """`images` and `order` are the loader's Images and the run's Order."""
     import torch
 
-    from reconverge import pictures
     from reconverge.data.mix import Mix, Normalise
+    from reconverge.report import pictures
 
     cfg, drawn = run.cfg, []
     normalise = Normalise(cfg.data.mean, cfg.data.std, torch.device("cpu"), channels_last=False)
@@ -111,11 +100,8 @@ def _show(run: Opened, step: int, numbers: range | list[int], images: Any, order
         drawn.append(mix(normalise(batch.images), batch.labels, (cfg.seed, step, number)))
     pixels, targets = (torch.cat(parts)[:DRAWN] for parts in zip(*drawn, strict=True))
     path = run.folder / f"batch-{step:08d}.png"
-    which = (
-        f"microbatches {numbers[0]} to {numbers[len(drawn) - 1]}"
-        if len(drawn) > 1
-        else f"microbatch {numbers[0]}"
-    )
+    last = f" to {numbers[len(drawn) - 1]}" if len(drawn) > 1 else ""
+    which = f"microbatch{'es' * bool(last)} {numbers[0]}{last}"
     title = f"step {step}, {which}, augmented and mixed, as the model sees it"
     pictures.seen(path, pixels, targets, run.classes, cfg.data, title)
     say(f"{len(pixels)} of {len(numbers) * cfg.microbatch} images drawn: {path}")

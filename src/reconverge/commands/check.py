@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from reconverge.errors import Exit, Stop
-from reconverge.progress import Meter, say
-from reconverge.ranks import cores
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.launcher import cores
+from reconverge.base.terminal import Meter, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     from reconverge.data import shards
 
     root = arguments.folder.expanduser()
@@ -59,7 +59,8 @@ def _faults(
     """
     import xxhash
 
-    from reconverge.data import files, shards
+    from reconverge.base import files
+    from reconverge.data import shards
 
     source = shards.Shards(root, about, split)
     shard = source.shards[number]

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from reconverge.errors import Exit, Stop
-from reconverge.opened import opened
-from reconverge.progress import say
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.terminal import say
+from reconverge.run.reader import opened
 
 FORMS = ("timm", "safetensors", "onnx", "pt2")
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     if bool(arguments.to) == arguments.check:
         raise Stop(
             Exit.USAGE,
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             "--average 5",
         )
     if arguments.check:
-        from reconverge.export import check
+        from reconverge.evaluation.export import check
 
         say(f"{arguments.path}: every file as it was written; logits of the example: {check(arguments.path)}")
         return Exit.DONE
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             "another --out",
         )
 
-    from reconverge import export
+    from reconverge.evaluation import export
 
     weights = export.choose(arguments.path, of, arguments.weights, arguments.best, arguments.average)
     about = export.export(of, weights, arguments.to, folder, arguments.license)

@@ -5,23 +5,13 @@ published ones.
 import argparse
 from pathlib import Path
 
-from reconverge.environment import ROOT
-from reconverge.progress import say
-from reconverge.settings import Model
+from reconverge.base.environment import ROOT
+from reconverge.base.errors import Exit
+from reconverge.base.terminal import say, table
+from reconverge.config.settings import Model
 
-HEADER = (
-    "model",
-    "px",
-    "parameters, M",
-    "published",
-    "GMACs",
-    "published",
-    "top-1",
-    "top-1 by 22K",
-    "source",
-    "recipes",
-    "remark",
-)
+HEADER = ("model", "px", "parameters, M", "published", "GMACs", "published", "top-1", "top-1 by 22K",
+    "source", "recipes", "remark")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,52 +21,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table, as in docs/models.md")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    for line in table(arguments.names, arguments.markdown):
-        say(line)
-    return 0
+def main(arguments: argparse.Namespace) -> int:
+    rows = counted(arguments.names)
+    if arguments.markdown:
+        for row in (HEADER, ["---"] * len(HEADER), *rows):
+            say(f"| {' | '.join(row)} |")
+    else:
+        say(table(HEADER, rows))
+    return Exit.DONE
 
 
-def table(names: list[str], markdown: bool) -> list[str]:
-    """Header and rows as lines of text: one row a model and size of its images.
+def counted(names: list[str]) -> list[list[str]]:
+    """One row a model and size of its images, under HEADER.
 
     Errors: Stop(USAGE) for a name that timm lacks too.
     """
-    from reconverge import models
+    from reconverge.models.table import MODELS, find
 
     known, recipes = _settings(ROOT / "conf" / "model"), _recipes(ROOT / "conf" / "recipe")
-    rows: list[tuple[str, ...]] = []
-    for name in names or models.MODELS:
+    rows = []
+    for name in names or MODELS:
         settings = known.get(name) or Model(name, "", 0.0, layer_scale=None, timm=name)
-        spec = models.find(settings)
+        spec = find(settings)
         knowing = ", ".join(recipe for recipe, sizes in recipes.items() if settings.size in sizes)
         for row in spec.published:
             parameters, macs = spec.count(settings, row.size)
-            sizes = (
+            sizes = [
                 f"{parameters:.2f}",
                 _printed(row.parameters, whole=True),
                 f"{macs:.2f}",
                 _printed(row.macs),
-            )
-            rows.append(
-                (
-                    name,
-                    str(row.size),
-                    *sizes,
-                    _printed(row.top1),
-                    _printed(row.top1_22k),
-                    spec.source,
-                    knowing,
-                    row.note,
-                )
-            )
-    if markdown:
-        return [f"| {' | '.join(row)} |" for row in (HEADER, ["---"] * len(HEADER), *rows)]
-    widths = [max(len(row[column]) for row in (HEADER, *rows)) for column in range(len(HEADER))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (HEADER, *rows)
-    ]
+            ]
+            accuracy = [_printed(row.top1), _printed(row.top1_22k)]
+            rows.append([name, str(row.size), *sizes, *accuracy, spec.source, knowing, row.note])
+    return rows
 
 
 def _printed(number: float | None, whole: bool = False) -> str:

@@ -3,17 +3,22 @@ operations, hours, and what departs from the published recipe. The arguments are
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from reconverge import checks, config
-from reconverge.clock import Clock
-from reconverge.errors import Exit, Stop
-from reconverge.progress import panel
-from reconverge.settings import Train
-from reconverge.synsets import DATASETS
+from reconverge.base import terminal
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.imagenet import DATASETS
+from reconverge.config import compose, published, rules
+from reconverge.config.settings import Train
+from reconverge.training.clock import Clock
+
+if TYPE_CHECKING:  # they import torch
+    from torch import nn
+
+    from reconverge.training.passes import Passes
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -39,15 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    cfg = config.of_training(arguments.overrides)
-    checks.check(
-        replace(cfg, data=replace(cfg.data, root=cfg.data.root or "."))
-    )  # images need not be here yet
-    picture, speed = (
-        arguments.picture or Path(f"plan-{cfg.model.name}-{cfg.recipe.name}.png"),
-        arguments.images_per_second,
-    )
+def main(arguments: argparse.Namespace) -> int:
+    cfg = compose.of_training(arguments.overrides)
+    # Images need not be here yet.
+    rules.check(replace(cfg, data=replace(cfg.data, root=cfg.data.root or ".")))
+    picture = arguments.picture or Path(f"plan-{cfg.model.name}-{cfg.recipe.name}.png")
+    speed = arguments.images_per_second
     if speed is not None and not 0 < speed < float("inf"):
         raise Stop(Exit.USAGE, f"--images-per-second {speed:g}", "more than 0", "what a run prints")
     if picture.suffix not in PICTURES or not picture.parent.is_dir():
@@ -58,88 +60,92 @@ def run(arguments: argparse.Namespace) -> int:
             "--picture plan.png",
         )
 
-    from reconverge import describe, estimate, models, optim, pictures
-    from reconverge.gradients import copies
-    from reconverge.passes import Passes, block, worlds
-    from reconverge.world import DTYPES
+    from reconverge.distributed.ranks import block, worlds
+    from reconverge.models import create
+    from reconverge.report import panel, pictures
+    from reconverge.training import optim
+    from reconverge.training.passes import Passes
 
-    images, classes, data = _images(cfg)
+    images, classes, data = _images(cfg, arguments.overrides)
     clock = Clock.of(cfg, images)
     world, tree = arguments.world, cfg.reduce == "tree"
     passes = Passes(len(block(clock.microbatches, 0, world, tree)), cfg.microbatch, cfg.forward_images, tree)
-    net = models.on_meta(cfg.model, classes)
-    models.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
+    net = create.on_meta(cfg.model, classes)
+    create.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
     groups = optim.parameter_groups(net, cfg.optim)
-    rows = describe.job(cfg, clock, net, groups, data) | {
-        "worlds": (
-            "; ".join(f"{size} x {clock.microbatches // size}" for size in worlds(clock.microbatches, tree))
-            + "  (ranks x microbatches of a rank)"
-        )
-    }
-    rows["lr at steps"] = "; ".join(
-        f"{step + 1}: {optim.learning_rate(cfg.optim, step, clock):.4g} ({what})"
-        for step, what in _key_steps(clock)
-    )
-    layers = {group["layer"]: group["lr_scale"] for group in groups}
 
-    operations = estimate.operations(net, cfg.augment.size) * cfg.batch * clock.end
-    rows["operations"] = (
-        f"{operations:.4g} floating-point operations: forward and backward of {cfg.batch * clock.end:,}"
-        f" images at {cfg.augment.size} px"
-    )
+    def rate(step: int) -> float:
+        return optim.learning_rate(cfg.optim, step, clock)
+
+    sizes = [f"{size} x {clock.microbatches // size}" for size in worlds(clock.microbatches, tree)]
+    rates = [f"{step + 1}: {rate(step):.4g} ({what})" for step, what in _key_steps(clock)]
+    rows = panel.job(cfg, clock, net, groups, data) | {
+        "worlds": f"{'; '.join(sizes)}  (ranks x microbatches of a rank)",
+        "lr at steps": "; ".join(rates),
+        **_cost(cfg, net, passes, world, classes, cfg.batch * clock.end),
+        "time": _time(speed, world, cfg.batch * clock.end),
+        "picture": str(picture),
+    }
+    steps = _spread(clock.total, 2000)
+    layers = {group["layer"]: group["lr_scale"] for group in groups}
+    pictures.plan(picture, [step / clock.steps_per_epoch for step in steps], list(map(rate, steps)), layers)
+    notices = panel.numbered("notice", published.notices(cfg, arguments.overrides))
+    terminal.panel(f"plan of {cfg.model.name} with {cfg.recipe.name}", rows | notices)
+    return Exit.DONE
+
+
+def _cost(
+    cfg: Train, net: "nn.Module", passes: "Passes", world: int, classes: int, images: int
+) -> dict[str, str]:
+    """Operations and memory of training `net`, which is on the meta device and becomes unusable."""
+    from reconverge.distributed.world import DTYPES
+    from reconverge.models import cost
+    from reconverge.training.gradients import copies
+
+    operations = cost.operations(net, cfg.augment.size) * images
     if cfg.checkpointing:
         net.set_grad_checkpointing()  # type: ignore[operator]
     dtype, ema = DTYPES[cfg.precision], cfg.ema.decay is not None
     # A sum over ranks needs room for a partner's, which a sum over leaves has left.
-    gradients = max(copies(passes.leaves), min(world, 2)) if tree else 1
-    memory = estimate.memory(net, passes.images, cfg.augment.size, classes, dtype, ema, gradients)
+    gradients = max(copies(passes.leaves), min(world, 2)) if passes.tree else 1
+    memory = cost.memory(net, passes.images, cfg.augment.size, classes, dtype, ema, gradients)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory._asdict().items() if size)
-    rows["memory"] = (
-        f"{memory.total / 1e9:.2f} GB a rank, and what kernels and the device take for themselves: {parts}"
-    )
-    rows["time"] = _time(speed, world, cfg.batch * clock.end)
-
-    steps = _spread(clock.total, 2000)
-    rates = [optim.learning_rate(cfg.optim, step, clock) for step in steps]
-    pictures.plan(picture, [step / clock.steps_per_epoch for step in steps], rates, layers)
-    rows["picture"] = str(picture)
-    panel(
-        f"plan of {cfg.model.name} with {cfg.recipe.name}",
-        rows | describe.numbered("notice", config.notices(cfg)),
-    )
-    return Exit.DONE
+    return {
+        "operations": (
+            f"{operations:.4g} floating-point operations: forward and backward of {images:,} images at"
+            f" {cfg.augment.size} px"
+        ),
+        "memory": (
+            f"{memory.total / 1e9:.2f} GB a rank, and what kernels and the device take for themselves:"
+            f" {parts}"
+        ),
+    }
 
 
-def _images(cfg: Train) -> tuple[int, int, str]:
+def _images(cfg: Train, overrides: Sequence[str]) -> tuple[int, int, str]:
     """Training images, classes, and both in words: those of the data if it was named and can be opened, else
     the published ones.
     """
-    from reconverge import describe
     from reconverge.data import sources
+    from reconverge.report import panel
 
-    published = DATASETS.get(str(cfg.recipe.dataset))
-    named = any(argument.startswith(("data=", "data.")) for argument in sys.argv[1:])
+    known = DATASETS.get(str(cfg.recipe.dataset))
+    named = any(override.startswith(("data=", "data.")) for override in overrides)
     reason = "no data= was given"
-    if named or published is None:
+    if named or known is None:
         try:
             if cfg.data.kind in ("folder", "shards") and cfg.data.root is None:
                 raise Stop(
                     Exit.MISSING, f"data={cfg.data.name} without data.root", "a folder", "data.root=/path"
                 )
             training, validation = sources.open_sources(cfg.data)
-            return len(training), len(training.classes), describe.images(cfg, training, validation)
+            return len(training), len(training.classes), panel.images(cfg, training, validation)
         except Stop as stop:
-            if published is None or stop.code not in (Exit.MISSING, Exit.PERMISSION):
+            if known is None or stop.code not in (Exit.MISSING, Exit.PERMISSION):
                 raise
             reason = stop.args[1]
-    return (
-        published.training,
-        published.classes,
-        (
-            f"{cfg.recipe.dataset} as published: {published.training:,} training images of"
-            f" {published.classes:,} classes ({reason})"
-        ),
-    )
+    words = f"{known.training:,} training images of {known.classes:,} classes ({reason})"
+    return known.training, known.classes, f"{cfg.recipe.dataset} as published: {words}"
 
 
 def _key_steps(clock: Clock) -> list[tuple[int, str]]:

@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from reconverge.errors import Exit, Stop
-from reconverge.progress import say
-from reconverge.ranks import cores
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.launcher import cores
+from reconverge.base.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     from reconverge.prepare.make import Options, prepare
     from reconverge.prepare.odd import UNREADABLE
 

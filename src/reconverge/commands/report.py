@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reconverge.data import files
-from reconverge.errors import Exit, Stop, explain
-from reconverge.progress import say
-from reconverge.sweep import percent
+from reconverge.base import files
+from reconverge.base.errors import Exit, Stop, explain
+from reconverge.base.terminal import mean_and_std, say, table
 
 if TYPE_CHECKING:  # it imports torch
-    from reconverge.report import Row
+    from reconverge.report.numbers import Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--open", action="store_true", help="show it in a browser")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    from reconverge import page, report
+def main(arguments: argparse.Namespace) -> int:
+    from reconverge.report import numbers, page
 
-    runs = report.read(arguments.runs)
+    runs = numbers.read(arguments.runs)
     path = arguments.to or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
     _write(path, page.html(runs))
-    say(table([report.row(group) for group in report.groups(runs)]))
+    say(summary([numbers.row(group) for group in numbers.groups(runs)]))
     say(f"{path}")
     if arguments.open and not webbrowser.open(path.resolve().as_uri()):
         say("no browser was found that opens it")
@@ -56,25 +55,15 @@ def _write(path: Path, text: str) -> None:
         ) from None
 
 
-def table(rows: Sequence["Row"]) -> str:
+def summary(rows: Sequence["Row"]) -> str:
     """A row a group of runs, with mean ± (sample) standard deviation over its seeds."""
-    lines = [["run", "step", "raw top-1", "EMA top-1", "published", "images/s", "data-wait, %"]]
+    lines = []
     for row in rows:
-        name = (
-            row.runs[0]
-            if len(row.runs) == 1
-            else f"{row.runs[0]} ... {row.runs[-1]} (mean ± std of {row.counted})"
-        )
-        top1 = [percent(row.top1[kind]) for kind in ("raw", "ema")]
+        name = row.runs[0]
+        if len(row.runs) > 1:
+            name += f" ... {row.runs[-1]} (mean ± std of {row.counted})"
         step = "-" if row.step is None else str(row.step)
-        lines.append([name, step, *top1, row.published or "-", percent(row.speed), percent(row.data_wait)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-            ]
-        )
-        for line in lines
-    )
+        numbers = (row.top1["raw"], row.top1["ema"], row.speed, row.data_wait)
+        raw, ema, speed, wait = map(mean_and_std, numbers)
+        lines.append([name, step, raw, ema, row.published or "-", speed, wait])
+    return table(["run", "step", "raw top-1", "EMA top-1", "published", "images/s", "data-wait, %"], lines)

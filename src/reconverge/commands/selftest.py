@@ -6,7 +6,6 @@ Exit codes: 0 everything is kept, 1 something is not.
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -17,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reconverge import config, jobs, jsonl
-from reconverge.errors import Exit
-from reconverge.progress import say
-from reconverge.ranks import cores
-from reconverge.settings import Train
+from reconverge.base.errors import Exit
+from reconverge.base.launcher import cores
+from reconverge.base.terminal import say
+from reconverge.commands import processes
+from reconverge.run import reader
 
 END = 12  # steps of each run
 PATIENCE = 300  # seconds for one of them
@@ -88,12 +87,12 @@ class Lab:
         for _attempt in range(3):
             shutil.rmtree(run, ignore_errors=True)
             with self._started(name, "ddp", self.usual_ranks, self.device) as job:
-                while len(records(run)) < 3 and job.poll() is None:
+                while len(reader.record(run)) < 3 and job.poll() is None:
                     time.sleep(0.01)
                 if job.poll() is None:
-                    os.kill(json.loads((run / "environment.json").read_text())["starts"][-1]["pid"], number)
+                    os.kill(reader.environment(run)["starts"][-1]["pid"], number)
                 code = job.wait(PATIENCE)
-            if len(records(run)) < END:
+            if len(reader.record(run)) < END:
                 return run, code
         raise Broken(
             f"{name}: trained {END} steps before the signal came, three times: is this machine busy?"
@@ -102,13 +101,12 @@ class Lab:
     def _started(self, name: str, reduce: str, ranks: int, device: str) -> Any:
         workers = 2 if ranks > 1 else 0
         arguments = [*self._job, f"run={name}", f"reduce={reduce}", f"device={device}", f"workers={workers}"]
-        return jobs.started(
-            [*jobs.command(jobs.script(), ranks), *arguments], self._folder / f"{name}.txt", self._folder
-        )
+        command = processes.command(processes.script(), ranks)
+        return processes.started([*command, *arguments], self._folder / f"{name}.txt", self._folder)
 
     def words(self, name: str, lines: int = 12) -> str:
         """The last of what a job said."""
-        return jobs.last_words(self._folder / f"{name}.txt", lines)
+        return processes.last_words(self._folder / f"{name}.txt", lines)
 
     def _run(self, name: str) -> Path:
         return self._folder / "runs" / name
@@ -131,10 +129,9 @@ def resume(lab: Lab) -> None:
 
 def preempted(lab: Lab) -> None:
     run, code = lab.interrupted("preempted", signal.SIGTERM)
-    status = json.loads((run / "status.json").read_text())
-    expected = (
-        Exit.PREEMPTED if lab.usual_ranks == 1 else Exit.DONE
-    )  # torchrun would start again what ends with anything else
+    status = reader.status(run)
+    # torchrun would start again what ends with anything but 0.
+    expected = Exit.PREEMPTED if lab.usual_ranks == 1 else Exit.DONE
     if (status["reason"], status["exit_code"], code) != ("preempted", Exit.PREEMPTED, expected):
         raise Broken(
             f"after SIGTERM: exit {code}, and status.json says {status['reason']},"
@@ -175,14 +172,13 @@ def each_counts_once(lab: Lab) -> None:
     import numpy as np
     from xxhash import xxh3_64_hexdigest
 
-    from reconverge.data import sources, transforms
-    from reconverge.data.loader import Images
-    from reconverge.data.order import Order
+    from reconverge import build
+    from reconverge.training import datasets
 
     run = lab.usual()
-    cfg = config.from_text((run / "config.yaml").read_text(), Train)
-    training, _ = sources.open_sources(cfg.data)
-    order, steps = Order.of(cfg, training), len(training) // cfg.batch
+    cfg = reader.opened(run).cfg
+    data = datasets.opened(cfg)
+    order, steps = data.order, data.clock.steps_per_epoch
     for ranks in (1, *lab.worlds):
         taken = [part.ids for rank in range(ranks) for part in order.steps(0, steps, rank, ranks)]
         different = len(np.unique(np.concatenate(taken)))
@@ -191,13 +187,14 @@ def each_counts_once(lab: Lab) -> None:
                 f"an epoch of {steps} steps of {cfg.batch} images takes {different} different ones on {ranks}"
                 " ranks"
             )
-    images = Images(training, transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode), cfg.seed)
-    digests = [images[microbatch][0].digest for microbatch in order.steps(0, 1)]  # type: ignore[index,union-attr]
-    expected, found = xxh3_64_hexdigest(np.array(digests).tobytes()), records(run)[0]["images"]
+    images = build.augmented(cfg, data.training)
+    loaded = [images[microbatch] for microbatch in order.steps(0, 1)]
+    digests = [batch.digest for batch, _ in loaded]  # type: ignore[misc]
+    expected, found = xxh3_64_hexdigest(np.array(digests).tobytes()), reader.record(run)[0]["images"]
     if found != expected:
         raise Broken(f"the images of step 1 have the hash {found}, and those of its sample ids {expected}")
     for trained in (run, lab.tree(lab.worlds[0])):
-        loss, log = records(trained)[0]["loss"], math.log(len(training.classes))
+        loss, log = reader.record(trained)[0]["loss"], math.log(len(data.training.classes))
         if abs(loss - log) > 1e-5:
             raise Broken(
                 f"{trained.name}: the first loss is {loss}, and of {cfg.batch} images it is log(classes) ="
@@ -233,9 +230,8 @@ def batch_norm(lab: Lab) -> None:
 def gradients(lab: Lab) -> None:
     for ranks in lab.worlds:
         agree(lab.ddp(1), lab.ddp(ranks), "grad_norm", 1, within=1e-4)
-        agree(
-            lab.ddp(1), lab.ddp(ranks), "grad_norm", 2, within=1e-2
-        )  # from weights that are no longer equal to the last bit
+        # From weights that are no longer equal to the last bit.
+        agree(lab.ddp(1), lab.ddp(ranks), "grad_norm", 2, within=1e-2)
 
 
 CHECKS: dict[str, tuple[str, Callable[[Lab], None]]] = {
@@ -261,7 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     import torch
 
     folder = Path(tempfile.mkdtemp(prefix="reconverge-selftest-"))
@@ -302,11 +298,11 @@ def _fault(check: Callable[[Lab], None], lab: Lab) -> str:
 
 def same(one: Path, other: Path) -> None:
     """Every step and the last checkpoint, bit for bit."""
-    from reconverge import compare
+    from reconverge.run import first_difference
 
     found = [
-        compare.records(one, other, 1, END),
-        compare.checkpoints(checkpoint(one, END), checkpoint(other, END)),
+        first_difference.records(one, other, 1, END),
+        first_difference.checkpoints(checkpoint(one, END), checkpoint(other, END)),
     ]
     if any(found):
         raise Broken("\n".join([f"{one.name} and {other.name}", *(line for line in found if line)]))
@@ -314,15 +310,11 @@ def same(one: Path, other: Path) -> None:
 
 def agree(one: Path, other: Path, key: str, last: int, within: float = 0.0) -> None:
     """A value of each step up to `last`, relatively `within`."""
-    for mine, theirs in zip(records(one)[:last], records(other)[:last], strict=True):
+    for mine, theirs in zip(reader.record(one)[:last], reader.record(other)[:last], strict=True):
         a, b = mine[key], theirs[key]
         if a != b and not (within and math.isclose(a, b, rel_tol=within)):
             raise Broken(f"step {mine['step']}: {key} is {a} in {one.name} and {b} in {other.name}")
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    return jsonl.lines(run / "record.jsonl")
-
-
 def checkpoint(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
+    return reader.checkpoint_of(run / "checkpoints", step)

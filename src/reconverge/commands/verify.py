@@ -16,12 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reconverge import config, jobs, jsonl
-from reconverge.errors import Exit, Stop
-from reconverge.opened import Opened, opened
-from reconverge.progress import say
-from reconverge.run import RUNS, differing
-from reconverge.settings import Train
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.terminal import say
+from reconverge.commands import processes
+from reconverge.config import compose
+from reconverge.config.settings import Train
+from reconverge.run import reader
+from reconverge.run.folder import differing
+from reconverge.run.reader import Opened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +58,9 @@ class Window(NamedTuple):
     kept: list[int]
 
 
-def run(arguments: argparse.Namespace) -> int:
-    run = opened(arguments.run.resolve())
-    recorded = json.loads((run.folder / "environment.json").read_text())
+def main(arguments: argparse.Namespace) -> int:
+    run = reader.opened(arguments.run.resolve())
+    recorded = reader.environment(run.folder)
     window = _window(run.folder, arguments.start, arguments.steps)
     refused = _refused(run.cfg, recorded, window)
     if refused and not arguments.allow_env:
@@ -70,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         facts["ranks"] if isinstance(facts["ranks"], int) else recorded["starts"][-1]["ranks"]
     )
 
-    RUNS.mkdir(exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".verify-{run.folder.name}-", dir=RUNS))
+    reader.RUNS.mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".verify-{run.folder.name}-", dir=reader.RUNS))
     keep = False
     try:
         cfg = _prepare(scratch, run, window.start, facts["threads"])
@@ -105,16 +107,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _window(folder: Path, start: int, steps: int) -> Window:
     """Errors: Stop(USAGE, MISSING, DAMAGED) where there is nothing to compare with, or to start from."""
-    from reconverge import checkpoint
+    from reconverge.run import checkpoint
 
-    lines = jsonl.lines(folder / "record.jsonl")
+    lines = reader.record(folder)
     if not lines:
         raise Stop(Exit.MISSING, f"{folder} has recorded no step", "a run with a record.jsonl", "another run")
-    kept = [
-        int(path.name.removeprefix("step-"))
-        for path in checkpoint.steps(folder / "checkpoints")
-        if (path / "MANIFEST.json").exists()
-    ]
+    whole = [path for path in reader.checkpoints(folder / "checkpoints") if (path / "MANIFEST.json").exists()]
+    kept = [reader.step_of(path) for path in whole]
     last = lines[-1]["step"]
     starts = [0, *(step for step in kept if step < last)]
     if start not in starts or steps < 1:
@@ -170,11 +169,11 @@ def _prepare(scratch: Path, run: Opened, start: int, threads: int) -> Train:
     tracker, debug = replace(run.cfg.tracker, name="none"), replace(run.cfg.debug, profile=0)
     cfg = replace(run.cfg, run=scratch.name, threads=threads, resume_allow=[], tracker=tracker, debug=debug)
     cfg = replace(cfg, save_every="0", evaluate_every="never", keep=10**6)
-    (scratch / "train.py").symlink_to(jobs.script())
+    (scratch / "train.py").symlink_to(processes.script())
     if start:
         (scratch / "checkpoints").mkdir()
         _checkpoint(scratch, start).symlink_to(_checkpoint(run.folder, start))
-        (scratch / "config.yaml").write_text(config.to_text(cfg))
+        (scratch / "config.yaml").write_text(compose.to_text(cfg))
         (scratch / "environment.json").write_text(json.dumps({"facts": {}, "lost": [], "starts": []}))
     return cfg
 
@@ -183,22 +182,22 @@ def _trained_again(
     scratch: Path, cfg: Train, folder: Path, window: Window, ranks: int, same_environment: Callable[[], bool]
 ) -> list[str]:
     """Train up to each kept checkpoint in turn; what differs there, and no further."""
-    from reconverge import compare
+    from reconverge.run import first_difference
 
     say(f"training steps {window.start + 1} to {window.end} again, on {ranks} rank{'s' * (ranks > 1)}")
     done, asked = window.start, False
     for step in sorted({*window.kept, window.end}):
-        config.write_conf(scratch / "conf", replace(cfg, steps=step))
-        with jobs.started(jobs.command(scratch / "train.py", ranks), scratch / "words.txt") as job:
+        compose.write_conf(scratch / "conf", replace(cfg, steps=step))
+        with processes.started(processes.command(scratch / "train.py", ranks), scratch / "words.txt") as job:
             while job.poll() is None:
                 time.sleep(0.1)
                 asked = asked or same_environment()
         asked or same_environment()
         if job.returncode and not _reached(scratch, step):
             raise _failed(scratch, job.returncode)
-        found = [compare.records(folder, scratch, done + 1, step)]
+        found = [first_difference.records(folder, scratch, done + 1, step)]
         if step in window.kept and _checkpoint(scratch, step).exists():
-            found.append(compare.checkpoints(_checkpoint(folder, step), _checkpoint(scratch, step)))
+            found.append(first_difference.checkpoints(_checkpoint(folder, step), _checkpoint(scratch, step)))
         if any(found):
             return [line for line in found if line]
         done = step
@@ -210,15 +209,12 @@ def _same_environment(scratch: Path, before: dict[str, Any], allowed: bool) -> b
 
     Errors: Stop(NOT_COMPARABLE) if that is not what the run had, unless `allowed`.
     """
-    path = scratch / "environment.json"
-    now = json.loads(path.read_text())["facts"] if path.exists() else {}
+    there = (scratch / "environment.json").exists()
+    now = reader.environment(scratch)["facts"] if there else {}
     if not now:
         return False
-    others = [
-        (name, *differing(before[name], now[name]))
-        for name in before
-        if name in now and before[name] != now[name]
-    ]
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    others = [(name, *differing(before[name], now[name])) for name in changed]
     text = "; ".join(f"{name}: the run had {old}, and here it is {new}" for name, old, new in others)
     if others and not allowed:
         raise Stop(
@@ -236,23 +232,21 @@ def _reached(scratch: Path, step: int) -> bool:
     """Whether a job that failed has recorded `step`: a run that ended for want of finite numbers does so
     again.
     """
-    return any(line["step"] == step for line in jsonl.lines(scratch / "record.jsonl"))
+    return any(line["step"] == step for line in reader.record(scratch))
 
 
 def _failed(scratch: Path, code: int) -> Stop:
     """A job's own reason, of which torchrun makes a 1; that is no difference between runs."""
-    path = scratch / "status.json"
-    status = json.loads(path.read_text()) if path.exists() else {}
-    if status.get("reason") == "failed":
+    if (scratch / "status.json").exists() and (status := reader.status(scratch))["reason"] == "failed":
         code = status["exit_code"]
     known = Exit(code) if code in set(Exit) - {Exit.BUG} else Exit.NOT_COMPARABLE
     return Stop(
         known,
-        f"the steps could not be trained again (exit {code}):\n{jobs.last_words(scratch / 'words.txt')}",
+        f"the steps could not be trained again (exit {code}):\n{processes.last_words(scratch / 'words.txt')}",
         "a machine that can train them",
         "what it says",
     )
 
 
 def _checkpoint(folder: Path, step: int) -> Path:
-    return folder.resolve() / "checkpoints" / f"step-{step:08d}"
+    return reader.checkpoint_of(folder.resolve() / "checkpoints", step)

@@ -14,9 +14,9 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from reconverge.base.errors import reason
 from reconverge.data import native
 from reconverge.data.native import RESAMPLING, Box
-from reconverge.errors import reason
 
 LARGEST = 2 * (
     Image.MAX_IMAGE_PIXELS or 1 << 27

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.files import patiently
 from reconverge.data import index
-from reconverge.data.files import patiently
-from reconverge.errors import Exit, Stop
 
 VERSION = "index-2"  # names the folder of the cache
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format
 
-from reconverge.data.files import ByPosition
+from reconverge.base.files import ByPosition
 
 
 def row(key_bytes: int) -> np.dtype:

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from xxhash import xxh3_64_digest
 
-from reconverge import chance, jsonl
+from reconverge.base import chance, files
+from reconverge.base.errors import Exit, Stop, reason
+from reconverge.base.signals import CAUGHT
 from reconverge.data.decode import Undecodable
 from reconverge.data.order import Microbatch
 from reconverge.data.sources import Source
 from reconverge.data.transforms import Transform
-from reconverge.errors import Exit, Stop, reason
-from reconverge.signals import CAUGHT
-from reconverge.world import World
+from reconverge.distributed.world import World
 
 
 class Bad(NamedTuple):
@@ -120,7 +120,7 @@ class Quarantine:
 
     def __init__(self, path: Path, limit: int):
         self.path, self._limit = path, limit
-        self.samples = {entry["sample"] for entry in jsonl.lines(path)}
+        self.samples = {entry["sample"] for entry in files.json_lines(path)}
 
     def note(self, bad: list[Bad], writes: bool = True) -> None:
         """`bad`: of all ranks, each of which counts them and one `writes`. Errors: Stop(DAMAGED)."""
@@ -130,7 +130,7 @@ class Quarantine:
             self.samples.add(entry.sample)
             if writes:
                 with open(self.path, "a") as file:
-                    file.write(jsonl.line(entry._asdict()))
+                    file.write(files.json_line(entry._asdict()))
             if len(self.samples) > self._limit:
                 raise Stop(
                     Exit.DAMAGED,

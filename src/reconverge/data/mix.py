@@ -10,7 +10,8 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from reconverge import chance, settings
+from reconverge.base import chance
+from reconverge.config import settings
 
 
 class Normalise:

@@ -19,7 +19,7 @@ import numpy as np
 import PIL._imaging
 from PIL import Image, features
 
-from reconverge.errors import Exit, Stop
+from reconverge.base.errors import Exit, Stop
 
 SOURCES = Path(__file__).parents[3] / "native"
 NEEDS = (
@@ -196,7 +196,8 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     """uint8 (height, width, 4) as Pillow's RGB, which has four bytes a pixel too: rows are copied as they
     are.
     """
-    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), pixels, "raw", "RGBX", 0, 1)  # type: ignore[arg-type]
+    height, width, _ = pixels.shape
+    return Image.frombytes("RGB", (width, height), pixels, "raw", "RGBX", 0, 1)  # type: ignore[arg-type]
 
 
 def source() -> str:

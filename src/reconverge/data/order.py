@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reconverge import chance
+from reconverge.base import chance
+from reconverge.config.settings import Train
 from reconverge.data.shards import Shards
 from reconverge.data.sources import Source
-from reconverge.passes import block
-from reconverge.settings import Train
+from reconverge.distributed.ranks import block
 
 VERSION = "order-1"  # recorded in every run; a change of this file that moves a golden hash needs a new name
 ROUNDS = 8

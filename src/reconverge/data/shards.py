@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.files import ByPosition, patiently, sha256_of
 from reconverge.data import index, tar
-from reconverge.data.files import ByPosition, patiently, sha256_of
-from reconverge.errors import Exit, Stop
 
 FORMAT = "reconverge-shards-1"
 IMAGES = (

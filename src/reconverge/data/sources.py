@@ -12,11 +12,11 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from reconverge import chance
+from reconverge.base import chance
+from reconverge.base.errors import Exit, Stop
+from reconverge.config.settings import Data
 from reconverge.data.folder import open_folder
 from reconverge.data.shards import open_shards
-from reconverge.errors import Exit, Stop
-from reconverge.settings import Data
 
 
 class Source(Protocol):

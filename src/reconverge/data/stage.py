@@ -3,15 +3,16 @@
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from reconverge.data.files import patiently
+from reconverge.base.errors import Exit, Stop, explain
+from reconverge.base.files import patiently
 from reconverge.data.order import Microbatch, Windows
 from reconverge.data.shards import Shards, staged_name
 from reconverge.data.sources import Source
-from reconverge.errors import Exit, Stop, explain
 
 
 class Stage:
@@ -122,7 +123,7 @@ class Stage:
             if self._closed or self._at != at:
                 return False
             if not (self.folder / name).exists():
-                patiently(lambda shard=shard: self._copy(shard), (self.folder / name).__str__)  # type: ignore[misc]
+                patiently(partial(self._copy, shard), (self.folder / name).__str__)
         return True
 
     def _copy(self, shard: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from reconverge.errors import Exit, Stop
+from reconverge.base.errors import Exit, Stop
 
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes
 LARGEST = 1 << 28  # bytes of one image or label; more is a damaged or hostile header

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_train
 
+from reconverge.config.settings import Augment, Evaluate
 from reconverge.data import native
 from reconverge.data.decode import crop_and_resize, dimensions
-from reconverge.settings import Augment, Evaluate
 
 Transform = Callable[[bytes], np.ndarray]
 

@@ -9,7 +9,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from reconverge import chance
+from reconverge.base import chance
 
 
 class StochasticDepth(nn.Module):

@@ -7,7 +7,7 @@ import re
 from timm.models import ConvNeXt, group_parameters
 from torch import nn
 
-from reconverge.errors import Exit, Stop
+from reconverge.base.errors import Exit, Stop
 
 
 def layers(model: nn.Module, rule: str) -> dict[str, int]:

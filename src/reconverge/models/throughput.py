@@ -34,7 +34,7 @@ TRAINING_GB = {
 }
 
 
-def published(model: str, size: int) -> dict[str, float]:
+def figures(model: str, size: int) -> dict[str, float]:
     """What is published of a model at a size, by the name of the figure."""
     found = {
         f"{gpu}, images/s": table.get((model, size))

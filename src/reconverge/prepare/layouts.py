@@ -2,22 +2,17 @@
 beginning to its end.
 """
 
-import csv
-import gzip
-import io
 import os
-import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple
 
-from reconverge import synsets
+from reconverge.base import imagenet
+from reconverge.base.errors import Exit, Stop
 from reconverge.data import tar
 from reconverge.data.folder import suffixes
-from reconverge.errors import Exit, Stop
+from reconverge.prepare import archives, validation_labels
 
 FORMS = (
     "ILSVRC2012_img_train.tar (with ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz), Kaggle's zip or"
@@ -44,9 +39,8 @@ class Layout:
     kind: str  # what was found, in words
     dataset: str  # imagenet1k, imagenet22k or folder
     files: list[Path]  # of which it is made: names and sizes identify the source
-    classes: Callable[
-        [], list[str]
-    ]  # by label; one pass over the source where a gzip stream does not tell before
+    # By label; one pass over the source where a gzip stream does not tell before.
+    classes: Callable[[], list[str]]
     splits: dict[str, Callable[[list[str]], Iterator[Taken]]]  # given the classes
     bytes: dict[str, int] = field(default_factory=dict)  # of each split, about
     ignored: list[str] = field(default_factory=list)  # names of files that are no images, as they are met
@@ -93,10 +87,10 @@ def _official(source: Path) -> Layout | None:
     )
     layout.splits["train"] = lambda classes: _tar_of_tars(layout, train, classes)
     if val.exists():
-        synset_of = _val_labels(root)
+        synset_of = validation_labels.find(root)
         layout.files += [val, *([devkit] if devkit.exists() else [])]
         layout.splits["val"] = lambda classes: _labelled(
-            layout, _tar(val), classes, lambda name: synset_of[_stem(name)]
+            layout, archives.entries(val), classes, lambda name: synset_of[_stem(name)]
         )
         layout.bytes["val"] = val.stat().st_size
     return layout
@@ -108,14 +102,14 @@ def _huggingface(source: Path) -> Layout | None:
     train, val = sorted(root.glob("train_images_*.tar.gz")), sorted(root.glob("val_images.tar.gz"))
     if not train:
         return None
-    layout = Layout("the files of Hugging Face", "imagenet1k", [*train, *val], synsets.imagenet1k, {})
+    layout = Layout("the files of Hugging Face", "imagenet1k", [*train, *val], imagenet.imagenet1k, {})
 
     def read(files: list[Path]) -> Callable[[list[str]], Iterator[Taken]]:
         def samples(classes: list[str]) -> Iterator[Taken]:
             for path in files:
                 yield from _labelled(
                     layout,
-                    _tar(path),
+                    archives.entries(path),
                     classes,
                     lambda name: _stem(name).rpartition("_")[2],
                     key=lambda name: _stem(name).rpartition("_")[0],
@@ -157,19 +151,19 @@ def _kaggle(source: Path) -> Layout | None:
     """The tree ILSVRC/Data/CLS-LOC, in a folder or a zip, with LOC_val_solution.csv beside it."""
     below = "ILSVRC/Data/CLS-LOC"
     if source.suffix == ".zip":
-        tree: Tree = ZipTree(source)
+        tree: archives.Tree = archives.ZipTree(source)
         files = [source]
         if not tree.folders(f"{below}/train"):
             return None
         solution = tree.read("LOC_val_solution.csv") if tree.has("LOC_val_solution.csv") else None
-        synset_of = _solution(solution) if solution else {}
+        synset_of = validation_labels.of_kaggle(solution) if solution else {}
     else:
         root = next(
             (path for path in (source, *source.parents[:3]) if (path / below / "train").is_dir()), None
         )
         if root is None:
             return None
-        tree, files, synset_of = FolderTree(root), [], _val_labels(root)
+        tree, files, synset_of = archives.FolderTree(root), [], validation_labels.find(root)
     return _tree("Kaggle's layout", "imagenet1k", tree, below + "/", files, synset_of)
 
 
@@ -177,13 +171,13 @@ def _folders(source: Path) -> Layout | None:
     """train/CLASS/*.jpg and val/CLASS/*.jpg, or a flat val with the labels beside it."""
     if not (source / "train").is_dir():
         return None
-    tree = FolderTree(source)
+    tree = archives.FolderTree(source)
     flat = tree.has_files("val")
-    return _tree("class folders", "folder", tree, "", [], _val_labels(source) if flat else {})
+    return _tree("class folders", "folder", tree, "", [], validation_labels.find(source) if flat else {})
 
 
 def _tree(
-    kind: str, dataset: str, tree: "Tree", below: str, files: list[Path], synset_of: dict[str, str]
+    kind: str, dataset: str, tree: archives.Tree, below: str, files: list[Path], synset_of: dict[str, str]
 ) -> Layout:
     layout = Layout(kind, dataset, files, lambda: tree.folders(f"{below}train"), {}, stream=False)
 
@@ -211,12 +205,10 @@ def _tree(
 
 # ---- samples from entries ----------------------------------------------------------------------------------
 
-Entry = tuple[str, Callable[[], bytes]]  # name, and how to read it
-
 
 def _labelled(
     layout: Layout,
-    entries: Iterator[Entry],
+    entries: Iterator[archives.Entry],
     classes: list[str],
     synset_of: Callable[[str], str],
     key: Callable[[str], str] | None = None,
@@ -260,46 +252,15 @@ def _plain(path: str, below: str) -> str:
     )
 
 
-# ---- archives ----------------------------------------------------------------------------------------------
-
-
-class Gzip(gzip.GzipFile):
-    """A gzip stream whose faults are named."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        return self._named(lambda: super(Gzip, self).read(size))
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._named(lambda: super(Gzip, self).seek(offset, whence))
-
-    def _named(self, job: Callable[[], Any]) -> Any:
-        try:
-            return job()
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise Stop(
-                Exit.DAMAGED, f"{self.name}: {error}", "a whole gzip file", "download it again"
-            ) from None
-
-
-def _opened(path: Path) -> BinaryIO:
-    return Gzip(path) if path.suffix == ".gz" else open(path, "rb", buffering=1 << 20)  # type: ignore[return-value]
-
-
-def _tar(path: Path) -> Iterator[Entry]:
-    with _opened(path) as file:
-        for member in tar.members(file, str(path)):
-            yield member.name, lambda member=member: tar.read(file, member, str(path))  # type: ignore[misc]
-
-
 def _tar_of_tars(layout: Layout, path: Path, classes: list[str]) -> Iterator[Taken]:
-    with _opened(path) as file:
+    with archives.opened(path) as file:
         for outer in tar.members(file, str(path), largest=None):
             if not outer.name.endswith(".tar"):
                 layout.ignored.append(outer.name)
                 continue
             where = f"{path}, {outer.name}"
 
-            def entries(outer: tar.Member = outer, where: str = where) -> Iterator[Entry]:
+            def entries(outer: tar.Member = outer, where: str = where) -> Iterator[archives.Entry]:
                 for member in tar.members(file, where, outer.start + outer.size):
                     yield member.name, lambda member=member: tar.read(file, member, where)  # type: ignore[misc]
 
@@ -308,7 +269,7 @@ def _tar_of_tars(layout: Layout, path: Path, classes: list[str]) -> Iterator[Tak
 
 def _inner_tars(path: Path) -> list[str]:
     """The synsets of a tar of tars, sorted. Of a gzip file this takes a pass over all of it."""
-    with _opened(path) as file:
+    with archives.opened(path) as file:
         found = [
             _stem(member.name)
             for member in tar.members(file, str(path), largest=None)
@@ -329,184 +290,3 @@ def _inner_tars(path: Path) -> list[str]:
             "download it again",
         )
     return sorted(found)
-
-
-class Tree(Protocol):
-    """Files below a root, by relative path; entries in sorted order, the same wherever it lies."""
-
-    def folders(self, below: str) -> list[str]: ...
-    def has_files(self, below: str) -> bool: ...
-    def entries(self, below: str) -> Iterator[Entry]: ...
-    def total_bytes(self, below: str) -> int: ...
-    def has(self, name: str) -> bool: ...
-    def read(self, name: str) -> bytes: ...
-
-
-class FolderTree:
-    def __init__(self, root: Path):
-        self.root = root
-
-    def folders(self, below: str) -> list[str]:
-        return [
-            name
-            for name in self._names(below)
-            if not name.startswith(".") and (self.root / below / name).is_dir()
-        ]
-
-    def has_files(self, below: str) -> bool:
-        return any(
-            not name.startswith(".") and (self.root / below / name).is_file() for name in self._names(below)
-        )
-
-    def entries(self, below: str) -> Iterator[Entry]:
-        for name in self._names(below):
-            path = self.root / below / name
-            if path.is_dir():
-                yield from self.entries(f"{below}/{name}")
-            else:
-                yield f"{below}/{name}", path.read_bytes
-
-    def total_bytes(self, below: str) -> int:
-        return sum(
-            os.stat(os.path.join(folder, name)).st_size
-            for folder, _, names in os.walk(self.root / below)
-            for name in names
-        )
-
-    def has(self, name: str) -> bool:
-        return (self.root / name).exists()
-
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
-
-    def _names(self, below: str) -> list[str]:
-        return sorted(os.listdir(self.root / below)) if (self.root / below).is_dir() else []
-
-
-class ZipTree:
-    def __init__(self, path: Path):
-        try:
-            self._zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise Stop(Exit.DAMAGED, f"{path}: {error}", "a whole zip file", "download it again") from None
-        self._where = str(path)
-        self._names = sorted(name for name in self._zip.namelist() if not name.endswith("/"))
-        for name in self._names:
-            tar.refuse_path(name, self._where)
-
-    def folders(self, below: str) -> list[str]:
-        return sorted(
-            {
-                name[len(below) + 1 :].partition("/")[0]
-                for name in self._below(below)
-                if "/" in name[len(below) + 1 :]
-            }
-        )
-
-    def has_files(self, below: str) -> bool:
-        return any("/" not in name[len(below) + 1 :] for name in self._below(below))
-
-    def entries(self, below: str) -> Iterator[Entry]:
-        for name in self._below(below):
-            yield name, lambda name=name: self.read(name)  # type: ignore[misc]
-
-    def total_bytes(self, below: str) -> int:
-        return sum(self._zip.getinfo(name).file_size for name in self._below(below))
-
-    def has(self, name: str) -> bool:
-        return name in self._zip.NameToInfo
-
-    def read(self, name: str) -> bytes:
-        if (size := self._zip.getinfo(name).file_size) > tar.LARGEST:
-            raise Stop(
-                Exit.DAMAGED,
-                f"{self._where}, {name} claims {size} bytes",
-                f"at most {tar.LARGEST}",
-                "a zip file from where you trust it",
-            )
-        try:
-            return self._zip.read(name)
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise Stop(
-                Exit.DAMAGED, f"{self._where}, {name}: {error}", "a whole zip file", "download it again"
-            ) from None
-
-    def _below(self, below: str) -> Iterator[str]:
-        from bisect import bisect_left
-
-        for at in range(bisect_left(self._names, below + "/"), len(self._names)):
-            if not self._names[at].startswith(below + "/"):
-                return
-            yield self._names[at]
-
-
-# ---- labels ------------------------------------------------------------------------------------------------
-
-
-def _val_labels(root: Path) -> dict[str, str]:
-    """File stem -> synset of validation images, by Kaggle's table or the devkit. Errors: Stop(MISSING)."""
-    if (solution := root / "LOC_val_solution.csv").exists():
-        return _solution(solution.read_bytes())
-    if (devkit := root / "ILSVRC2012_devkit_t12.tar.gz").exists():
-        return _devkit(devkit)
-    raise Stop(
-        Exit.MISSING,
-        f"{root} has validation images in one heap, and nothing that labels them",
-        "ILSVRC2012_devkit_t12.tar.gz or LOC_val_solution.csv",
-        f"put one of them into {root}",
-    )
-
-
-def _solution(text: bytes) -> dict[str, str]:
-    """Rows read `ILSVRC2012_val_00000001,n01751748 111 108 329 150 ...`: the synset of each box, which is the
-    same in all.
-    """
-    try:
-        return {
-            row["ImageId"]: row["PredictionString"].split()[0]
-            for row in csv.DictReader(io.StringIO(text.decode("utf-8-sig")))
-        }
-    except (KeyError, IndexError, AttributeError, UnicodeDecodeError) as error:
-        raise Stop(
-            Exit.DAMAGED,
-            f"LOC_val_solution.csv: {error!r}",
-            "columns ImageId and PredictionString, which begins with a synset",
-            "download it again",
-        ) from error
-
-
-def _whole_archive(path: Path) -> tarfile.TarFile:
-    try:
-        return tarfile.open(path)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise Stop(
-            Exit.DAMAGED, f"{path}: {error}", "the archive as it was published", "download it again"
-        ) from error
-
-
-def _devkit(path: Path) -> dict[str, str]:
-    """The ground truth lists challenge ids; meta.mat says which synset each one is (not in sorted order)."""
-    from scipy.io import loadmat
-
-    with _whole_archive(path) as archive:
-        files = {
-            os.path.basename(member.name): archive.extractfile(member)
-            for member in archive
-            if member.isfile()
-        }
-        truth, meta = files.get("ILSVRC2012_validation_ground_truth.txt"), files.get("meta.mat")
-        if truth is None or meta is None:
-            raise Stop(
-                Exit.DAMAGED,
-                f"{path} lacks its ground truth or meta.mat",
-                "ILSVRC2012_devkit_t12.tar.gz",
-                "download it again",
-            )
-        synsets = loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
-        ids = [int(line) for line in truth.read().split()]
-    synset_of = {
-        int(entry["ILSVRC2012_ID"]): str(entry["WNID"])
-        for entry in synsets
-        if int(entry["num_children"]) == 0
-    }
-    return {f"ILSVRC2012_val_{number:08d}": synset_of[challenge] for number, challenge in enumerate(ids, 1)}

@@ -1,37 +1,25 @@
 """From what people download to a data set: shards, one index a split, report.jsonl, dataset.json last."""
 
 import json
-import os
-import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from reconverge import synsets
-from reconverge.data import files, index, shards
-from reconverge.errors import Exit, Stop
-from reconverge.lock import Lock
-from reconverge.prepare import layouts
+from reconverge.base import files, imagenet
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.lock import Lock
+from reconverge.base.terminal import Meter, say
+from reconverge.prepare import in_place, indexing, layouts
 from reconverge.prepare.layouts import Layout, Taken
 from reconverge.prepare.odd import UNREADABLE, Bomb, oddities, shrunk, strict_exif
-from reconverge.prepare.scatter import Scatter, content
-from reconverge.progress import Meter, say
-
-IN1K, IN22K = synsets.DATASETS["imagenet1k"], synsets.DATASETS["imagenet22k"]  # the latter as of fall 2011
-EXPECTED = {
-    "imagenet1k": {"train": IN1K.training, "val": IN1K.validation},
-    "fall11_whole.tar": {"train": IN22K.training},
-}
-CLASSES = {"imagenet1k": IN1K.classes, "fall11_whole.tar": IN22K.classes, "winter21_whole.tar.gz": 19_167}
+from reconverge.prepare.scatter import Scatter
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
             "a new folder, an empty one, or one that this command began: files in it are replaced",
             "another --to",
         )
-    found = _shards_below(source)
+    found = in_place.shards_below(source)
     if not found and to.resolve() == source.resolve():
         raise Stop(
             Exit.USAGE,
@@ -74,12 +62,20 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
             "a folder of its own; only shards are indexed where they are",
             "another --to",
         )
+    asked = [name for name in ("resize", "hold_out", "drop_unreadable") if getattr(options, name)]
+    if found and asked:
+        raise Stop(
+            Exit.USAGE,
+            f"{', '.join('--' + name.replace('_', '-') for name in asked)} with shards that exist",
+            "they are indexed where they are, and not rewritten",
+            "drop it",
+        )
     work.mkdir(parents=True, exist_ok=True)
     lock = Lock(to / ".lock")
     try:
         with strict_exif(), ThreadPoolExecutor(jobs) as threads:
             if found:
-                about = _in_place(found, to, work, dataset, threads, options)
+                about = in_place.indexed(found, to, work, dataset, threads)
             else:
                 about = _scattered(source, to, work, dataset, jobs, threads, options)
         files.write_whole(to / "dataset.json", json.dumps(about, indent=1) + "\n")
@@ -123,7 +119,7 @@ def _scattered(
             scatter.abandon()
     scatter.end()
     found = {split: scatter.names(split) for split in plan["shards"]}
-    parts = _indexed(to, work, found, threads, lambda sample: None)
+    parts = indexing.indexed(to, work, found, threads, lambda sample: None)
     for split, made in parts.items():
         if not sum(made["images"]):
             raise Stop(
@@ -147,7 +143,7 @@ def _scattered(
                 f"rename or remove one of the two; then rm -r {to} and the same command again",
             )
     lossy = {"resize": options.resize, "quality": options.quality} if options.resize else None
-    return _about(to, plan, parts, lossy, scatter.state["dropped"])
+    return indexing.about(to, plan, parts, lossy, scatter.state["dropped"])
 
 
 def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
@@ -188,10 +184,10 @@ def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
     held = {"train": 1 - options.hold_out / 100, "val": options.hold_out / 100} if options.hold_out else {}
     sizes = {split: layout.bytes["train"] * share for split, share in held.items()} or layout.bytes
     plan = asked | {
-        "classes": synsets.described(classes),
+        "classes": imagenet.described(classes),
         "shards": {split: max(1, round(size / (options.shard_mb * 1e6))) for split, size in sizes.items()},
-        "expected": EXPECTED.get(layout.dataset) or EXPECTED.get(layout.kind) or {},
-        "expected_classes": CLASSES.get(layout.dataset) or CLASSES.get(layout.kind),
+        "expected": indexing.EXPECTED.get(layout.dataset) or indexing.EXPECTED.get(layout.kind) or {},
+        "expected_classes": indexing.CLASSES.get(layout.dataset) or indexing.CLASSES.get(layout.kind),
     }
     files.write_whole(path, json.dumps(plan))
     return plan
@@ -297,212 +293,3 @@ def _in_order(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-# ---- shards that exist: indexed where they are -------------------------------------------------------------
-
-
-def _shards_below(source: Path) -> dict[str, list[Path]]:
-    """Split -> the tars of a folder, or of its train and val folders; the word val, valid or validation in a
-    name says which.
-
-    Nothing where the tars are not shards. Errors: Stop(MISSING) for a part of ImageNet's archives.
-    """
-    if not source.is_dir() or any(
-        (source / name).exists() for name in ("ILSVRC2012_img_train.tar", "fall11_whole.tar")
-    ):
-        return {}
-    found: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
-    for path in sorted([*source.glob("*.tar"), *source.glob("*/*.tar")]):
-        if path.name.startswith("ILSVRC2012_img_") or re.fullmatch(r"n\d{8}", path.stem):
-            raise Stop(
-                Exit.MISSING,
-                f"{path} without the archive that belongs to it",
-                "ILSVRC2012_img_train.tar as it was published, a tar of one tar a synset, with"
-                " ILSVRC2012_img_val.tar beside it",
-                f"put it into {source}; class archives that were unpacked: tar -cf ILSVRC2012_img_train.tar"
-                " n*.tar",
-            )
-        words = set(re.findall("[a-z]+", str(path.relative_to(source).with_suffix("")).lower()))
-        found[
-            "test" if "test" in words else "val" if words & {"val", "valid", "validation"} else "train"
-        ].append(path)
-    if ignored := found.pop("test"):
-        say(f"{len(ignored)} shards of a test split are left out")
-    return {split: paths for split, paths in found.items() if paths}
-
-
-def _in_place(
-    found: dict[str, list[Path]],
-    to: Path,
-    work: Path,
-    dataset: str | None,
-    threads: ThreadPoolExecutor,
-    options: Options,
-) -> dict[str, Any]:
-    if refused := [
-        f"--{name.replace('_', '-')}"
-        for name in ("resize", "hold_out", "drop_unreadable")
-        if getattr(options, name)
-    ]:
-        raise Stop(
-            Exit.USAGE,
-            f"{', '.join(refused)} with shards that exist",
-            "they are indexed where they are, and not rewritten",
-            "drop it",
-        )
-    here = to.resolve()  # what a link leads to: .. of a link is not where it lies
-    names = {
-        split: [os.path.relpath(path.parent.resolve() / path.name, here) for path in paths]
-        for split, paths in found.items()
-    }
-    say(
-        "WebDataset shards, indexed where they are:"
-        f" {', '.join(f'{len(paths)} of {split}' for split, paths in found.items())}"
-    )
-    report = to / "report.jsonl"
-    lines: list[str] = []
-
-    def examine(sample: shards.Sample) -> None:
-        try:
-            odd = oddities(sample.data, sample.suffix)
-        except Bomb as bomb:
-            raise Stop(
-                Exit.DAMAGED,
-                f"{sample.key}: {bomb}",
-                "images of a reasonable size",
-                "remove it from the shard",
-            ) from None
-        if odd:
-            lines.append(json.dumps({"key": sample.key, "odd": odd, "fate": "kept as it is"}) + "\n")
-
-    parts = _indexed(to, work, names, threads, examine)
-    report.write_text("".join(sorted(lines)))
-    labels = max((part["labels"] for part in parts.values()), default=0)
-    classes = (
-        synsets.imagenet1k()
-        if dataset == "imagenet1k"
-        else [f"{label:0{len(str(labels - 1))}d}" for label in range(labels)]
-    )
-    if labels > len(classes):
-        raise Stop(
-            Exit.USAGE,
-            f"labels up to {labels - 1} in {to}",
-            f"{len(classes)} classes of {dataset}",
-            "--as folder",
-        )
-    plan = {
-        "dataset": dataset or "folder",
-        "source": {"kind": "WebDataset shards", "files": [], "bytes": {}},
-        "classes": synsets.described(classes),
-        "expected": EXPECTED.get(str(dataset), {}),
-        "expected_classes": CLASSES.get(str(dataset)),
-    }
-    return _about(to, plan, parts, None, 0)
-
-
-# ---- the index ---------------------------------------------------------------------------------------------
-
-
-def _indexed(
-    to: Path,
-    work: Path,
-    found: dict[str, list[str]],
-    threads: ThreadPoolExecutor,
-    examine: Callable[[shards.Sample], None],
-) -> dict[str, dict[str, Any]]:
-    """One reading of every shard: the index of each split and what dataset.json says of its shards."""
-    made = {}
-    with Meter(
-        "indexing", sum((to / name).stat().st_size for names in found.values() for name in names)
-    ) as meter:
-        for split, names in found.items():
-            jobs = [
-                threads.submit(_piece, to, work, name, number, examine, meter)
-                for number, name in enumerate(names)
-            ]
-            pieces = [job.result() for job in jobs]
-            rows = [piece["rows"] for piece in pieces]
-            index.write(to / f"{split}.index.npy", rows)
-            keys = np.sort(np.concatenate([part["key"] for part in rows]))
-            twice = keys[1:][keys[1:] == keys[:-1]]
-            combined = 0
-            for piece in pieces:
-                combined ^= piece["content"]
-            made[split] = {
-                "names": names,
-                "sha256": [piece["sha256"] for piece in pieces],
-                "images": [len(part) for part in rows],
-                "content": combined,
-                "labels": max((int(part["label"].max()) + 1 for part in rows if len(part)), default=0),
-                "repeated": os.fsdecode(twice[0]) if len(twice) else None,
-            }
-    return made
-
-
-def _piece(
-    to: Path, work: Path, name: str, number: int, examine: Callable[[shards.Sample], None], meter: Meter
-) -> dict[str, Any]:
-    """Rows, sha256 and combined content of one shard."""
-    combined = 0
-
-    def look(sample: shards.Sample) -> None:
-        nonlocal combined
-        combined ^= content(sample.key, sample.data)
-        examine(sample)
-
-    rows, digest = shards.scan(to / name, number, look)
-    meter.add((to / name).stat().st_size, len(rows))
-    return {"rows": rows, "sha256": digest, "content": combined}
-
-
-def _about(
-    to: Path,
-    plan: dict[str, Any],
-    parts: dict[str, dict[str, Any]],
-    lossy: dict[str, Any] | None,
-    dropped: int,
-) -> dict[str, Any]:
-    """dataset.json. Says so where the source is short of what was published."""
-    splits = {}
-    total = {split: sum(part["images"]) for split, part in parts.items()}
-    for split, part in parts.items():
-        table = to / f"{split}.index.npy"
-        expected = plan["expected"].get(split)
-        if expected and split == "train" and "val" not in plan["expected"]:
-            expected -= total.get("val", 0)  # held out of it
-        splits[split] = {
-            "images": total[split],
-            "expected": expected,
-            "index": table.name,
-            "index_bytes": table.stat().st_size,
-            "index_sha256": files.sha256_of(table),
-            "shards": [
-                {"name": name, "bytes": (to / name).stat().st_size, "images": images, "sha256": digest}
-                for name, images, digest in zip(part["names"], part["images"], part["sha256"], strict=True)
-            ],
-        }
-    classes = plan["classes"]
-    if plan["expected_classes"] not in (None, len(classes)):
-        say(f"short: {len(classes)} classes where the published set has {plan['expected_classes']}")
-    about = {
-        "format": shards.FORMAT,
-        "dataset": plan["dataset"],
-        "source": plan["source"],
-        "lossy": lossy,
-        "dropped": dropped,
-        "class_list": {
-            "name": (
-                plan["source"]["kind"].partition("_")[0]
-                if plan["dataset"] == "imagenet22k"
-                else plan["dataset"]
-            ),
-            "sha256": sha256("\n".join(entry["synset"] for entry in classes).encode()).hexdigest(),
-        },
-        "classes": classes,
-        "splits": splits,
-    }
-    for split in splits:
-        for note in shards.notes(about, split):
-            say(f"note: {note}")
-    return about

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from PIL import Image
 
-from reconverge.errors import reason
+from reconverge.base.errors import reason
 
 UNREADABLE = ("empty", "unreadable", "truncated")  # what --drop-unreadable drops
 

@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 from webdataset.writer import TarWriter
 
-from reconverge.data import files
+from reconverge.base import files
 
 MEMORY = 256 << 20, 4 << 30  # bytes of samples that wait to be written: at least, at most
 # Bytes that a shard is to grow by at a time: for 6,000 shards on a disk that seeks, a sample at a time would

@@ -1,0 +1,92 @@
+"""What a run's bits hang on beside its configuration: versions, code, git, hardware. Imports no torch."""
+
+import os
+import platform
+import socket
+import subprocess
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from reconverge.base import launcher
+
+DECISIVE = ("torch", "torchvision", "timm", "numpy", "pillow")  # another version may compute other bits
+PACKAGES = (*DECISIVE, "safetensors", "torchmetrics", "hydra-core", "omegaconf")
+ROOT = Path(__file__).parents[3]
+# The rooms of the package, and the modules beside them, that the step is made of.
+DECIDES = ("base", "config", "distributed", "data", "models", "training", "run", "weights", "build",
+    "milestones")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def decisive_versions() -> dict[str, str]:
+    """Of the packages another version of which may compute other bits."""
+    return {name: text for name, text in versions().items() if name in DECISIVE}
+
+
+def code_hash() -> str:
+    """sha256 over the code that decides the bits: train.py, what of the package is in DECIDES, and native/.
+
+    The other rooms of the package only look at a run, or start one: they may change while it trains.
+    """
+    package = ROOT / "src" / "reconverge"
+    modules = [path for part in DECIDES for path in (package / part).rglob("*.py")]
+    modules += [package / f"{part}.py" for part in DECIDES]
+    digest = sha256()
+    for path in [ROOT / "train.py", *sorted(modules), *sorted((ROOT / "native").glob("*.[ch]"))]:
+        if path.exists():
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def git() -> dict[str, str] | None:
+    """Commit, and hash of what differs from it; None outside a checkout."""
+
+    def ask(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
+        ).stdout
+
+    try:
+        if Path(ask("rev-parse", "--show-toplevel").strip()) != ROOT:
+            return None
+        diff = ask("diff", "HEAD", "--", "train.py", "eval.py", "src", "conf")
+        return {
+            "commit": ask("rev-parse", "HEAD").strip(),
+            "diff": sha256(diff.encode()).hexdigest() if diff else "",
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def host() -> dict[str, Any]:
+    """Of this start: who runs it and where."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "system": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "job": launcher.job(),
+        "ranks": launcher.HERE.size,
+    }
+
+
+def processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

@@ -1,0 +1,121 @@
+"""Files: read by position, patiently where a disk or network fails for a moment, replaced whole, and grown by
+lines of JSON. Imports no torch.
+"""
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+from reconverge.base.errors import Exit, Stop
+
+PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EREMOTEIO,
+    errno.ECONNRESET,
+    errno.ENETDOWN,
+    errno.EHOSTDOWN,
+}
+WAITS = (0.1, 1.0, 5.0)  # seconds before each further try
+
+Result = TypeVar("Result")
+
+
+def patiently(job: Callable[[], Result], where: Callable[[], str]) -> Result:
+    """What `job` returns; faults of disk or network are tried again, and told with `where`.
+
+    Errors: Stop(DISK) where they last.
+    """
+    for wait in WAITS:
+        try:
+            return job()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            print(f"{where()}: {error.strerror}; trying again in {wait} s", file=sys.stderr, flush=True)
+        time.sleep(wait)
+    try:
+        return job()
+    except OSError as error:
+        if error.errno not in PASSING:
+            raise
+        raise Stop(
+            Exit.DISK,
+            f"{where()}: {error.strerror}, {len(WAITS) + 1} times in {sum(WAITS):.0f} s",
+            "a disk or network that answers",
+            "see to it, then run the same command again: it goes on from the last checkpoint",
+        ) from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Put a file in the place of `path` once it is on the disk: whatever is killed meanwhile, the old file or
+    the new one is there.
+
+    Errors: OSError; no part of the new file is left then.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        with open(draft, "wb") as file:
+            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ByPosition:
+    """An open file that has no position of its own, so that forked processes may share it; closed when it is
+    forgotten.
+    """
+
+    def __init__(self, path: Path):
+        self._number = os.open(path, os.O_RDONLY)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._number, size, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)
+
+
+# ---- files that grow by a line of JSON: metrics.jsonl, record.jsonl, quarantine.jsonl ----
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """With null for a number that is not finite, as fp16 has them: JSON knows no other."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line of a file, none if there is no file; a last one that a kill cut short is left out."""
+    text = path.read_text().split("\n") if path.exists() else []
+    return [json.loads(line) for line in text[:-1]]

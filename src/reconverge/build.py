@@ -1,0 +1,185 @@
+"""What train.py needs before its loop, in the order in which it comes to be: the machine, the model, where it
+starts, the feed. Each refuses what cannot be; only then is the run's folder changed.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reconverge.base import environment, launcher, terminal
+from reconverge.config import published
+from reconverge.config.settings import Train
+from reconverge.data import native, transforms
+from reconverge.data.loader import Batch, Feed, Images, Quarantine
+from reconverge.data.mix import Mix, Normalise
+from reconverge.data.sources import Source
+from reconverge.data.stage import Stage
+from reconverge.distributed import ranks
+from reconverge.distributed.world import World, default_threads, default_workers
+from reconverge.milestones import Milestones
+from reconverge.models import create, drop_path
+from reconverge.report import panel
+from reconverge.run.folder import Run
+from reconverge.run.log import Log
+from reconverge.run.state import State
+from reconverge.training import optim
+from reconverge.training.batch_norm import RunningStatistics
+from reconverge.training.datasets import Datasets
+from reconverge.training.ema import Ema
+from reconverge.training.evaluate import Evaluator
+from reconverge.training.gradients import Gradients
+from reconverge.training.passes import Passes, refuse_other_passes
+from reconverge.weights import load
+
+
+class Machine(NamedTuple):
+    world: World
+    mine: range  # the microbatches of a step that this rank takes
+    passes: Passes
+    workers: int  # processes that load images
+    decoder: str  # which libraries decode them, in words
+
+
+class Model(NamedTuple):
+    """The raw weights, which are trained, and what goes with them."""
+
+    net: nn.Module
+    masked: Callable[[Tensor, Tensor], Tensor]  # images, masks of stochastic depth -> logits; maybe compiled
+    rates: list[float]  # of stochastic depth, by block
+    ema: Ema | None
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    gradients: Gradients
+
+    def state(self) -> State:
+        return State(self.net, self.ema, self.optimizer, self.scaler)
+
+
+class Inputs(NamedTuple):
+    batches: Iterator[Batch]  # a microbatch each: uint8 images, on the device
+    normalise: Normalise
+    mix: Mix
+
+
+class Training(NamedTuple):
+    """What the loop needs."""
+
+    machine: Machine
+    inputs: Inputs
+    model: Model
+    statistics: RunningStatistics
+    start: int  # the step after which it goes on
+    log: Log
+    milestones: Milestones
+
+
+def training(cfg: Train, run: Run, data: Datasets) -> Training:
+    """Errors: Stop."""
+    machine = _machine(cfg, run)
+    world, classes = machine.world, data.training.classes
+    run.fact("data", world.agree("data", data.fingerprints()))
+    made = model(cfg, world, machine.passes, len(classes))
+    start = _start(cfg, run, world, made, classes)
+    run.begin(start, data.clock, classes, data.notes(), machine.decoder)
+    _introduce(cfg, run, machine, made, data)
+    feed = _feed(cfg, run, machine, data, start)
+    log = Log(cfg, run, data.clock, world, feed, data.order.step_ids)
+    normalise = Normalise(cfg.data.mean, cfg.data.std, world.device, cfg.channels_last)
+    inputs = Inputs(iter(feed), normalise, Mix(cfg.augment.erase, cfg.mix, len(classes)))
+    evaluator = Evaluator(cfg.evaluate, normalise, world, machine.workers)
+    if tracer := world.tracer(cfg.debug.profile, run.folder / "trace.json"):
+        run.closing.enter_context(tracer)
+    milestones = Milestones(
+        cfg, run, log, data.clock, world, made.state(), evaluator, data.validation, tracer
+    )
+    made.net.train()
+    return Training(machine, inputs, made, RunningStatistics(made.net), start, log, milestones)
+
+
+def model(cfg: Train, world: World, passes: Passes, classes: int) -> Model:
+    """With initial weights, on the device. Errors: Stop(USAGE)."""
+    net = world.place(create.model(cfg.model, classes, cfg.seed), cfg.channels_last)
+    create.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
+    refuse_other_passes(net, cfg.microbatch, cfg.forward_images)
+    if cfg.checkpointing:
+        net.set_grad_checkpointing()  # type: ignore[operator]
+    masked = torch.compile(drop_path.Masked(net)) if cfg.compile else drop_path.Masked(net)
+    ema = Ema(net, cfg.ema.decay) if cfg.ema.decay is not None else None
+    optimizer = optim.adamw(net, cfg.optim, cfg.fused)
+    gradients = Gradients(net, world, passes)
+    return Model(net, masked, drop_path.rates(net), ema, optimizer, world.scaler(), gradients)
+
+
+def augmented(cfg: Train, source: Source) -> Images:
+    """The training images as data workers make them."""
+    transform = transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode)
+    return Images(source, transform, cfg.seed, cfg.data.on_bad_image)
+
+
+def _machine(cfg: Train, run: Run) -> Machine:
+    """Ranks, device, threads, decoder: the same as when the run began, where they decide its bits."""
+    tree = cfg.reduce == "tree"
+    mine = ranks.block(cfg.batch // cfg.microbatch, launcher.HERE.rank, launcher.HERE.size, tree)
+    passes = Passes(len(mine), cfg.microbatch, cfg.forward_images, tree)
+    world = World(cfg.device, cfg.precision, cfg.deterministic)
+    run.fact("code", world.agree("code", environment.code_hash()))
+    run.fact("versions", world.agree("versions", environment.decisive_versions()))
+    workers = default_workers(world.device) if cfg.workers is None else cfg.workers
+    threads = cfg.threads or run.recorded("threads") or default_threads(world.device, workers)
+    world.set_threads(
+        min(world.gather_objects(threads))
+    )  # unless somebody says, of the host with fewest cores
+    run.fact("threads", world.threads)
+    run.fact("hardware", world.all_of(world.hardware()))
+    run.fact("ranks", "a power of two" if tree else world.size, free=True)
+    run.fact("forward_images", cfg.forward_images or cfg.microbatch, free=True)
+    decoder = world.all_of(native.choose(cfg.data.native))
+    # Exact decoding has the same pixels with native/ and without.
+    first = "native" if native.chosen() else "torch"
+    pixels = f"fast, {first} first" if cfg.data.decode == "fast" else "exact"
+    run.fact("pixels", world.agree("pixels", pixels))
+    return Machine(world, mine, passes, workers, decoder)
+
+
+def _start(cfg: Train, run: Run, world: World, made: Model, classes: list[str]) -> int:
+    """The step to go on after, with its weights: of the run's own newest valid checkpoint; else 0, with the
+    weights of init=, else from scratch.
+    """
+    state = made.state()
+    start, skipped = state.restore(run.checkpoints)
+    for reason in skipped:
+        terminal.say(f"skipped a damaged checkpoint: {reason}")
+    if start == 0 and (init := cfg.init) is not None:
+        loaded = ranks.from_rank_0(lambda: load.load(made.net, init, cfg.init_strict, cfg.init_head, classes))
+        run.fact("init", loaded)
+    world.broadcast(tensor for one in state.models().values() for tensor in one.state_dict().values())
+    if start == 0 and made.ema is not None:
+        made.ema.model.load_state_dict(made.net.state_dict())
+    return start
+
+
+def _introduce(cfg: Train, run: Run, machine: Machine, made: Model, data: Datasets) -> None:
+    """The start panel."""
+    images = panel.images(cfg, data.training, data.validation)
+    rows = panel.job(cfg, data.clock, made.net, made.optimizer.param_groups, images)
+    rows |= panel.origin(cfg, run)
+    rows |= panel.machine(cfg, machine.world, machine.workers, machine.decoder, run)
+    notices = published.notices(cfg, run.overrides)
+    terminal.panel(cfg.run, rows | panel.numbered("notice", notices))
+
+
+def _feed(cfg: Train, run: Run, machine: Machine, data: Datasets, start: int) -> Feed:
+    """Of the microbatches after step `start` that this rank takes."""
+    world, order = machine.world, data.order
+    microbatches = order.steps(start, data.clock.end, world.rank, world.size)
+    if cfg.data.stage is not None:
+        folder, copies = Path(cfg.data.stage).expanduser() / cfg.run, world.local_rank == 0
+        stage = Stage(data.training, order.windows, folder, cfg.data.stage_gb, copies)
+        microbatches = run.closing.enter_context(stage).follow(microbatches)
+    quarantine = Quarantine(run.folder / "quarantine.jsonl", cfg.data.max_substitutes)
+    return Feed(
+        augmented(cfg, data.training), microbatches, machine.workers, world.device, cfg.copy_ahead, quarantine
+    )

@@ -1,0 +1,144 @@
+"""From the command line to plain, checked dataclasses; imports no torch.
+
+Hydra composes the yaml files and the overrides, the schema of settings.py refuses what it does not know, and
+every refusal becomes three lines: what was given, what is allowed, what to change.
+"""
+
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from reconverge.base.environment import ROOT
+from reconverge.base.errors import Exit, Stop
+from reconverge.config.messages import refusal, refuse_override
+from reconverge.config.rules import check_value
+from reconverge.config.settings import Eval, Train, flat
+
+Schema = TypeVar("Schema", Train, Eval)
+Loaded = TypeVar("Loaded")
+
+LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
+
+
+def composed(conf: Path, name: str, schema: type[Schema], overrides: Sequence[str]) -> Schema:
+    """Compose `conf/name.yaml` with the arguments of a command line.
+
+    Ends the process (exit 0) after --help, --cfg and completion. Errors: Stop(USAGE).
+    """
+    for argument in overrides:
+        refuse_override(argument)
+    ConfigStore.instance().store(name="schema", node=schema)
+    try:
+        if any(argument.startswith("-") for argument in overrides):
+            return _typed(_answered(conf, name, overrides), schema)
+        with hydra.initialize_config_dir(str(conf.absolute()), job_name=name, version_base="1.3"):
+            return _typed(hydra.compose(name, list(overrides)), schema)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # ValueError: a group that was set to null or a number
+        raise refusal(error, schema, conf) from None
+
+
+def of_training(overrides: Sequence[str]) -> Train:
+    """What train.py composes with these arguments. Errors: Stop(USAGE)."""
+    return composed(ROOT / "conf", "config", Train, overrides)
+
+
+def _answered(conf: Path, name: str, overrides: Sequence[str]) -> DictConfig:
+    """Let Hydra answer --help, --cfg or completion, which ends the process; it would compose twice where it
+    goes on.
+    """
+    found: list[DictConfig] = []
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of a report of Hydra's own and exit 1
+    before, sys.argv = sys.argv, [sys.argv[0], *overrides]  # hydra.main has no other way to be told
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(found.append)()
+    finally:
+        sys.argv = before
+    if not found:
+        sys.exit(0)
+    return found[0]  # flags that ask nothing, such as --package alone
+
+
+def combinations(arguments: Sequence[str]) -> list[list[str]]:
+    """Of key=a,b and key=range(0,3) each combination of one value a key, in Hydra's grammar.
+
+    Errors: Stop(USAGE).
+    """
+    choices = []
+    for argument in arguments:
+        refuse_override(argument)
+        try:
+            override = None if argument.startswith("-") else OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            raise refusal(error, Train) from None
+        if override is None or (override.is_sweep_override() and override.value_type not in LISTED):
+            raise Stop(
+                Exit.USAGE,
+                f"-m with {argument}",
+                "key=value, key=value,value,... and key=range(0,3)",
+                f"-m without {argument}",
+            )
+        swept = override.sweep_string_iterator() if override.is_sweep_override() else []
+        choices.append([f"{override.key_or_group}={value}" for value in swept] or [argument])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def from_text(text: str, schema: type[Schema]) -> Schema:
+    """The configuration that `to_text` wrote.
+
+    Errors: Stop(USAGE), Stop(DAMAGED) for text that was cut off or is no YAML.
+    """
+    try:
+        return _typed(OmegaConf.create(text), schema)
+    except YAMLError as error:
+        where = " ".join(str(error).split())
+        raise Stop(
+            Exit.DAMAGED,
+            f"config.yaml: {where}",
+            "the file as the run wrote it",
+            "restore it, or run=NAME for a new run",
+        ) from None
+    except OmegaConfBaseException as error:
+        raise refusal(error, schema) from None
+
+
+def to_text(config: Train | Eval) -> str:
+    """Resolved YAML, every setting in the order of the schema."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def write_conf(folder: Path, config: Train) -> None:
+    """Into `folder` a config.yaml of which a train.py beside it composes exactly `config`, whatever became of
+    the files of conf/.
+    """
+    quiet = [{f"override hydra/{name}_logging": "none"} for name in ("job", "hydra")]
+    hydra = {"output_subdir": None, "run": {"dir": "."}}
+    text = {
+        "defaults": ["schema", "_self_", *quiet],
+        "hydra": hydra,
+        **OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[dict-item]
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(text)))
+
+
+def _typed(config: Any, schema: type[Loaded]) -> Loaded:
+    # Through a plain container: merged as it is, the composed configuration would bring keys that the schema
+    # lacks.
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    loaded: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+    for key, value, checks in flat(loaded):
+        check_value(key, value, checks)
+    return loaded

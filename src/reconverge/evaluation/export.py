@@ -1,0 +1,385 @@
+"""A trained model as other tools load it.
+
+An example and its logits travel with it, and `check` compares them with what that tool says.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reconverge.base import chance, imagenet
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.files import sha256_of
+from reconverge.config import compose
+from reconverge.config.settings import Train
+from reconverge.models import create
+from reconverge.run import checkpoint, reader
+from reconverge.run.reader import Opened
+
+FORMAT = "reconverge-export-1"
+OPSET = 18  # of ONNX
+EXAMPLES = 5  # images of the example; of which ONNX is asked for one and for all
+TOLERANCE = 1e-4  # of the logits, relative to the largest: other kernels, other machines
+
+
+class Weights(NamedTuple):
+    tensors: dict[str, Tensor]
+    kind: str  # raw or ema
+    steps: list[int]  # of more than one, their mean
+
+
+def choose(path: Path, run: Opened, kind: str | None, best: bool, average: int) -> Weights:
+    """Weights of a run: of its newest checkpoint, of the `best` by top-1 of that kind, or the mean of the
+    newest `average`.
+
+    `kind`: raw or ema; None: the EMA's where the run keeps one. Errors: Stop(USAGE, MISSING, DAMAGED).
+    """
+    kind = kind or ("ema" if run.cfg.ema.decay is not None else "raw")
+    folder = run.folder / "checkpoints"
+    chosen = [checkpoint.choose(path)[0]]
+    if best:
+        step = reader.best_steps(reader.top1(reader.metrics(run.folder))).get(kind)
+        if step is None:
+            raise Stop(
+                Exit.MISSING,
+                f"{run.folder}: the {kind} weights were never evaluated",
+                "a run with evaluations",
+                "drop --best",
+            )
+        chosen = [checkpoint.choose(reader.checkpoint_of(folder, step))[0]]
+    if average > 1:
+        known = [step for step in reader.checkpoints(folder) if step.name <= chosen[0].name]
+        if len(known) < average:
+            raise Stop(
+                Exit.MISSING,
+                f"--average {average}, and {folder} has {len(known)} checkpoints",
+                "as many checkpoints as are averaged",
+                f"--average {len(known)}, or a run with keep={average}",
+            )
+        chosen = [checkpoint.choose(step)[0] for step in known[-average:]]
+    name = {"raw": "model", "ema": "ema"}[kind]
+    found = [checkpoint.load(one)[0] for one in chosen]
+    if any(name not in tensors for tensors in found):
+        raise Stop(
+            Exit.USAGE, f"--weights {kind}, and {chosen[0]} has no EMA weights", "raw", "--weights raw"
+        )
+    return Weights(mean([tensors[name] for tensors in found]), kind, [reader.step_of(one) for one in chosen])
+
+
+def mean(sets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of each tensor the mean over the sets, added in float64; of integers (BatchNorm's counts) the last."""
+    if len(sets) == 1:
+        return sets[0]
+    return {
+        name: (
+            torch.stack([tensors[name].double() for tensors in sets]).mean(0).to(last.dtype)
+            if last.is_floating_point()
+            else last
+        )
+        for name, last in sets[-1].items()
+    }
+
+
+# ---- the forms ---------------------------------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    write: Callable[
+        [nn.Module, Path, dict[str, Any], Tensor], None
+    ]  # (model, folder, what export.json says, example images)
+    logits: Callable[
+        [Path, dict[str, Any], Tensor], Tensor
+    ]  # of images, by the tool that is meant to load the folder
+    usage: str  # Python, with FOLDER
+    exact: bool  # whether it gives the very bits on the machine that wrote it
+
+
+def _safetensors(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in net.state_dict().items()}, folder / "model.safetensors"
+    )
+
+
+def _by_ourselves(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
+    cfg = compose.from_text(about["config"], Train)
+    net = create.model(cfg.model, len(about["classes"]), cfg.seed).eval()
+    net.load_state_dict(load_file(folder / "model.safetensors"))
+    return net(images)
+
+
+def _timm(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
+    """config.json as timm's save_for_hf writes it, for every timm since 1.0."""
+    known: dict[str, Any] = dict(getattr(net, "pretrained_cfg", None) or {})
+    if "architecture" not in known:
+        raise Stop(
+            Exit.USAGE,
+            f"--to timm of {about['model']}, which timm does not have",
+            "a model of timm's",
+            "--to pt2, onnx or safetensors",
+        )
+    cfg, side = compose.from_text(about["config"], Train), about["evaluate"]["size"]
+    arguments: dict[str, Any] = {"img_size": cfg.model.image_size} if cfg.model.image_size else {}
+    if known["architecture"].startswith("convnext"):
+        arguments["ls_init_value"] = cfg.model.layer_scale
+    described = imagenet.described(about["classes"])
+    content = {
+        "architecture": known["architecture"],
+        "num_classes": len(about["classes"]),
+        "num_features": net.num_features,
+        "label_names": about["classes"],
+        "label_descriptions": {entry["synset"]: entry["name"] for entry in described},
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "tag": about["run"],
+            "custom_load": False,
+            "input_size": [3, side, side],
+            "fixed_input_size": bool(known.get("fixed_input_size")),
+            "interpolation": about["evaluate"]["interpolation"],
+            "crop_pct": about["evaluate"]["crop_ratio"],
+            "crop_mode": {"crop": "center", "squash": "squash"}[about["evaluate"]["mode"]],
+            "mean": about["mean"],
+            "std": about["std"],
+            "num_classes": len(about["classes"]),
+            "pool_size": None,
+            "first_conv": known.get("first_conv"),
+            "classifier": known.get("classifier"),
+            "license": about["license"],
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+    _safetensors(net, folder, about, example)
+
+
+def _by_timm(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
+    import timm
+
+    with chance.scope("init", "export"):
+        net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return net(images)
+
+
+def _pt2(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
+    torch.export.save(
+        torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)),
+        folder / "model.pt2",
+    )
+
+
+def _by_torch(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
+    return torch.export.load(folder / "model.pt2").module()(images)
+
+
+def _onnx(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
+    _needed("onnx", "onnxscript", "onnxruntime")
+    torch.onnx.export(
+        net,
+        (example,),
+        folder / "model.onnx",
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        external_data=False,
+        verbose=False,
+    )
+
+
+def _by_onnxruntime(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
+    _needed("onnxruntime")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    one, all = (session.run(None, {"images": batch.numpy()})[0] for batch in (images[:1], images))
+    if abs(one - all[:1]).max() > TOLERANCE * abs(all).max():
+        raise Stop(
+            Exit.DAMAGED,
+            f"{folder}: one image alone has other logits than among five",
+            "the same",
+            "export it again",
+        )
+    return torch.from_numpy(all)
+
+
+def _needed(*packages: str) -> None:
+    from importlib.util import find_spec
+
+    if lacking := [package for package in packages if find_spec(package) is None]:
+        raise Stop(
+            Exit.USAGE,
+            f"--to onnx without {', '.join(lacking)}",
+            "the optional packages of reconverge[export]",
+            f"pip install {' '.join(lacking)}",
+        )
+
+
+FORMS = {
+    "timm": Form(_timm, _by_timm,
+        'import timm\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', True),
+    "safetensors": Form(_safetensors, _by_ourselves,
+        'from safetensors.torch import load_file\nweights = load_file("FOLDER/model.safetensors")', True),
+    "pt2": Form(_pt2, _by_torch, 'import torch\nmodel = torch.export.load("FOLDER/model.pt2").module()',
+        True),
+    "onnx": Form(_onnx, _by_onnxruntime,
+        'import onnxruntime\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
+        'logits = session.run(None, {"images": images})[0]', False),
+}  # fmt: skip
+
+
+# ---- writing and checking ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def export(run: Opened, weights: Weights, form: str, folder: Path, license: str) -> dict[str, Any]:
+    """Write the model into `folder`, and return what its export.json says.
+
+    Errors: Stop(USAGE, NOT_COMPARABLE).
+    """
+    cfg = run.cfg
+    net = create.model(cfg.model, len(run.classes), cfg.seed).eval()
+    net.load_state_dict(weights.tensors)
+    about = {
+        "format": FORMAT,
+        "form": form,
+        "run": cfg.run,
+        "model": cfg.model.name,
+        "recipe": cfg.recipe.name,
+        "weights": weights.kind,
+        "steps": weights.steps,
+        "license": license,
+        "top1": _accuracy(run, weights),
+        "classes": run.classes,
+        "evaluate": {
+            name: getattr(cfg.evaluate, name) for name in ("size", "crop_ratio", "mode", "interpolation")
+        },
+        "mean": cfg.data.mean,
+        "std": cfg.data.std,
+        "config": compose.to_text(cfg),
+    } | _history(run)
+    if form == "onnx":
+        about["opset"] = OPSET
+    side = cfg.evaluate.size
+    example = torch.from_numpy(chance.uniform((EXAMPLES, 3, side, side), "export", "example")).float() * 4 - 2
+    folder.mkdir(parents=True, exist_ok=True)
+    FORMS[form].write(net, folder, about, example)
+    save_file({"images": example, "logits": net(example)}, folder / "example.safetensors")
+    (folder / "README.md").write_text(card(about, folder.name))
+    about["files"] = {
+        path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != "export.json"
+    }
+    (folder / "export.json").write_text(json.dumps(about, indent=1) + "\n")
+    return about
+
+
+@torch.no_grad()
+def check(folder: Path) -> str:
+    """Verify the files of an export and its logits, by the tool that is meant to load it; in words, how near
+    they are.
+
+    Errors: Stop(MISSING, DAMAGED).
+    """
+    try:
+        about = json.loads((folder / "export.json").read_text())
+        form = FORMS[about["form"]]
+        files = about["files"].items()
+    except FileNotFoundError:
+        raise Stop(
+            Exit.MISSING, f"{folder} has no export.json", "a folder that reconverge export wrote", "the path"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Stop(
+            Exit.DAMAGED, f"{folder / 'export.json'}: {error!r}", "as it was written", "export it again"
+        ) from None
+    for name, digest in files:
+        if not (folder / name).exists() or sha256_of(folder / name) != digest:
+            raise Stop(
+                Exit.DAMAGED,
+                f"{folder / name} is not what was exported",
+                "every file as it was written",
+                "export it again",
+            )
+    example = load_file(folder / "example.safetensors")
+    logits = form.logits(folder, about, example["images"])
+    away = float((logits - example["logits"]).abs().max() / example["logits"].abs().max())
+    if not away <= TOLERANCE:
+        raise Stop(
+            Exit.DAMAGED,
+            f"{folder}: logits of the example differ by {away:.2g} of the largest",
+            f"{TOLERANCE:g} at most",
+            "export it again",
+        )
+    return "the very bits" if away == 0 else f"within {away:.1g} of the largest"
+
+
+def _accuracy(run: Opened, weights: Weights) -> float | None:
+    """Percent, of these weights; None where they were not evaluated, as no mean was."""
+    evaluated = reader.top1(reader.metrics(run.folder))
+    return evaluated.get(weights.steps[0], {}).get(weights.kind) if len(weights.steps) == 1 else None
+
+
+def _history(run: Opened) -> dict[str, Any]:
+    there = (run.folder / "environment.json").exists()
+    recorded = reader.environment(run.folder) if there else {"facts": {}, "starts": []}
+    return {
+        "data": recorded["facts"].get("data"),
+        "versions": recorded["facts"].get("versions"),
+        "promises": recorded.get("promises"),
+        "commands": [start["command"] for start in recorded["starts"]],
+    }
+
+
+def card(about: dict[str, Any], folder: str) -> str:
+    """The model card: README.md of the export."""
+    steps = about["steps"]
+    of = (
+        f"the mean of the checkpoints after steps {', '.join(map(str, steps))}"
+        if len(steps) > 1
+        else f"after step {steps[0]}"
+    )
+    how, promises = about["evaluate"], about["promises"] or {}
+    top1 = (
+        "not evaluated" if about["top1"] is None else f"{about['top1']:.2f} % on the run's validation images"
+    )
+    rows = {
+        "Model": about["model"],
+        "Recipe": about["recipe"],
+        "Weights": f"{about['weights']}, {of}",
+        "Top-1": top1,
+        "Classes": str(len(about["classes"])),
+        "Images": f"{how['size']} px, {how['mode']}, crop ratio {how['crop_ratio']:g}, "
+        f"{how['interpolation']}; mean {about['mean']}, deviation {about['std']}",
+        "Training data": f"fingerprint {(about['data'] or {}).get('train')}",
+        "Promises kept": ", ".join(name for name, kept in promises.items() if kept) or "none",
+    }
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    usage = FORMS[about["form"]].usage.replace("FOLDER", folder)
+    commands = "\n".join(about["commands"][:1])
+    return f"""---
+license: {about["license"]}
+library_name: {"timm" if about["form"] == "timm" else "pytorch"}
+pipeline_tag: image-classification
+tags: [image-classification]
+---
+# {about["run"]}
+
+| | |
+|---|---|
+{table}
+
+```python
+{usage}
+```
+
+Trained by reconverge with
+
+```
+{commands}
+```
+
+`reconverge export --check {folder}` compares the logits of example.safetensors with those of this model.
+"""

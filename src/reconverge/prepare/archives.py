@@ -1,0 +1,154 @@
+"""Archives and trees as streams of entries: nothing is unpacked to disk."""
+
+import gzip
+import os
+import zipfile
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from reconverge.base.errors import Exit, Stop
+from reconverge.data import tar
+
+Entry = tuple[str, Callable[[], bytes]]  # name, and how to read it
+
+
+class Gzip(gzip.GzipFile):
+    """A gzip stream whose faults are named."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._named(lambda: super(Gzip, self).read(size))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._named(lambda: super(Gzip, self).seek(offset, whence))
+
+    def _named(self, job: Callable[[], Any]) -> Any:
+        try:
+            return job()
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise Stop(
+                Exit.DAMAGED, f"{self.name}: {error}", "a whole gzip file", "download it again"
+            ) from None
+
+
+def opened(path: Path) -> BinaryIO:
+    """A tar, plain or gzipped, to be read from its beginning."""
+    if path.suffix == ".gz":
+        return Gzip(path)  # type: ignore[return-value]
+    return open(path, "rb", buffering=1 << 20)
+
+
+def entries(path: Path) -> Iterator[Entry]:
+    """Of a tar. Each can be read until the next one is asked for."""
+    with opened(path) as file:
+        for member in tar.members(file, str(path)):
+            yield member.name, lambda member=member: tar.read(file, member, str(path))  # type: ignore[misc]
+
+
+class Tree(Protocol):
+    """Files below a root, by relative path; entries in sorted order, the same wherever it lies."""
+
+    def folders(self, below: str) -> list[str]: ...
+    def has_files(self, below: str) -> bool: ...
+    def entries(self, below: str) -> Iterator[Entry]: ...
+    def total_bytes(self, below: str) -> int: ...
+    def has(self, name: str) -> bool: ...
+    def read(self, name: str) -> bytes: ...
+
+
+class FolderTree:
+    def __init__(self, root: Path):
+        self.root = root
+
+    def folders(self, below: str) -> list[str]:
+        return [
+            name
+            for name in self._names(below)
+            if not name.startswith(".") and (self.root / below / name).is_dir()
+        ]
+
+    def has_files(self, below: str) -> bool:
+        return any(
+            not name.startswith(".") and (self.root / below / name).is_file() for name in self._names(below)
+        )
+
+    def entries(self, below: str) -> Iterator[Entry]:
+        for name in self._names(below):
+            path = self.root / below / name
+            if path.is_dir():
+                yield from self.entries(f"{below}/{name}")
+            else:
+                yield f"{below}/{name}", path.read_bytes
+
+    def total_bytes(self, below: str) -> int:
+        return sum(
+            os.stat(os.path.join(folder, name)).st_size
+            for folder, _, names in os.walk(self.root / below)
+            for name in names
+        )
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).exists()
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def _names(self, below: str) -> list[str]:
+        return sorted(os.listdir(self.root / below)) if (self.root / below).is_dir() else []
+
+
+class ZipTree:
+    def __init__(self, path: Path):
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise Stop(Exit.DAMAGED, f"{path}: {error}", "a whole zip file", "download it again") from None
+        self._where = str(path)
+        self._names = sorted(name for name in self._zip.namelist() if not name.endswith("/"))
+        for name in self._names:
+            tar.refuse_path(name, self._where)
+
+    def folders(self, below: str) -> list[str]:
+        return sorted(
+            {
+                name[len(below) + 1 :].partition("/")[0]
+                for name in self._below(below)
+                if "/" in name[len(below) + 1 :]
+            }
+        )
+
+    def has_files(self, below: str) -> bool:
+        return any("/" not in name[len(below) + 1 :] for name in self._below(below))
+
+    def entries(self, below: str) -> Iterator[Entry]:
+        for name in self._below(below):
+            yield name, lambda name=name: self.read(name)  # type: ignore[misc]
+
+    def total_bytes(self, below: str) -> int:
+        return sum(self._zip.getinfo(name).file_size for name in self._below(below))
+
+    def has(self, name: str) -> bool:
+        return name in self._zip.NameToInfo
+
+    def read(self, name: str) -> bytes:
+        if (size := self._zip.getinfo(name).file_size) > tar.LARGEST:
+            raise Stop(
+                Exit.DAMAGED,
+                f"{self._where}, {name} claims {size} bytes",
+                f"at most {tar.LARGEST}",
+                "a zip file from where you trust it",
+            )
+        try:
+            return self._zip.read(name)
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise Stop(
+                Exit.DAMAGED, f"{self._where}, {name}: {error}", "a whole zip file", "download it again"
+            ) from None
+
+    def _below(self, below: str) -> Iterator[str]:
+        for at in range(bisect_left(self._names, below + "/"), len(self._names)):
+            if not self._names[at].startswith(below + "/"):
+                return
+            yield self._names[at]

@@ -1,0 +1,149 @@
+"""The start panel: what this run will do, in words and numbers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from reconverge.config.settings import Train
+from reconverge.data.sources import Source
+from reconverge.data.transforms import resized_side
+from reconverge.distributed.world import World
+from reconverge.run.first_difference import numerically
+from reconverge.run.folder import Run
+from reconverge.training.clock import Clock
+from reconverge.weights import load
+
+
+def job(
+    cfg: Train, clock: Clock, net: nn.Module, groups: Sequence[Mapping[str, Any]], data: str
+) -> dict[str, str]:
+    """What will be trained, wherever it runs; `net` may be on the meta device.
+
+    `groups`: those of optim.parameter_groups; `data`: the images, in words.
+    """
+    parameters = sum(parameter.numel() for parameter in net.parameters()) / 1e6
+    schedule = (
+        f"{cfg.epochs} epochs of {clock.steps_per_epoch} steps = {clock.total} steps, {clock.warmup} of them"
+        " warm-up"
+    )
+    if clock.end < clock.total:
+        schedule += f"; stops after step {clock.end}"
+    rate = (
+        f"{cfg.optim.lr * clock.lr_factor:g}, cosine to {cfg.optim.min_lr * clock.lr_factor:g} as in"
+        f" {cfg.optim.schedule}'s code"
+    )
+    if cfg.optim.lr_batch:
+        rate += f"; {cfg.optim.lr:g} x batch {cfg.batch} / {cfg.optim.lr_batch}"
+    repeated = f", each chosen one {cfg.augment.repeats} times an epoch" if cfg.augment.repeats > 1 else ""
+    decayed = (
+        sum(parameter.numel() for group in groups if group["weight_decay"] for parameter in group["params"])
+        / 1e6
+    )
+    return {
+        "model": f"{cfg.model.name}, {parameters:.2f} M parameters, stochastic depth {cfg.model.drop_path:g}",
+        "recipe": f"{cfg.recipe.name}, seed {cfg.seed}",
+        "data": data,
+        "images": (
+            f"trained at {cfg.augment.size} px{repeated}; "
+            f"evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})"
+        ),
+        "batch": (
+            f"{cfg.batch} images = {clock.microbatches} microbatches x {cfg.microbatch}"
+            + (f", in forward passes of {cfg.forward_images}" if cfg.forward_images else "")
+        ),
+        "schedule": schedule,
+        "learning rate": rate,
+        "weight decay": (
+            f"{cfg.optim.weight_decay:g} on {decayed:.2f} M parameters, none on {parameters - decayed:.2f} M"
+        ),
+        **(layers(groups) if cfg.optim.layer_decay != 1 else {}),
+        "EMA": _ema(cfg.ema.decay, clock),
+    }
+
+
+def images(cfg: Train, training: Source, validation: Source | None) -> str:
+    held_out, notes = (f"{len(validation)}", validation.notes) if validation else ("no", [])
+    text = (
+        f"{cfg.data.name}: {len(training)} training and {held_out} validation images of"
+        f" {len(training.classes)} classes"
+    )
+    return "; ".join([text, *training.notes, *notes])
+
+
+def machine(cfg: Train, world: World, workers: int, decoder: str, run: Run) -> dict[str, str]:
+    """Where it runs, and what that promises."""
+    return {
+        "machine": (
+            f"{_ranks(cfg, world)}: {world.hardware()}, {cfg.precision}, {world.threads} threads, {workers}"
+            " data workers"
+        ),
+        "decoder": decoder,
+        "promises": _promises(run),
+        "run": f"{run.folder}/" + (f", resumed after step {run.step}" if run.step else ""),
+    }
+
+
+def origin(cfg: Train, run: Run) -> dict[str, str]:
+    """Where the run's first weights came from, and what became of each; nothing for a run that began from
+    scratch.
+    """
+    loaded = run.recorded("init")
+    if loaded is None:
+        return {}
+    rows = load.table(loaded)
+    rows["head"] += (
+        f" (model.head_init_scale={cfg.model.head_init_scale:g})" if "fresh" in loaded["head"] else ""
+    )
+    rows["init"] += "; this run's own checkpoint has taken their place" if run.step else ""
+    return rows
+
+
+def numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
+    return {f"{name} {number}": text for number, text in enumerate(texts, 1)}
+
+
+def layers(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of each layer with a learning rate of its own: parameters, lr scale, the first and the last of them."""
+    rows = {}
+    for layer in sorted({group["layer"] for group in groups}):
+        own = [group for group in groups if group["layer"] == layer]
+        names = sorted((name for group in own for name in group["names"]), key=numerically)
+        parameters = sum(parameter.numel() for group in own for parameter in group["params"])
+        rows[f"layer {layer}"] = (
+            f"lr x {own[0]['lr_scale']:.4g}, {parameters:,} parameters: {names[0]} ... {names[-1]}"
+        )
+    return rows
+
+
+def _ema(decay: float | None, clock: Clock) -> str:
+    if decay is None:
+        return "none"
+    if not 0 < decay < 1:
+        return f"decay {decay:g}"
+    half_life = math.log(0.5) / math.log(decay)
+    return f"decay {decay:g}: half-life {half_life:.0f} steps, {half_life / clock.steps_per_epoch:.2g} epochs"
+
+
+def _ranks(cfg: Train, world: World) -> str:
+    if world.size == 1:
+        return "1 rank"
+    return f"{world.size} ranks by {world.launcher}, gradients by {cfg.reduce}, on each"
+
+
+def _promises(run: Run) -> str:
+    means = {
+        "R1": "same command, same bits",
+        "R2": "resumed, same bits",
+        "R3": "any ranks and workers, same images",
+        "R4": "any ranks, same bits",
+    }
+    kept = run.promises()
+    text = " · ".join(f"{level} {meaning}" for level, meaning in means.items() if kept[level])
+    given_up = [level for level in ("R1", "R2", "R3") if not kept[level]]
+    return text + (
+        f"; not {' and '.join(given_up)}: {', '.join(run.lost()) or 'deterministic=false'}"
+        if given_up
+        else ""
+    )

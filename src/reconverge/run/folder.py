@@ -1,0 +1,223 @@
+"""A run's folder, while a process trains in it: locked, held to what it began with, and told how it ended.
+Imports no torch.
+
+runs/<name>/ holds config.yaml, environment.json, classes.txt, metrics.jsonl, record.jsonl, status.json,
+pictures, checkpoints/ and, while a process trains, its lock. Rank 0 writes them; other ranks write nothing
+but, when they fail, errors/rank-N.txt.
+"""
+
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from typing import Any
+
+import reconverge
+from reconverge.base import environment, files, launcher
+from reconverge.base.errors import Exit, Stop, explain
+from reconverge.base.lock import Lock
+from reconverge.base.terminal import say
+from reconverge.config import compose, published
+from reconverge.config.settings import Train
+from reconverge.distributed import ranks
+from reconverge.run import reader
+from reconverge.training.clock import Clock
+
+
+class Run:
+    """Used as a context: whatever ends the training is written to status.json, and the lock is given back."""
+
+    def __init__(self, cfg: Train, overrides: Sequence[str]):
+        """`overrides`: of the command line. Errors: Stop(IN_USE, NOT_COMPARABLE)."""
+        self.folder = reader.RUNS / cfg.run
+        self.checkpoints = self.folder / "checkpoints"
+        self.overrides = overrides
+        self.writes = launcher.HERE.rank == 0
+        self.step = 0  # of the training, as far as it has come
+        self.closing = ExitStack()  # what is to be ended with the run, however it ends
+        self._cfg = cfg
+        self._clock: Clock | None = None  # None: the folder is as it was
+        self._lock: Lock | None = None
+        try:
+            self.resuming, self._environment = ranks.from_rank_0(self._open)
+        except BaseException:
+            if self._lock:
+                self._lock.release()
+            raise
+
+    def _open(self) -> tuple[bool, dict[str, Any]]:
+        """Whether the run goes on, and what its environment.json says."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.folder / "lock")
+        if self._lock.takeover:
+            say(self._lock.takeover)
+        new: dict[str, Any] = {"facts": {}, "lost": [], "starts": []}
+        path = self.folder / "environment.json"
+        if not reader.checkpoints(self.checkpoints):  # nothing to compare with
+            if path.exists():  # starts that came to no checkpoint stay on record
+                new["starts"] = json.loads(path.read_text())["starts"]
+            return False, new
+        try:
+            recorded = json.loads(path.read_text())
+            before = compose.from_text((self.folder / "config.yaml").read_text(), Train)
+        except (FileNotFoundError, ValueError) as error:
+            raise Stop(
+                Exit.DAMAGED,
+                f"{self.folder} has checkpoints, but: {error}",
+                "a run whose config.yaml and environment.json can be read",
+                "restore the file, or run=NAME for a new run",
+            ) from error
+        self._settle(published.differences(before, self._cfg), recorded, self._cfg.resume_allow)
+        return True, recorded
+
+    def finished(self) -> str | None:
+        """The last line of a run that has nothing left to do."""
+        return ranks.from_rank_0(self._finished)
+
+    def _finished(self) -> str | None:
+        if not self.resuming or not (self.folder / "status.json").exists():
+            return None
+        status = reader.status(self.folder)
+        over = status["step"] >= min(status["total"], self._cfg.steps or status["total"])
+        return status["summary"] if over and status["reason"] == "done" else None
+
+    # ---- what its bits hang on ----
+
+    def fact(self, name: str, value: Any, free: bool = False) -> None:
+        """Something that the bits hang on, the same on every rank. `free`: it may change, which only ends R2.
+
+        Errors: Stop(NOT_COMPARABLE) if the run began with another value and may not go on with this.
+        """
+        before = self._environment["facts"].get(name)
+        if self.resuming and before is not None and before != value:
+            allowed = [name] if free else self._cfg.resume_allow
+            ranks.from_rank_0(lambda: self._settle([(name, before, value)], self._environment, allowed))
+        self._environment["facts"][name] = value
+
+    def recorded(self, name: str) -> Any:
+        """A fact of the first start; None for a new run."""
+        return self._environment["facts"].get(name)
+
+    def _settle(
+        self, differences: list[tuple[str, Any, Any]], recorded: dict[str, Any], allowed: Sequence[str]
+    ) -> None:
+        """Refuse what differs from the first start (name, value then, value now), or note which promise is
+        lost if all of it is allowed.
+        """
+        differences = [(name, *differing(old, new)) for name, old, new in differences]
+        refused = [difference for difference in differences if difference[0] not in allowed]
+        if refused:
+            names = ", ".join(name for name, *_ in refused)
+            raise Stop(
+                Exit.NOT_COMPARABLE,
+                "; ".join(
+                    f"{name}: this run began with {old}, and now it is {new}" for name, old, new in refused
+                ),
+                "the same again: a resumed run gives the bits of an uninterrupted one (R2)",
+                f"{names} back; or run=NAME for a new run; or resume_allow=[{names}] to go on and lose R2",
+            )
+        for name, old, new in differences:
+            recorded["lost"].append(
+                {"time": _now(), "promise": "R2", "because": name, "from": old, "to": new}
+            )
+            say(
+                f"{name} differs from the start of this run ({old} -> {new}): promise R2 is lost, and"
+                " environment.json says so"
+            )
+
+    def lost(self) -> list[str]:
+        return [entry["because"] for entry in self._environment["lost"]]
+
+    def promises(self) -> dict[str, bool]:
+        """R1 re-run, R2 resume, R3 data-elastic, R4 weight-elastic: which of them this run keeps."""
+        same_bits = self._cfg.deterministic and not self.lost()
+        return {"R1": same_bits, "R2": same_bits, "R3": True, "R4": same_bits and self._cfg.reduce == "tree"}
+
+    # ---- its beginning and its end ----
+
+    def begin(self, step: int, clock: Clock, classes: list[str], notes: list[str], decoder: str) -> None:
+        """Training goes on after `step`. Only now is the folder changed: whatever might refuse has agreed.
+
+        `notes`: what is to be known of the data, such as that it is a lossy copy. `decoder`: what decodes its
+        images from now on.
+        """
+        self.step, self._clock = step, clock
+        command = shlex.join([sys.executable, sys.argv[0], *self.overrides])
+        start = {"time": _now(), "after_step": step, "command": command, "decoder": decoder}
+        self._environment |= {
+            "reconverge": reconverge.__version__,
+            "git": environment.git(),
+            "packages": environment.versions(),
+            "promises": self.promises(),
+            "data_notes": notes,
+            "starts": [*self._environment["starts"], start | environment.host()],
+        }
+        self.write("environment.json", json.dumps(self._environment, indent=1))
+        self.write("config.yaml", compose.to_text(self._cfg))
+        self.write("classes.txt", "".join(f"{name}\n" for name in classes))
+        self.status("running", Exit.DONE)
+
+    def status(self, reason: str, code: int, summary: str = "", comparison: str | None = None) -> None:
+        """status.json. `comparison`: with the published number, in words."""
+        assert self._clock is not None, "begin() comes first"
+        entries = {
+            "reason": reason,
+            "exit_code": int(code),
+            "step": self.step,
+            "end": self._clock.end,
+            "total": self._clock.total,
+            "summary": summary,
+            "comparison": comparison,
+            "time": _now(),
+        }
+        self.write("status.json", json.dumps(entries, indent=1))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file of the folder whole."""
+        if self.writes:
+            files.write_whole(self.folder / name, text)
+
+    def still_mine(self) -> None:
+        """Before anything is written that matters. Errors: Stop(IN_USE)."""
+        if self._lock:
+            self._lock.check()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self._clock is not None:
+            try:
+                self._failed(error, explain(error))
+            except OSError:
+                pass  # a full disk is what ended the run; the exit code says so
+        self.closing.close()
+        if self._lock:
+            self._lock.release()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def _failed(self, error: BaseException, stop: Stop | None) -> None:
+        if self.writes:
+            self.status("failed", stop.code if stop else Exit.BUG, str(stop or repr(error)))
+            return
+        path = self.folder / "errors" / f"rank-{launcher.HERE.rank}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join([_now(), "\n", *traceback.format_exception(error), f"{stop or ''}\n"]))
+        if stop:
+            stop.told = True
+
+
+def differing(old: Any, new: Any) -> tuple[Any, Any]:
+    """Of two tables the entries that differ; two values as they are."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return old, new
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return {name: old.get(name) for name in names}, {name: new.get(name) for name in names}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

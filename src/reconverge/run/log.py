@@ -1,0 +1,207 @@
+"""What a training says of itself while it runs: record.jsonl, metrics.jsonl, status.json, the line on the
+terminal, the tracker. Tensors stay on the device until a log interval is over.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from reconverge.base.errors import Exit, Stop
+from reconverge.base.files import json_line
+from reconverge.base.signals import told_by
+from reconverge.base.terminal import Progress, say
+from reconverge.config.settings import Train
+from reconverge.data.loader import Feed
+from reconverge.distributed import ranks
+from reconverge.distributed.world import World
+from reconverge.run import reader
+from reconverge.run.folder import Run
+from reconverge.run.record import Pending, Step, gathered
+from reconverge.run.tracker import Tracker
+from reconverge.training.clock import Clock
+
+ADVICE = (
+    "More workers= helps while cores are free; then the native decoder (environment.json says what decodes),"
+    " data.decode=fast, a smaller copy (reconverge prepare --resize), or data.window= with data.stage= where"
+    " the disk is slow. `reconverge bench data` measures where the time goes."
+)
+OVERFLOWS = 30  # steps in a row that fp16 may skip while its loss scale settles
+
+
+class Log:
+    """Of a run that has begun; closed with it. Rank 0 writes; every rank knows what was evaluated."""
+
+    def __init__(
+        self,
+        cfg: Train,
+        run: Run,
+        clock: Clock,
+        world: World,
+        feed: Feed,
+        samples_of: Callable[[int], list[int]],
+    ):
+        """What was logged after run.step, by a process that was killed, comes again. `samples_of`: the sample
+        ids of a step, for a message.
+        """
+        self._cfg, self._run, self._clock, self._world, self._feed = cfg, run, clock, world, feed
+        self._samples_of = samples_of
+        self._evaluated = reader.top1(ranks.from_rank_0(self._cut_back))  # of each evaluation, by step
+        self._pending: list[Pending] = []
+        self._intervals = 0
+        self._in_a_row = 0  # steps whose gradient was not finite
+        self._metrics: TextIO | None = None
+        self._record: TextIO | None = None
+        self._progress: Progress | None = None
+        self._tracker: Tracker | None = None
+        if run.writes:
+            self._metrics = open(run.folder / "metrics.jsonl", "a")  # noqa: SIM115, for the whole of the run
+            self._record = open(run.folder / "record.jsonl", "a")  # noqa: SIM115
+            self._progress = Progress(run.step, clock.end)
+            self._tracker = Tracker(cfg.tracker, run.folder)
+        self._interval = (
+            time.perf_counter(),
+            run.step,
+            0.0,
+        )  # when it began, after which step, seconds waited
+        run.closing.callback(self.close)
+
+    def _cut_back(self) -> list[dict[str, Any]]:
+        """Leave in both files what is not after run.step; the lines of metrics.jsonl."""
+        record, metrics = (
+            [line for line in lines if line["step"] <= self._run.step]
+            for lines in (reader.record(self._run.folder), reader.metrics(self._run.folder))
+        )
+        self._run.write("record.jsonl", "".join(map(json_line, record)))
+        self._run.write("metrics.jsonl", "".join(map(json_line, metrics)))
+        return metrics
+
+    # ---- after each step ----
+
+    def step_done(self, step: int, losses: list[Any], grad_norm: Any, lr: float, images: list[int]) -> None:
+        """After each step, with what record.Pending holds. Errors: Stop(NOT_FINITE)."""
+        self._run.step = step
+        self._pending.append(Pending(step, losses, grad_norm, lr, images))
+        if step % self._cfg.log_every == 0 or step == self._clock.end:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait for the device and for the other ranks, and write what is pending.
+
+        Errors: Stop(NOT_FINITE, DAMAGED).
+        """
+        if not self._pending:
+            return
+        steps = gathered(self._world, self._pending)
+        self._pending.clear()
+        if self._record:
+            self._record.writelines(json_line(step._asdict()) for step in steps)
+            self._record.flush()
+        self._stop_if_not_finite(steps)
+        waited = max(self._world.gather_objects(self._feed.waited))
+        self._feed.settle(self._world)
+        last = steps[-1]
+        began, first, waited_before = self._interval
+        self._interval = (time.perf_counter(), last.step, waited)
+        seconds = self._interval[0] - began
+        loss = sum(step.loss for step in steps) / len(steps)
+        speed = {
+            "images_per_second": (last.step - first) * self._cfg.batch / seconds,
+            "data_wait": (waited - waited_before) / seconds,
+        }
+        self._run.still_mine()
+        self.metrics(last.step, loss=loss, lr=last.lr, grad_norm=last.grad_norm, **speed)
+        self._run.status("running", Exit.DONE)
+        if self._progress:
+            self._progress.update(last.step, loss, last.lr, **speed)
+        self._intervals += 1
+        if self._intervals == 2 and speed["data_wait"] > 0.05:  # the first one has the start of the workers
+            say(f"data-wait {speed['data_wait']:.0%}: the device waits for images. {ADVICE}")
+
+    def _stop_if_not_finite(self, steps: list[Step]) -> None:
+        for step, loss, norm, *_ in steps:
+            self._in_a_row = 0 if math.isfinite(norm) else self._in_a_row + 1
+            if self._in_a_row > (OVERFLOWS if self._cfg.precision == "fp16" else 0):
+                raise Stop(
+                    Exit.NOT_FINITE,
+                    f"step {step}: the loss is {loss} and the gradient's norm {norm}; its sample ids:"
+                    f" {self._samples_of(step - 1)}",
+                    "finite numbers; the weights are those before this step, and the last checkpoint is good",
+                    "a lower optim.lr=, optim.clip=1, precision=fp32, or look at these images; a resumed run"
+                    " meets the same step again",
+                )
+
+    def metrics(self, step: int, **values: float) -> None:
+        """One line of metrics.jsonl; a number that is not finite, as fp16 has them, becomes null."""
+        line = {"step": step, **values}
+        self._evaluated |= reader.top1([line])
+        if self._metrics:
+            self._metrics.write(json_line(line))
+            self._metrics.flush()
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Evaluating and saving do not count in images/s."""
+        stopped = time.perf_counter()
+        yield
+        began, first, waited = self._interval
+        self._interval = (began + time.perf_counter() - stopped, first, waited)
+
+    # ---- what was evaluated ----
+
+    def evaluated(self, step: int) -> bool:
+        return step in self._evaluated
+
+    def best_steps(self) -> dict[str, int]:
+        """For each kind of weights that was evaluated, raw and ema, the first step with its best top-1."""
+        return reader.best_steps(self._evaluated)
+
+    def top1(self) -> dict[str, float]:
+        """Of the last step, by kind of weights; empty if it was not evaluated."""
+        return self._evaluated.get(self._run.step, {})
+
+    # ---- the end ----
+
+    def done(self, comparison: str | None) -> int:
+        """The last line: top-1 of the last evaluation by the better weights, `comparison` with the published
+        number, the best checkpoint, where everything is.
+        """
+        run = self._run
+        parts = [f"not evaluated (evaluate_every={self._cfg.evaluate_every}); step {run.step}"]
+        if top1 := self.top1():
+            better = max(top1, key=lambda name: top1[name])
+            others = "".join(f", {name} {value:.2f} %" for name, value in top1.items() if name != better)
+            parts = [f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {run.step}"]
+        if comparison:
+            parts.append(comparison)
+        for kind, best in self.best_steps().items():
+            if best != run.step:
+                percent = self._evaluated[best][kind]
+                parts.append(f"best of {kind} {percent:.2f} % in checkpoints/step-{best:08d}")
+        if (replaced := run.folder / "quarantine.jsonl").exists():
+            count = len(replaced.read_text().splitlines())
+            parts.append(f"{count} damaged images were replaced (quarantine.jsonl)")
+        summary = "; ".join([*parts, f"everything is in {run.folder}/"])
+        run.status("done", Exit.DONE, summary, comparison)
+        self.close()
+        say(summary)
+        return Exit.DONE
+
+    def preempted(self) -> int:
+        name, step = told_by(), self._run.step
+        self._run.status("preempted", Exit.PREEMPTED, name)
+        saved = f"step {step} is saved in {self._run.folder}" if step else "stopped before the first step"
+        self.close()
+        say(f"{name}: {saved}; the same command again goes on from here")
+        return Exit.PREEMPTED
+
+    def close(self) -> None:
+        """At the end, or with the run; a second time it does nothing."""
+        if self._progress:
+            self._progress.close()
+        if self._tracker and (trouble := self._tracker.close()):
+            say(trouble)
+        for file in (self._metrics, self._record):
+            if file:
+                file.close()

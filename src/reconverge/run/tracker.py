@@ -1,0 +1,140 @@
+"""Mirrors metrics.jsonl to a tracker, from a process of its own: it can neither delay nor break the training.
+
+The file is the truth. The mirror notes how far it got, so that a resumed run goes on where it stopped and
+nothing comes twice.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from reconverge.config.settings import Tracker as Settings
+
+FLUSH = 30.0  # seconds that the end of a run waits for the mirror
+
+
+class Tracker:
+    """The process that mirrors `folder`; none for tracker=none."""
+
+    def __init__(self, settings: Settings, folder: Path):
+        self._process: subprocess.Popen | None = None
+        if settings.name == "none":
+            return
+        command = [
+            sys.executable,
+            "-m",
+            "reconverge.run.tracker",
+            settings.name,
+            settings.project,
+            str(folder),
+        ]
+        with open(folder / "tracker.log", "a") as log:
+            # A session of its own: Ctrl-C is for the training. It ends when its standard input does, however
+            # this process ended.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def close(self) -> str | None:
+        """Let the mirror finish; a sentence if it failed or is still at work."""
+        if self._process is None or self._process.stdin is None or self._process.stdin.closed:
+            return None
+        try:
+            self._process.stdin.write(b"end")  # closing is not enough: data workers have inherited the pipe
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass  # it died before
+        try:
+            code = self._process.wait(FLUSH)
+        except subprocess.TimeoutExpired:
+            return "the tracker is still at work, see tracker.log; the run is complete without it"
+        return (
+            f"the tracker failed with exit code {code}, see tracker.log; metrics.jsonl is complete"
+            if code
+            else None
+        )
+
+
+def mirror(name: str, project: str, folder: Path) -> None:
+    write, finish = {"wandb": _wandb, "tensorboard": _tensorboard}[name](folder, project)
+    mark = folder / f"tracker-{name}.json"
+    done = json.loads(mark.read_text()) if mark.exists() else {"step": -1, "records": 0}
+    metrics, seen, at_step = folder / "metrics.jsonl", {"step": -1, "records": 0}, 0
+    ended = False
+    while True:
+        with open(metrics) as file:
+            file.seek(at_step)
+            while (line := file.readline()).endswith("\n"):
+                at_step = file.tell()
+                record = json.loads(line)
+                seen = {
+                    "step": record["step"],
+                    "records": seen["records"] + 1 if record["step"] == seen["step"] else 1,
+                }
+                if (seen["step"], seen["records"]) > (done["step"], done["records"]):
+                    write(record)
+                    done = seen
+        mark.write_text(json.dumps(done))
+        if ended:
+            break
+        ended = bool(
+            select.select([sys.stdin], [], [], 1.0)[0]
+        )  # readable: told to end, or closed because the run died
+    finish()
+
+
+Write = Callable[[dict[str, Any]], None]
+
+
+def _wandb(folder: Path, project: str) -> tuple[Write, Callable[[], None]]:
+    import wandb
+    import yaml
+
+    def start(mode: str) -> Any:
+        # A fixed id, so that a requeued job goes on in the same chart.
+        return wandb.init(
+            project=project,
+            name=folder.name,
+            id=sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(folder),
+            config=yaml.safe_load((folder / "config.yaml").read_text()),
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(init_timeout=30),
+        )
+
+    netrc = Path("~/.netrc").expanduser()
+    logged_in = "WANDB_API_KEY" in os.environ or (netrc.exists() and "wandb" in netrc.read_text())
+    try:
+        run = start(os.environ.get("WANDB_MODE", "online" if logged_in else "offline"))
+    except Exception as error:  # no server, no network, a wrong key
+        print(
+            f"wandb online failed ({error}); going on offline: wandb sync {folder}/wandb/offline-* sends it"
+            " later",
+            flush=True,
+        )
+        run = start("offline")
+    return lambda record: run.log(record, step=record["step"]), run.finish
+
+
+def _tensorboard(folder: Path, project: str) -> tuple[Write, Callable[[], None]]:
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                writer.add_scalar(key, value, record["step"])
+
+    return write, writer.close
+
+
+if __name__ == "__main__":
+    mirror(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

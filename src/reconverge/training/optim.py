@@ -1,0 +1,122 @@
+"""Learning rate, parameter groups and the optimizer: pure functions of their settings."""
+
+import math
+
+import torch
+from torch import nn
+
+from reconverge.config.settings import Optim
+from reconverge.models.layers import layers
+from reconverge.training.clock import Clock
+
+
+def learning_rate(optim: Optim, step: int, clock: Clock) -> float:
+    """Learning rate of step 0..total-1, times clock.lr_factor.
+
+    convnext (official code's cosine_scheduler): the warm-up is linspace(warmup_lr, lr, warmup), both ends
+    included; then min_lr + (lr - min_lr) (1 + cos(pi i / n)) / 2 for i = 0..n-1 with n = total - warmup, so
+    that lr itself comes twice. swin, deit: timm's CosineLRScheduler, whose warm-up stops a step short of lr.
+    Both codes set the rate after a step (swin) or an epoch (deit), with its number: each rate comes one later
+    than its number says, the first one twice. deit's cosine runs from the start of training, the warm-up laid
+    over it.
+    """
+    if optim.schedule == "convnext":
+        at, total, warmup, past, last = step, clock.total, clock.warmup, clock.warmup, clock.warmup - 1
+    else:
+        unit = clock.steps_per_epoch if optim.schedule == "deit" else 1
+        at, total, warmup = max(0, step // unit - 1), clock.total // unit, clock.warmup // unit
+        past, last = (0 if optim.schedule == "deit" else warmup), warmup
+    if at < warmup:
+        rate = (
+            optim.lr
+            if 0 < at == last
+            else optim.warmup_lr + at * ((optim.lr - optim.warmup_lr) / max(1, last))
+        )
+    else:
+        rate = optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (
+            1 + math.cos(math.pi * (at - past) / (total - past))
+        )
+    return rate * clock.lr_factor
+
+
+def parameter_groups(model: nn.Module, optim: Optim) -> list[dict]:
+    """Of each layer two groups: decayed; and not decayed: what has one dimension (norms, layer scale),
+    biases, and the model's own exceptions.
+
+    Without layer decay the whole model is one layer. Each group holds `names` beside `params`, its `layer`,
+    and an `lr_scale` that multiplies the learning rate: layer_decay to the power of how many layers lie above
+    it (official code's optim_factory). Errors: Stop(USAGE).
+    """
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
+    layer_of = layers(model, optim.layer_groups) if optim.layer_decay != 1 else {}
+    head = max(layer_of.values(), default=0)
+    groups: dict[tuple[int, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+        layer, decay = layer_of.get(name, 0), 0.0 if plain else optim.weight_decay
+        empty = {
+            "params": [],
+            "names": [],
+            "weight_decay": decay,
+            "layer": layer,
+            "lr_scale": optim.layer_decay ** (head - layer),
+        }
+        group = groups.setdefault((layer, -decay), empty)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+def adamw(model: nn.Module, optim: Optim, fused: bool) -> torch.optim.AdamW:
+    first, second = optim.betas
+    groups = parameter_groups(model, optim)
+    return torch.optim.AdamW(
+        groups, lr=optim.lr, betas=(first, second), eps=optim.eps, fused=fused, foreach=not fused
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The moments and step counts of every parameter, as "name/exp_avg" and so on, for a checkpoint."""
+    return {
+        f"{name}/{kind}": tensor
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for kind, tensor in optimizer.state[parameter].items()
+    }
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Set what `state_tensors` gave.
+
+    Only tensors: rates and flags such as fused stay those of this optimizer.
+    """
+    named = [
+        pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)
+    ]
+    index = {name: index for index, (name, _) in enumerate(named)}
+    state: dict[int, dict] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition("/")
+        parameter = named[index[name]][1]
+        if (
+            tensor.shape == parameter.shape
+        ):  # in the parameter's memory format: fused AdamW reads both in the order of memory
+            tensor = torch.empty_like(parameter.data).copy_(tensor)
+        state.setdefault(index[name], {})[kind] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def update(optimizer: torch.optim.AdamW, skip: torch.Tensor) -> None:
+    """One step, suppressed on the device where `skip` (a float scalar there) is 1; unfused AdamW cannot, so
+    there the host waits for it.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skip.item():
+        optimizer.step()

@@ -1,0 +1,261 @@
+"""Weights from elsewhere into a model: every key is accounted for, the head has a rule of its own, position
+tables are resampled.
+"""
+
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reconverge.base import imagenet
+from reconverge.base.errors import Exit, Stop
+from reconverge.weights import names, read
+from reconverge.weights.names import Entry
+from reconverge.weights.read import Pretrained
+
+SHOWN = 8  # names of one kind in a message; environment.json has them all
+# What became of a key: five kinds that are always counted, and three that are named where there are any. The
+# resampled are converted too.
+ALWAYS = ("loaded", "converted", "missing", "unexpected", "of another shape")
+RARE = ("resampled", "recomputed", "of the head")
+POSITIONS = ("pos_embed", "relative_position_bias_table")
+BUFFERS = (
+    "relative_position_index",
+    "attn_mask",
+    "num_batches_tracked",
+)  # in old files of Swin, and not in those of ResNet: no weights
+
+
+@torch.no_grad()
+def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str]) -> dict[str, Any]:
+    """Put the weights that `init` names into `net`, whose head has a row for each of `classes`; the fresh
+    rows are those it has.
+
+    `strict`, `head`: settings init_strict and init_head. Returns, for environment.json, where the weights
+    came from, and each key by what became of it. Errors: Stop(USAGE, MISSING, DAMAGED, PERMISSION); the net
+    is then as it was.
+    """
+    found = read.read(init)
+    layout, entries = names.converted(_stripped(found.tensors, init))
+    entries, keys = _resampled(net, entries)
+    own = net.state_dict()
+    head_names = _head_names(net)
+    fitting, head_entries = _sorted(entries, own, head_names, keys)
+    _refuse_partial(init, found, keys, strict)
+    for entry in (*fitting, *head_entries):
+        if entry.tensor.is_floating_point() and not entry.tensor.isfinite().all():
+            raise Stop(
+                Exit.DAMAGED,
+                f"init={init}: {entry.given} has values that are not finite",
+                "finite weights",
+                "the file",
+            )
+    said = _load_head(own, head_names, head_entries, head, found, classes, init)
+    for entry in fitting:
+        own[entry.name].copy_(entry.tensor)  # a state dict shares its memory with the model
+    return {
+        "given": init,
+        **found.origin,
+        "layout": layout,
+        "head": said,
+        "keys": {kind: names for kind, names in keys.items() if names or kind in ALWAYS},
+    }
+
+
+def table(origin: dict[str, Any]) -> dict[str, str]:
+    """What `load` returned, a name and a text a row: source, counts, the names of what was not loaded, the
+    head.
+    """
+    keys = origin["keys"]
+    counts = ", ".join(f"{len(keys[kind])} {kind}" for kind in (*ALWAYS, *RARE) if kind in keys)
+    rows = {
+        "init": f"{origin['text']}; sha256 {origin['sha256'][:12]}",
+        "weights": counts + (f" (from the names of the {origin['layout']})" if origin["layout"] else ""),
+    }
+    rows |= {kind: _listed(keys[kind]) for kind in (*ALWAYS[2:], *RARE[:2]) if keys.get(kind)}
+    return rows | {"head": origin["head"]}
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _stripped(tensors: dict[str, Tensor], init: str) -> dict[str, Tensor]:
+    stripped = {names.stripped(name): tensor for name, tensor in tensors.items()}
+    if len(stripped) < len(tensors):
+        twice = [name for name, count in Counter(map(names.stripped, tensors)).items() if count > 1]
+        raise Stop(
+            Exit.USAGE,
+            f"init={init} has {_listed(twice)} more than once, with prefixes and without",
+            "each weight once",
+            "the file",
+        )
+    return stripped
+
+
+def _resampled(net: nn.Module, entries: list[Entry]) -> tuple[list[Entry], dict[str, list[str]]]:
+    """Where the model has position tables, the entries with theirs at its resolution, by timm's filter of its
+    family; and an account.
+    """
+    keys: dict[str, list[str]] = {kind: [] for kind in (*ALWAYS, *RARE)}
+    adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    if adapt is None or not any(name.endswith(POSITIONS) for name in net.state_dict()):
+        return entries, keys
+    try:
+        adapted = adapt({entry.name: entry.tensor for entry in entries}, net)
+    except (AttributeError, KeyError, RuntimeError, ValueError, IndexError):
+        return entries, keys  # the weights of another architecture: the account will say so
+    came = {id(entry.tensor): entry for entry in entries}
+    by_name = {entry.name: entry for entry in entries}
+    result = []
+    for name, tensor in adapted.items():
+        entry = by_name.get(name)
+        if (
+            entry is None or entry.tensor is not tensor
+        ):  # renamed; or another tensor of the same name; or made of several
+            entry = came.get(id(tensor)) or entry or Entry(name, name, tensor)
+        if tensor.shape != entry.tensor.shape:
+            keys["resampled"].append(f"{entry.given} {tuple(entry.tensor.shape)} to {tuple(tensor.shape)}")
+        result.append(Entry(name, entry.given, tensor))
+    gone = {entry.given for entry in entries} - {entry.given for entry in result}
+    for name in sorted(gone):
+        keys["recomputed" if name.endswith(BUFFERS) else "unexpected"].append(name)
+    return result, keys
+
+
+def _sorted(
+    entries: list[Entry], own: dict[str, Tensor], head_names: list[str], keys: dict[str, list[str]]
+) -> tuple[list[Entry], list[Entry]]:
+    """The entries that fit a weight of the model, and those of its head, with any number of rows.
+
+    Every other key goes into `keys`.
+    """
+    fitting, head_entries, met = [], [], set()
+    resampled = {text.partition(" ")[0] for text in keys["resampled"]}
+    for entry in entries:
+        if entry.name not in own or entry.name in met:  # the latter: a second name for one weight
+            keys["unexpected"].append(entry.given)
+            continue
+        met.add(entry.name)
+        wanted = own[entry.name].shape
+        if entry.name in head_names and entry.tensor.shape[1:] == wanted[1:]:
+            head_entries.append(entry)
+            keys["of the head"].append(entry.given)
+        elif entry.tensor.shape != wanted:
+            keys["of another shape"].append(f"{entry.given} {tuple(entry.tensor.shape)} for {tuple(wanted)}")
+        else:
+            fitting.append(entry)
+            keys[
+                "loaded" if entry.name == entry.given and entry.given not in resampled else "converted"
+            ].append(entry.given)
+    for name in own:
+        if name not in met and (name not in head_names or head_entries):
+            keys["recomputed" if name.endswith(BUFFERS) else "missing"].append(name)
+    return fitting, head_entries
+
+
+def _head_names(net: nn.Module) -> list[str]:
+    """The head's weights in the state dict."""
+    head = net.get_classifier()  # type: ignore[operator]
+    prefix = next(name for name, module in net.named_modules() if module is head)
+    return [f"{prefix}.{part}" for part in head.state_dict()]
+
+
+def _refuse_partial(init: str, found: Pretrained, keys: dict[str, list[str]], strict: bool) -> None:
+    fit = len(keys["loaded"]) + len(keys["converted"])
+    refused = [kind for kind in ("missing", "unexpected", "of another shape") if keys[kind]]
+    if fit and not (strict and refused):
+        return
+    counts = ", ".join(f"{len(keys[kind])} {kind}" for kind in ALWAYS)
+    names = "".join(f"\n           {kind:<16} {_listed(keys[kind])}" for kind in refused)
+    made_for = (
+        f" (the weights are of {found.origin['architecture']})" if "architecture" in found.origin else ""
+    )
+    raise Stop(
+        Exit.USAGE,
+        f"init={init}: {counts}{names}",
+        "every weight of the model but the head, and none besides"
+        + ("" if fit else "; nothing of this fits"),
+        f"model={made_for}" + (f", or init_strict=false to load the {fit} that fit" if fit else ""),
+    )
+
+
+def _load_head(
+    own: dict[str, Tensor],
+    names: list[str],
+    entries: list[Entry],
+    rule: str,
+    found: Pretrained,
+    classes: list[str],
+    init: str,
+) -> str:
+    """Fill the head's rows by the rule of init_head, and say in words what was done. Errors: Stop(USAGE)."""
+    rows = len(entries[0].tensor) if len(entries) == len(names) else 0
+    theirs = found.classes if found.classes and len(found.classes) == rows else None
+    by_count = "" if theirs else f"; taken for ImageNet's {rows} synsets by their number"
+    theirs = theirs or imagenet.of_head(rows)
+    if rule == "auto":
+        rule = "keep" if rows and theirs == classes else "fresh"
+    if rule == "fresh":
+        return f"fresh, {len(classes)} classes; {_why_fresh(rows, theirs, classes)}"
+    if not rows:
+        raise Stop(
+            Exit.USAGE,
+            f"init_head={rule}, and init={init} has no head of this width",
+            "weights with a head",
+            "init_head=fresh",
+        )
+    if rule == "mapped":
+        return _map_rows(own, entries, theirs or [], classes) + by_count
+    if rows != len(classes):
+        raise Stop(
+            Exit.USAGE,
+            f"init_head=keep with a head of {rows} classes for data of {len(classes)}",
+            "as many classes",
+            "init_head=mapped by their names, or init_head=fresh",
+        )
+    for entry in entries:
+        own[entry.name].copy_(entry.tensor)
+    if theirs == classes:
+        return f"kept, {rows} classes{by_count}"
+    return f"kept, {rows} classes by position: their names " + ("are others" if theirs else "are unknown")
+
+
+def _why_fresh(rows: int, theirs: list[str] | None, classes: list[str]) -> str:
+    if not rows:
+        return "the weights have no whole one"
+    if theirs == classes:
+        return f"the {rows} rows of the weights, of the same classes, are unused"
+    if theirs is None and rows == len(classes):
+        return (
+            f"the names of the {rows} classes of the weights are unknown: init_head=keep would take them by"
+            " position"
+        )
+    return f"the {rows} classes of the weights are others"
+
+
+def _map_rows(own: dict[str, Tensor], entries: list[Entry], theirs: list[str], classes: list[str]) -> str:
+    """Each class of the data gets the row of its own name; one that the weights lack keeps its fresh row.
+
+    Errors: Stop(USAGE).
+    """
+    index = {label: row for row, label in enumerate(theirs)}
+    pairs = [(row, index[label]) for row, label in enumerate(classes) if label in index]
+    if not pairs:
+        reason = "none of which has the name of a class of the data" if theirs else "whose names are unknown"
+        raise Stop(
+            Exit.USAGE,
+            f"init_head=mapped with a head of {len(entries[0].tensor)} classes, {reason}",
+            "names in common: synset ids, for ImageNet",
+            "init_head=fresh, or init_head=keep where the order is the same",
+        )
+    to, of = torch.tensor(pairs).T
+    for entry in entries:
+        weight = own[entry.name]
+        weight[to.to(weight.device)] = entry.tensor[of].to(weight)
+    lacking = [label for label in classes if label not in index]
+    fresh = f"; fresh rows for {_listed(lacking)}" if lacking else ""
+    return f"mapped by name, {len(pairs)} of {len(classes)} classes from {len(theirs)}{fresh}"
