@@ -294,7 +294,8 @@ def test_a_run_goes_on_with_or_without_it_to_the_same_weights(photographs, train
     assert weights("with") == weights("changing")
     starts = json.loads((ROOT.joinpath(os.getcwd()) / "runs/changing/environment.json").read_text())["starts"]
     assert "data.native=off" in starts[0]["decoder"]
-    assert starts[1]["decoder"].startswith("native") and Image.__version__ in starts[1]["decoder"]  # noqa: PT018
+    assert starts[1]["decoder"].startswith("native")
+    assert Image.__version__ in starts[1]["decoder"]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -44,7 +45,7 @@ def entries(path: Path) -> Iterator[Entry]:
     """Of a tar. Each can be read until the next one is asked for."""
     with opened(path) as file:
         for member in tar.members(file, str(path)):
-            yield member.name, lambda member=member: tar.read(file, member, str(path))  # type: ignore[misc]
+            yield member.name, partial(tar.read, file, member, str(path))
 
 
 class Tree(Protocol):
@@ -124,7 +125,7 @@ class ZipTree:
 
     def entries(self, below: str) -> Iterator[Entry]:
         for name in self._below(below):
-            yield name, lambda name=name: self.read(name)  # type: ignore[misc]
+            yield name, partial(self.read, name)
 
     def total_bytes(self, below: str) -> int:
         return sum(self._zip.getinfo(name).file_size for name in self._below(below))

@@ -5,6 +5,7 @@ beginning to its end.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,7 +186,7 @@ def _tree(
         for name in classes:
             entries = tree.entries(f"{below}{split}/{name}")
             key = (lambda path: _plain(path, f"{below}{split}/")) if layout.dataset == "folder" else None
-            yield from _labelled(layout, entries, classes, lambda _, name=name: name, key)  # type: ignore[misc]
+            yield from _labelled(layout, entries, classes, _always(name), key)
 
     def flat(classes: list[str]) -> Iterator[Taken]:
         return _labelled(layout, tree.entries(f"{below}val"), classes, lambda name: synset_of[_stem(name)])
@@ -237,6 +238,10 @@ def _labelled(
         )
 
 
+def _always(synset: str) -> Callable[[str], str]:
+    return lambda name: synset
+
+
 def _stem(name: str) -> str:
     return os.path.splitext(os.path.basename(name))[0]
 
@@ -262,9 +267,9 @@ def _tar_of_tars(layout: Layout, path: Path, classes: list[str]) -> Iterator[Tak
 
             def entries(outer: tar.Member = outer, where: str = where) -> Iterator[archives.Entry]:
                 for member in tar.members(file, where, outer.start + outer.size):
-                    yield member.name, lambda member=member: tar.read(file, member, where)  # type: ignore[misc]
+                    yield member.name, partial(tar.read, file, member, where)
 
-            yield from _labelled(layout, entries(), classes, lambda _, outer=outer: _stem(outer.name))  # type: ignore[misc]
+            yield from _labelled(layout, entries(), classes, _always(_stem(outer.name)))
 
 
 def _inner_tars(path: Path) -> list[str]:

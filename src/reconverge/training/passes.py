@@ -60,8 +60,8 @@ class Passes:
         else:
             self._held.append((images, targets, masks))
             if len(self._held) == self._joined or self._seen == self._microbatches:
-                together = zip(*self._held, strict=True)
-                yield tuple(torch.cat(parts, dim=dim) for parts, dim in zip(together, (0, 0, 1), strict=True))  # type: ignore[misc]
+                joined_images, joined_targets, joined_masks = zip(*self._held, strict=True)
+                yield torch.cat(joined_images), torch.cat(joined_targets), torch.cat(joined_masks, dim=1)
                 self._held.clear()
         self._seen %= self._microbatches
 
