@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reconverge.base import signals
 from reconverge.base.errors import Exit, exit_code
+from reconverge.base.imports import without
 from reconverge.base.terminal import say
 from reconverge.config import compose, rules
 from reconverge.config.settings import Data, Eval
@@ -33,10 +34,11 @@ def main() -> int:
 
 
 def evaluate(cfg: Eval, run: Opened | None, data: Data, overrides: Sequence[str]) -> int:
+    with without("wandb"):  # timm imports it where it is installed: half a second
+        from reconverge.evaluation import model, sets
     from reconverge.data import native
     from reconverge.data.mix import Normalise
     from reconverge.distributed.world import World, default_threads, default_workers
-    from reconverge.evaluation import model, sets
     from reconverge.evaluation.predict import predict
     from reconverge.evaluation.results import Findings
     from reconverge.training.evaluate import Evaluator

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from reconverge.base import signals
 from reconverge.base.errors import Exit, exit_code
+from reconverge.base.imports import without
 from reconverge.base.terminal import say
 from reconverge.commands import sweep
 from reconverge.config import compose, published, rules
@@ -42,7 +43,8 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
     from torch.nn.functional import cross_entropy
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    from reconverge import build
+    with without("wandb"):  # timm imports it where it is installed: half a second
+        from reconverge import build
     from reconverge.models import drop_path
     from reconverge.report import pictures
     from reconverge.training import optim
