@@ -1,6 +1,7 @@
 """One warm process for most tests: torch and timm take seconds to import.
 
-What needs a real process starts one.
+What needs a process of its own gets a fork of a process that has imported them (zygote.py); some tests start
+a real one, to see that it makes no difference.
 """
 
 import gc
@@ -8,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault(
@@ -20,9 +22,11 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from PIL import Image
+from zygote import Forked
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+PYTHON = str(ROOT / "tests" / "python")  # for programs that start one: a fork of the zygote instead
 
 # Two microbatches of 8 images of 32 x 32 pixels a step, 7 steps an epoch: a step takes a tenth of a second.
 SMALL = [
@@ -229,19 +233,43 @@ def reconverge(monkeypatch, capsys):
     return reconverge
 
 
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    """The socket of a process that has imported torch and timm, and forks for whoever asks; see zygote.py."""
+    path = tmp_path_factory.mktemp("zygote") / "socket"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "zygote.py"), str(path)],
+        stdin=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield str(path)
+    process.stdin.close()
+    process.wait()
+
+
 @pytest.fixture
-def start(small):
-    """train.py on a few digits with these arguments, as a process of its own."""
+def forking(zygote, monkeypatch):
+    """What starts `sys.executable` in this test gets a fork."""
+    monkeypatch.setenv("RECONVERGE_ZYGOTE", zygote)
+    monkeypatch.setattr(sys, "executable", PYTHON)
+
+
+@pytest.fixture
+def start(small, zygote):
+    """train.py on a few digits with these arguments, as a process of its own: a fork, or a `real` one."""
     processes = []
 
-    def start(*arguments, script="train.py", **environment):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *(small if script == "train.py" else []), *arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def start(*arguments, script="train.py", real=False, **environment):
+        command = [str(ROOT / script), *(small if script == "train.py" else []), *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        if real:
+            process = subprocess.Popen([sys.executable, *command], env=environment, text=True, **pipes)
+        else:
+            process = Forked(zygote, command, environment=environment, **pipes)
         processes.append(process)
         return process
 
@@ -254,30 +282,24 @@ def start(small):
 
 
 @pytest.fixture
-def launch(digits):
+def launch(digits, zygote):
     """launch(ranks, *arguments): torchrun in a session of its own, which ends with the test; `options` are
-    torchrun's.
+    torchrun's. It and its ranks are forks, or `real` processes.
     """
     launched = []
 
-    def launch(ranks, *arguments, script="train.py", settings=JOB, options=()):
+    def launch(ranks, *arguments, script="train.py", settings=JOB, options=(), real=False):
         root = [f"data.root={digits}"] if script == "train.py" else []
-        command = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            *options,
-            str(ROOT / script),
-        ]
-        process = subprocess.Popen(
-            [sys.executable, *command, *settings, *root, *arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
+        command = [*torchrun, str(ROOT / script), *settings, *root, *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "RECONVERGE_ZYGOTE": zygote}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        if real:
+            session = {"env": environment, "text": True, "start_new_session": True}
+            process = subprocess.Popen([sys.executable, *command], **pipes, **session)
+        else:
+            session = {"environment": environment, "session": True, "executable": PYTHON}
+            process = Forked(zygote, command, **pipes, **session)
         launched.append(process)
         return process
 

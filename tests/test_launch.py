@@ -26,7 +26,7 @@ JOB = [
 
 
 @pytest.fixture
-def launch(digits):
+def launch(digits, forking):
     """A script with train.py's arguments for a small job, in a process group of its own, as a terminal starts
     it.
     """
@@ -134,7 +134,7 @@ def test_a_killed_rank_is_started_again_with_the_same_bits_or_ends_with_69(launc
     for run, restarts, expected in (("again", 1, 0), ("once", 0, 69)):
         process = launch(f"--max-restarts={restarts}", "--ranks", "2", f"run={run}", *given)
         seen(process, "step 7/")
-        ranks = f"^{sys.executable} -u {ROOT}/train.py run={run} .*data.root={digits}"
+        ranks = f"{sys.executable} -u {ROOT}/train.py run={run} .*data.root={digits}"
         pids = subprocess.run(["pgrep", "-f", ranks], capture_output=True, text=True).stdout.split()
         assert len(pids) == 2
         os.kill(int(pids[-1]), signal.SIGKILL)

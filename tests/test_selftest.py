@@ -26,7 +26,7 @@ BREAKS = {
         "mine = range(rank, self.microbatches, ranks)",
     ),
     "wrong gradient scale": (
-        "gradients", "src/reconverge/world.py",
+        "gradients", "src/reconverge/distributed/world.py",
         "        return dist.all_reduce(values,",
         "        values.div_(self.size)\n        return dist.all_reduce(values,",
     ),
@@ -43,8 +43,15 @@ BREAKS = {
 }  # fmt: skip
 
 
-def run(root, *arguments):
-    """The selftest of the build in `root`: its exit code, and what it said."""
+@pytest.fixture
+def run(tmp_path, monkeypatch, forking):
+    """The selftest of the build in a folder, whose files of its own it makes in tmp_path."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return _run
+
+
+def _run(root, *arguments):
+    """Its exit code, and what it said."""
     done = subprocess.run(
         [sys.executable, "-c", "from reconverge.commands import main; main()", "selftest", *arguments],
         env=os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"},
@@ -66,8 +73,7 @@ def build(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sound_build_keeps_everything(build, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_a_sound_build_keeps_everything(build, tmp_path, run):
     code, said = run(build)
     assert code == 0, said
     assert [line.split()[:2] for line in said.splitlines()[1:]] == [
@@ -78,8 +84,7 @@ def test_a_sound_build_keeps_everything(build, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_build_is_told(build, tmp_path, monkeypatch, name):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_a_broken_build_is_told(build, tmp_path, run, name):
     promise, file, sound, broken = BREAKS[name]
     text = (build / file).read_text()
     assert text.count(sound) == 1

@@ -74,7 +74,7 @@ def test_nothing_starts_after_a_signal(monkeypatch, train, capfd):
     assert "convnext_atto-demo-folder-s1     -" in capfd.readouterr().out
 
 
-def test_a_sweep_goes_on_after_a_failure(train, digits, capfd):
+def test_a_sweep_goes_on_after_a_failure(train, digits, capfd, forking):
     """Whole processes: the second run is what the same command alone gives."""
     arguments = ["steps=2", "optim.warmup_epochs=0"]
     assert train("-m", *arguments, f"data.root=nowhere,{digits}", "run=a") == Exit.MISSING

@@ -135,7 +135,7 @@ def test_the_same_command_gives_the_same_bits_in_another_process(train, start):
     """R1, and the workers of R3."""
     arguments = ["steps=5", "evaluate_every=never"]
     assert train(*arguments, "run=a") == 0
-    process = start(*arguments, "run=b", "workers=2")
+    process = start(*arguments, "run=b", "workers=2", real=True)
     assert process.wait(180) == 0
     assert [weights("a", kind) for kind in ("model", "ema", "optimizer")] == [
         weights("b", kind) for kind in ("model", "ema", "optimizer")

@@ -28,7 +28,7 @@ STEPS = [
 
 
 @pytest.fixture
-def verify(monkeypatch, capsys):
+def verify(monkeypatch, capsys, forking):
     def verify(*arguments):
         monkeypatch.setattr(sys, "argv", ["reconverge", "verify", *arguments])
         with pytest.raises(SystemExit) as ended:

@@ -80,7 +80,7 @@ def test_a_killed_rank_ends_the_others_with_its_name(launch, train, whole):
 
 def test_a_rank_that_stands_still_is_named_after_the_timeout(launch, train, whole):
     """SIGSTOP, as of a host that hangs: the other one says who, where it stood, and ends."""
-    process = launch(2, *LONG, "run=a", "world_timeout=0.1")
+    process = launch(2, *LONG, "run=a", "world_timeout=0.1", real=True)
     reached("a", 3, process)
     stopped = workers_of(process)[1]
     os.kill(stopped, signal.SIGSTOP)
