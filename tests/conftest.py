@@ -26,7 +26,9 @@ from zygote import Forked
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-PYTHON = str(ROOT / "tests" / "python")  # for programs that start one: a fork of the zygote instead
+FORK = str(ROOT / "tests" / "python")  # for programs that start a Python: a fork of the zygote instead
+# For torchrun, beside it: its ranks, whose parent is the zygote, cannot read its command line.
+FORKING = {"PET_STANDALONE": "1"}
 
 # Two microbatches of 8 images of 32 x 32 pixels a step, 7 steps an epoch: a step takes a tenth of a second.
 SMALL = [
@@ -238,7 +240,7 @@ def zygote(tmp_path_factory):
     """The socket of a process that has imported torch and timm, and forks for whoever asks; see zygote.py."""
     path = tmp_path_factory.mktemp("zygote") / "socket"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "zygote.py"), str(path)],
+        [sys.executable, str(ROOT / "tests" / "zygote.py"), str(path), "." * 4000],
         stdin=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
@@ -254,7 +256,7 @@ def zygote(tmp_path_factory):
 def forking(zygote, monkeypatch):
     """What starts `sys.executable` in this test gets a fork."""
     monkeypatch.setenv("RECONVERGE_ZYGOTE", zygote)
-    monkeypatch.setattr(sys, "executable", PYTHON)
+    monkeypatch.setattr(sys, "executable", FORK)
 
 
 @pytest.fixture
@@ -292,14 +294,15 @@ def launch(digits, zygote):
         root = [f"data.root={digits}"] if script == "train.py" else []
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
         command = [*torchrun, str(ROOT / script), *settings, *root, *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "RECONVERGE_ZYGOTE": zygote}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         if real:
-            session = {"env": environment, "text": True, "start_new_session": True}
-            process = subprocess.Popen([sys.executable, *command], **pipes, **session)
+            own = {"env": environment, "text": True, "start_new_session": True}
+            process = subprocess.Popen([sys.executable, *command], **pipes, **own)
         else:
-            session = {"environment": environment, "session": True, "executable": PYTHON}
-            process = Forked(zygote, command, **pipes, **session)
+            environment |= FORKING | {"RECONVERGE_ZYGOTE": zygote}
+            own = {"environment": environment, "session": True, "executable": FORK}
+            process = Forked(zygote, command, **pipes, **own)
         launched.append(process)
         return process
 

@@ -4,12 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, weights
+from conftest import FORK, FORKING, ROOT, SMALL, weights
 
 LOCAL = str(ROOT / "launch" / "local.sh")
 SEEDS = str(ROOT / "launch" / "seeds.sh")
@@ -26,16 +25,16 @@ JOB = [
 
 
 @pytest.fixture
-def launch(digits, forking):
+def launch(digits, zygote):
     """A script with train.py's arguments for a small job, in a process group of its own, as a terminal starts
-    it.
+    it. Its Pythons are forks.
     """
     processes = []
 
     def launch(*options, script=LOCAL):
         process = subprocess.Popen(
             [script, *options, *SMALL, *JOB, f"data.root={digits}"],
-            env=os.environ | {"PYTHON": sys.executable},
+            env=os.environ | FORKING | {"PYTHON": FORK, "RECONVERGE_ZYGOTE": zygote},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -134,7 +133,7 @@ def test_a_killed_rank_is_started_again_with_the_same_bits_or_ends_with_69(launc
     for run, restarts, expected in (("again", 1, 0), ("once", 0, 69)):
         process = launch(f"--max-restarts={restarts}", "--ranks", "2", f"run={run}", *given)
         seen(process, "step 7/")
-        ranks = f"{sys.executable} -u {ROOT}/train.py run={run} .*data.root={digits}"
+        ranks = f"^{FORK} -u {ROOT}/train.py run={run} .*data.root={digits}"
         pids = subprocess.run(["pgrep", "-f", ranks], capture_output=True, text=True).stdout.split()
         assert len(pids) == 2
         os.kill(int(pids[-1]), signal.SIGKILL)

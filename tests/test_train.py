@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -255,6 +256,17 @@ def test_a_broken_image_stops_with_its_name(train, digits, tmp_path, capsys):
 )
 def test_errors_of_the_system_have_their_exit_code(error, code):
     assert explain(error).code == code
+
+
+@pytest.mark.parametrize(
+    "cause", [RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), None]
+)
+def test_a_worker_that_is_found_dead_has_died_of_its_signal(cause):
+    """While torch waits for a batch, it raises an error of its own from the one that tells the signal."""
+    error = RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly")
+    error.__cause__ = cause or queue.Empty()
+    assert explain(error).code == (Exit.OUT_OF_MEMORY if cause else Exit.BUG)
+    assert "a data worker died: DataLoader worker (pid" in str(explain(error))
 
 
 def test_a_bug_is_not_dressed_up():

@@ -56,7 +56,7 @@ def whole(tmp_path_factory, digits, cache):
 
 
 def test_a_killed_rank_is_restarted_by_torchrun_and_ends_with_the_same_bits(launch, whole):
-    process = launch(2, *LONG, "run=a", options=["--max-restarts=2"])
+    process = launch(2, *LONG, "run=a", options=["--max-restarts=2"], real=True)
     reached("a", 3 + random.randrange(4), process)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=240)

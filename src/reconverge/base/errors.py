@@ -76,12 +76,14 @@ def explain(error: BaseException) -> Stop | None:
             "a disk with free space that can be written",
             "free some space and run the same command again: the last good checkpoint is kept",
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(
-        error
-    ):  # torch raises it wherever the main process is just then
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        # Torch raises it wherever the main process is just then: while it waits for a batch, as the cause of
+        # another that no longer tells the signal.
+        cause = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error
+        said = str(cause).splitlines()[0]
         return Stop(
-            Exit.OUT_OF_MEMORY if "Killed" in str(error) else Exit.BUG,
-            f"a data worker died: {str(error).splitlines()[0]}",
+            Exit.OUT_OF_MEMORY if "Killed" in said else Exit.BUG,
+            f"a data worker died: {said}",
             "workers with enough memory, shared memory and no signals",
             "run the same command again; fewer workers= if memory was short",
         )
