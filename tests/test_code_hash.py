@@ -2,12 +2,12 @@
 
 import shutil
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, SMALL
 from safetensors.torch import load_file
 from test_imports import FILES, imports, module, room
+from zygote import Forked
 
 from reconverge.base import environment
 from reconverge.base.environment import DECIDES
@@ -65,18 +65,20 @@ def test_the_hash_changes_with_what_decides_and_with_nothing_else(build, monkeyp
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_to_the_same_bits_while_what_only_looks_is_replaced(build, digits, tmp_path):
+def test_a_run_goes_on_to_the_same_bits_while_what_only_looks_is_replaced(build, digits, tmp_path, zygote):
     """And it does not go on with another step."""
 
     def train(*arguments):
-        command = [sys.executable, str(build / "train.py"), *SMALL, f"data.root={digits}", *arguments]
-        done = subprocess.run(
+        command = [build / "train.py", *SMALL, f"data.root={digits}", *arguments]
+        process = Forked(
+            zygote,
             [*command, "save_every=2", "evaluate_every=2", "run=a"],
-            env={"PYTHONPATH": str(build / "src"), "HOME": str(tmp_path), "PATH": ""},
-            capture_output=True,
-            text=True,
+            environment={"PYTHONPATH": str(build / "src"), "HOME": str(tmp_path), "PATH": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        return done.returncode, done.stdout + done.stderr
+        said, _ = process.communicate()
+        return process.returncode, said
 
     assert train("steps=4")[0] == 0
     expected = load_file("runs/a/checkpoints/step-00000004/model.safetensors")

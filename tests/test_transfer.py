@@ -3,7 +3,6 @@
 benchmarks/transfer.py with one parent and fewer steps.
 """
 
-import os
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ from conftest import ROOT
 
 
 @pytest.mark.slow
-def test_a_start_from_other_labels_beats_a_start_from_scratch_by_more_than_the_spread():
+def test_a_start_from_other_labels_beats_a_start_from_scratch_by_more_than_the_spread(forking):
     command = [
         sys.executable,
         str(ROOT / "benchmarks/transfer.py"),
@@ -22,6 +21,6 @@ def test_a_start_from_other_labels_beats_a_start_from_scratch_by_more_than_the_s
         "threads=1",
         "workers=0",
     ]
-    ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "above it" in ended.stdout

@@ -236,8 +236,9 @@ class Forked:
         for thread in threads:
             thread.start()
         self.wait(timeout)
-        for thread in threads:
+        for name, thread in zip(pipes, threads, strict=True):
             thread.join(timeout)
+            getattr(self, name).close()
         return said.get("stdout"), said.get("stderr")
 
     def _drain(self, said, name):
