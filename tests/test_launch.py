@@ -129,9 +129,10 @@ def test_a_terminals_ctrl_c_reaches_the_ranks_once(launch):
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_with_the_same_bits_or_ends_with_69(launch, train, digits):
-    given = ["steps=30", "save_every=5", "keep=9", "reduce=tree"]
-    for run, restarts, expected in (("again", 1, 0), ("once", 0, 69)):
-        process = launch(f"--max-restarts={restarts}", "--ranks", "2", f"run={run}", *given)
+    given = ["save_every=5", "keep=9", "reduce=tree"]
+    # The run that is not started again is long: it cannot reach its end before the signal does.
+    for run, steps, restarts, expected in (("again", 60, 1, 0), ("once", 5000, 0, 69)):
+        process = launch(f"--max-restarts={restarts}", "--ranks", "2", f"run={run}", f"steps={steps}", *given)
         seen(process, "step 7/")
         ranks = f"^{FORK} -u {ROOT}/train.py run={run} .*data.root={digits}"
         pids = subprocess.run(["pgrep", "-f", ranks], capture_output=True, text=True).stdout.split()
@@ -140,7 +141,7 @@ def test_a_killed_rank_is_started_again_with_the_same_bits_or_ends_with_69(launc
         code, said = ended(process)
         assert code == expected, said
     assert status("once")["exit_code"] == 69
-    assert train(*JOB, *given, "run=alone") == 0  # in this process: by tree, the same bits
+    assert train(*JOB, *given, "steps=60", "run=alone") == 0  # in this process: by tree, the same bits
     for kind in ("model", "ema", "optimizer"):
         assert weights("again", kind) == weights("alone", kind)
 
