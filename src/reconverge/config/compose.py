@@ -20,8 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from reconverge.base import environment
 from reconverge.base.environment import ROOT
 from reconverge.base.errors import Exit, Stop
+from reconverge.base.terminal import say
+from reconverge.config import listing
 from reconverge.config.messages import refusal, refuse_override
 from reconverge.config.rules import check_value
 from reconverge.config.settings import Eval, Train, flat
@@ -35,16 +38,15 @@ LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE
 def composed(conf: Path, name: str, schema: type[Schema], overrides: Sequence[str]) -> Schema:
     """Compose `conf/name.yaml` with the arguments of a command line.
 
-    Ends the process (exit 0) after --help, --cfg and completion. Errors: Stop(USAGE).
+    Ends the process (exit 0) after --help, --version, --cfg and completion. Errors: Stop(USAGE).
     """
     for argument in overrides:
         refuse_override(argument)
     ConfigStore.instance().store(name="schema", node=schema)
     try:
         if any(argument.startswith("-") for argument in overrides):
-            return _typed(_answered(conf, name, overrides), schema)
-        with hydra.initialize_config_dir(str(conf.absolute()), job_name=name, version_base="1.3"):
-            return _typed(hydra.compose(name, list(overrides)), schema)
+            return _typed(_answered(conf, name, schema, overrides), schema)
+        return _typed(_hydras(conf, name, overrides), schema)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # ValueError: a group that was set to null or a number
         raise refusal(error, schema, conf) from None
@@ -55,15 +57,29 @@ def of_training(overrides: Sequence[str]) -> Train:
     return composed(ROOT / "conf", "config", Train, overrides)
 
 
-def _answered(conf: Path, name: str, overrides: Sequence[str]) -> DictConfig:
-    """Let Hydra answer --help, --cfg or completion, which ends the process; it would compose twice where it
-    goes on.
+def _hydras(conf: Path, name: str, overrides: Sequence[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(conf.absolute()), job_name=name, version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+def _answered(conf: Path, name: str, schema: type, overrides: Sequence[str]) -> DictConfig:
+    """Answer --version; let Hydra answer --help, --cfg or completion; each ends the process. (Hydra would
+    compose twice where it goes on.)
     """
+    if "--version" in overrides:
+        say(environment.in_words())
+        sys.exit(0)
     found: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of a report of Hydra's own and exit 1
     before, sys.argv = sys.argv, [sys.argv[0], *overrides]  # hydra.main has no other way to be told
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(found.append)()
+    except SystemExit:  # Hydra ends after --help, and the settings are still to be listed
+        if {"-h", "--help"}.isdisjoint(overrides):
+            raise
+        plain = [argument for argument in overrides if not argument.startswith("-")]
+        values: Any = OmegaConf.to_container(_hydras(conf, name, plain), resolve=True)
+        listing.print_settings(schema, values)
     finally:
         sys.argv = before
     if not found:

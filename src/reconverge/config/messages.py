@@ -14,7 +14,7 @@ from reconverge.config.settings import help_of, section_of
 
 # Of Hydra's flags those that ask for something and end there, or say how.
 FLAGS = ("-h", "--help", "--cfg", "-c", "--resolve", "--package", "-p", "--shell-completion", "-sc",
-    "--info", "-i")  # fmt: skip
+    "--info", "-i", "--version")  # fmt: skip
 
 
 def refuse_override(argument: str) -> None:
