@@ -8,17 +8,18 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from reconverge.base import environment
 from reconverge.base.environment import ROOT
@@ -26,6 +27,7 @@ from reconverge.base.errors import Exit, Stop
 from reconverge.base.terminal import say
 from reconverge.config import listing
 from reconverge.config.messages import refusal, refuse_override
+from reconverge.config.overrides import escaped, literal, several
 from reconverge.config.rules import check_value
 from reconverge.config.settings import Eval, Train, flat
 
@@ -42,11 +44,12 @@ def composed(conf: Path, name: str, schema: type[Schema], overrides: Sequence[st
     """
     for argument in overrides:
         refuse_override(argument)
+    overrides = [literal(argument, schema) for argument in overrides]
     ConfigStore.instance().store(name="schema", node=schema)
     try:
         if any(argument.startswith("-") for argument in overrides):
-            return _typed(_answered(conf, name, schema, overrides), schema)
-        return _typed(_hydras(conf, name, overrides), schema)
+            return _typed(_resolved(_answered(conf, name, schema, overrides)), schema)
+        return _typed(_resolved(_hydras(conf, name, overrides)), schema)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # ValueError: a group that was set to null or a number
         raise refusal(error, schema, conf) from None
@@ -88,13 +91,17 @@ def _answered(conf: Path, name: str, schema: type, overrides: Sequence[str]) -> 
 
 
 def combinations(arguments: Sequence[str]) -> list[list[str]]:
-    """Of key=a,b and key=range(0,3) each combination of one value a key, in Hydra's grammar.
+    """Of key=a,b and key=range(0,3) each combination of one value a key: settings of text literally, with
+    `\\,` for a comma, others in Hydra's grammar.
 
     Errors: Stop(USAGE).
     """
     choices = []
     for argument in arguments:
         refuse_override(argument)
+        if (of_text := several(argument, Train)) is not None:
+            choices.append(of_text)
+            continue
         try:
             override = None if argument.startswith("-") else OverridesParser.create().parse_override(argument)
         except HydraException as error:
@@ -117,8 +124,11 @@ def from_text(text: str, schema: type[Schema]) -> Schema:
     Errors: Stop(USAGE), Stop(DAMAGED) for text that was cut off or is no YAML.
     """
     try:
-        return _typed(OmegaConf.create(text), schema)
-    except YAMLError as error:
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            raise yaml.YAMLError(f"{type(values).__name__} in place of a table of settings")
+        return _typed(values, schema)
+    except yaml.YAMLError as error:
         where = " ".join(str(error).split())
         raise Stop(
             Exit.DAMAGED,
@@ -131,8 +141,8 @@ def from_text(text: str, schema: type[Schema]) -> Schema:
 
 
 def to_text(config: Train | Eval) -> str:
-    """Resolved YAML, every setting in the order of the schema."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """YAML of every setting, in the order of the schema. Plain YAML: a `${...}` in it is text."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def write_conf(folder: Path, config: Train) -> None:
@@ -144,17 +154,22 @@ def write_conf(folder: Path, config: Train) -> None:
     text = {
         "defaults": ["schema", "_self_", *quiet],
         "hydra": hydra,
-        **OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[dict-item]
+        **escaped(asdict(config)),
     }
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(text)))
 
 
-def _typed(config: Any, schema: type[Loaded]) -> Loaded:
-    # Through a plain container: merged as it is, the composed configuration would bring keys that the schema
-    # lacks.
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    loaded: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+def _resolved(config: DictConfig) -> Any:
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def _typed(values: Any, schema: type[Loaded]) -> Loaded:
+    """Of a plain container: merged as it is, a composed configuration would bring keys that the schema lacks.
+
+    A `${...}` that is still in it is text: the file of a run is not asked for variables of the environment.
+    """
+    loaded: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), escaped(values)))
     for key, value, checks in flat(loaded):
         check_value(key, value, checks)
     return loaded
