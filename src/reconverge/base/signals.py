@@ -1,4 +1,4 @@
-"""What a scheduler or a person says while a run trains: a flag, which the loop looks at between steps."""
+"""Signals from a scheduler or a user during training set a flag, which the loop reads between steps."""
 
 import math
 import os
@@ -8,13 +8,13 @@ from typing import Any
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-_came: dict[int, float] = {}  # number -> when it first came, by time.monotonic
+_came: dict[int, float] = {}  # signal number -> time.monotonic() when it first arrived
 
 
 def catch() -> None:
-    """From now on these signals only raise the flag.
+    """From now on these signals only set the flag.
 
-    For use before torch is imported: one that comes meanwhile would end the process.
+    Call it before torch is imported: a signal during the import would otherwise end the process.
     """
     for number in CAUGHT:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -22,8 +22,8 @@ def catch() -> None:
 
 
 def _note(number: int, frame: Any) -> None:
-    """A scheduler may send one signal several times at once; a person who presses Ctrl-C again after seconds
-    means it.
+    """A second Ctrl-C stops at once, but only if it comes more than 2 s after the first: a scheduler may send
+    one signal several times together.
     """
     if number == signal.SIGINT and time.monotonic() - _came.get(number, math.inf) > 2:
         raise KeyboardInterrupt
@@ -37,5 +37,5 @@ def told_to_stop() -> bool:
 
 
 def told_by() -> str:
-    """The last signal that came first."""
+    """The name of the latest signal; a repetition of one does not count."""
     return signal.Signals(next(reversed(_came))).name if _came else "a signal to another rank"
