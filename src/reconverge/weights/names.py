@@ -46,8 +46,7 @@ LAYOUTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
 
 
 def stripped(name: str) -> str:
-    """The name without the prefixes of DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`).
-    """
+    """The name without the prefixes of DistributedDataParallel (module.) and torch.compile (_orig_mod.)."""
     return re.sub(r"^(module\.)+", "", re.sub(r"(^|\.)_orig_mod\.", r"\1", name))
 
 
