@@ -122,7 +122,11 @@ def test_a_damaged_checkpoint_is_named(run, evaluate, capsys):
         (["checkpoint=runs/none"], 66, "no run"),
         (["checkpoint=runs/a", "data=folder"], 2, "data.root"),
         (["checkpoint=runs/a", "data.root=/nowhere"], 66, "/nowhere"),
-        (["checkpoint=runs/a", "data=folder", "data.root=PHOTOGRAPHS"], 2, "3 folders that are no classes"),
+        (
+            ["checkpoint=runs/a", "data=folder", "data.root=PHOTOGRAPHS"],
+            2,
+            "folders that are not names of classes",
+        ),
         (["checkpoint=runs/a", "data=synthetic", "data.images=20"], 78, "1000 classes"),
         (["checkpoint=runs/a", "data.val=nonexistent"], 66, "nonexistent"),
         (["checkpoint=runs/a", "precision=int8"], 2, "fp32, tf32, bf16, fp16"),

@@ -100,7 +100,7 @@ def test_of_some_classes_the_answer_is_chosen_among_these(
     for label in kept:
         of_class = [hit for hit, path in zip(right, files, strict=True) if path.parent.name == label]
         assert found["raw"]["per_class"][label] == pytest.approx(percent(of_class))
-    assert f"48 images of eval/{name} (the published set has " in capsys.readouterr().out
+    assert f"48 images of eval/{name} (but the published set has " in capsys.readouterr().out
 
 
 def test_a_set_may_lie_in_shards(run, digits, evaluate, tmp_path):
@@ -223,7 +223,7 @@ def test_corruptions_and_the_row_of_the_paper(run, digits, logits, evaluate, tmp
     shutil.copytree(digits / "val", tmp_path / "all" / "imagenet" / "val")
     assert evaluate("checkpoint=runs/a", "suite=robustness", f"suite.root={tmp_path}/all", "workers=0") == 0
     said = capsys.readouterr().out
-    assert "not there, and left out" in said
+    assert "left out, because the folder does not exist" in said
     assert "sketch" in said
     found = json.loads(next(run.glob("eval-robustness-*.json")).read_text())["sets"]
     places = {name: tmp_path / "all" / "imagenet-c" / groups.get(name, "") / name for name in alexnet}
@@ -278,8 +278,8 @@ def test_wrong_input(run, digits, evaluate, capsys, tmp_path):
         (["suite=robustness", f"suite.root={digits}", "images=x.png"], 2, "one of data=, suite= and images="),
         (["images=nothing"], 66, "does not exist"),
         (["images=3"], 2, "images=FOLDER"),
-        (["data=eval/sketch", f"data.root={tmp_path}/strange"], 2, "folders that are no classes"),
-        (["data=eval/a", f"data.root={tmp_path}/strange"], 78, "that the model lacks"),
+        (["data=eval/sketch", f"data.root={tmp_path}/strange"], 2, "folders that are not names of classes"),
+        (["data=eval/a", f"data.root={tmp_path}/strange"], 78, "are not classes of the model"),
     ):
         (tmp_path / "strange" / "cat").mkdir(parents=True, exist_ok=True)
         shutil.copy(next(digits.rglob("*.png")), tmp_path / "strange" / "cat")

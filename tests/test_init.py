@@ -114,7 +114,9 @@ def test_some_of_the_classes_are_mapped_by_name(tune, digits, capsys):
         == 0
     )
     assert torch.equal(newest("high")["head.fc.weight"][:5], newest("low")["head.fc.weight"])
-    assert "mapped by name, 5 of 10 classes from 5; fresh rows for 5, 6, 7, 8, 9" in capsys.readouterr().out
+    assert (
+        "mapped by name, 5 of 10 classes from 5; initial weights for 5, 6, 7, 8, 9" in capsys.readouterr().out
+    )
 
 
 def test_a_resumed_run_goes_on_from_its_own_checkpoint(tune, capsys):
@@ -145,7 +147,7 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(tune, capsys):
             2,
             "init=runs/low/checkpoints/step-00000002:ema",
         ),
-        (["init=runs/low", "init_head=keep", "data=digits"], 2, "a head of 5 classes for data of 10"),
+        (["init=runs/low", "init_head=keep", "data=digits"], 2, "the head has 5 classes and the data 10"),
         (["init=runs/low", "init_head=new"], 2, "auto, keep, mapped, fresh"),
         (["init_head=mapped"], 2, "init_head=mapped without init"),
         (["init_strict=false"], 2, "init_strict=False without init"),

@@ -128,7 +128,7 @@ def model(name="convnext_atto", **settings):
 
 def in_conf(name):
     """The settings of conf/model."""
-    return _settings(ROOT / "conf" / "model")[name]
+    return {given.name: given for given in _settings(ROOT / "conf" / "model").values()}[name]
 
 
 def published(name, size):
@@ -272,7 +272,7 @@ def test_models_of_one_size_are_built_for_the_images(name):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"name": "vit_b", "image_size": 225}, r"225 px(.|\n)*multiples of 16(.|\n)*augment.size=224"),
+        ({"name": "vit_b", "image_size": 225}, r"225 px(.|\n)*patch size, 16 px(.|\n)*augment.size=224"),
         ({"name": "vit_b"}, r"vit_b without model.image_size(.|\n)*model.image_size=224"),
         ({"name": "swin_l_384"}, r"model.image_size=384"),
         ({"name": "resnet50", "image_size": 224}, r"any size(.|\n)*model.image_size=null"),
@@ -280,8 +280,8 @@ def test_models_of_one_size_are_built_for_the_images(name):
         ({"name": "resnet50", "layer_scale": 1e-6}, r"model.layer_scale=1e-06(.|\n)*model.layer_scale=null"),
         ({"name": "x", "timm": "resnet5"}, r"model.timm=resnet5(.|\n)*timm.list_models(.|\n)*resnet50"),
         ({"name": "x", "timm": "vgg11", "drop_path": 0.1}, r"drop_path_rate=0.1(.|\n)*model.drop_path=0"),
-        ({"name": "x", "timm": "rexnet_100"}, r"rexnet_100, which has dropout of 0.2"),
-        ({"name": "x", "timm": "ghostnet_100"}, r"ghostnet_100, which has dropout of 0.2"),
+        ({"name": "x", "timm": "rexnet_100"}, r"rexnet_100, which has dropout with rate 0.2"),
+        ({"name": "x", "timm": "ghostnet_100"}, r"ghostnet_100, which has dropout with rate 0.2"),
     ],
 )
 def test_what_a_model_cannot_take_is_refused(settings, said):

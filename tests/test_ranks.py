@@ -191,7 +191,7 @@ def test_forward_images_are_refused_where_they_cannot_be(train, capsys):
         (["forward_images=4", *RESNET], "BatchNorm averages over"),
         (["forward_images=3"], "what divides a microbatch (1, 2, 4, 8)"),
         (["forward_images=12"], "forward_images="),
-        (["forward_images=24", "reduce=tree"], "each pass is a leaf of the tree"),
+        (["forward_images=24", "reduce=tree"], "divide the microbatches of a rank evenly"),
     ):
         assert alone(train, "run=a", *arguments) == 2
         assert said in capsys.readouterr().err
@@ -420,8 +420,8 @@ def test_ranks_that_start_again_meet_only_each_other(monkeypatch):
             assert group._met(store, 0, 2, 30) == early.result(timeout=10)
             names.append(early.result())
     assert len(set(names)) == 3
-    with pytest.raises(RuntimeError, match="of an earlier start"):
+    with pytest.raises(RuntimeError, match="an earlier start"):
         group._met(store, 0, 2, 0.3)
     monkeypatch.setattr(group, "told_to_stop", lambda: True)
-    with pytest.raises(Stop, match="before all ranks had come"):
+    with pytest.raises(Stop, match="before all ranks had started"):
         group._met(store, 0, 2, 0.3)

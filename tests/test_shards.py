@@ -73,15 +73,15 @@ def place(root, sample):
 # What is done to the shard of sample 13, the fourteenth of 60, given where its image begins and how long it
 # is; what stops the opening; what stops the reading of the image; what `check` says.
 DAMAGE = {
-    "a cut inside a member": (lambda at, size: cut(at + size // 2), 65, None, "bytes in place of"),
-    "a cut at a member boundary": (lambda at, size: cut(at - 512), 65, None, "bytes in place of"),
-    "the end-of-archive blocks missing": (lambda at, size: cut(-1024), 65, None, "bytes in place of"),
-    "a byte of a tar header": (lambda at, size: flip(at - 512 + 3), None, None, "no tar header"),
-    "a size in a tar header": (lambda at, size: flip(at - 512 + 130), None, None, "no tar header"),
-    "a zeroed header": (lambda at, size: zero(at - 512, at), None, None, "more data follows"),
-    "a byte of the image": (lambda at, size: flip(at + size // 2), None, 65, "has other bytes"),
+    "a cut inside a member": (lambda at, size: cut(at + size // 2), 65, None, "bytes instead of"),
+    "a cut at a member boundary": (lambda at, size: cut(at - 512), 65, None, "bytes instead of"),
+    "the end-of-archive blocks missing": (lambda at, size: cut(-1024), 65, None, "bytes instead of"),
+    "a byte of a tar header": (lambda at, size: flip(at - 512 + 3), None, None, "not a tar header"),
+    "a size in a tar header": (lambda at, size: flip(at - 512 + 130), None, None, "not a tar header"),
+    "a zeroed header": (lambda at, size: zero(at - 512, at), None, None, "more data follow"),
+    "a byte of the image": (lambda at, size: flip(at + size // 2), None, 65, "has changed bytes"),
     "a byte of the label": (lambda at, size: flip(at + -(-size // 512) * 512 + 512), None, None, "sha256"),
-    "an empty shard": (lambda at, size: cut(0), 65, None, "bytes in place of"),
+    "an empty shard": (lambda at, size: cut(0), 65, None, "bytes instead of"),
     "a missing shard": (None, 66, None, "is missing"),
 }
 
@@ -261,7 +261,7 @@ def test_a_damaged_image_is_replaced_when_asked_the_same_in_every_layout(copy, t
     assert Path("runs/a/quarantine.jsonl").read_text() == Path("runs/b/quarantine.jsonl").read_text()
     capsys.readouterr()
     assert train(*base, "run=c", "data.max_substitutes=2") == 65
-    assert "3 images had to be replaced" in capsys.readouterr().err
+    assert "3 damaged images were replaced" in capsys.readouterr().err
 
 
 def test_substitutes_do_not_hang_on_ranks_or_workers(copy, tmp_path):

@@ -240,7 +240,7 @@ def test_a_job_survives_signals_and_preemption_with_the_bits_of_srun_alone(clust
     stops = re.findall(r"(\w+): step \d+ is saved in runs/cut", said)
     assert stops[:2] == ["SIGUSR1", "SIGUSR1"]
     assert len(stops) == 3, said
-    assert "exit 75 after USR1: queued again" in said  # --full and the preemption told the script too
+    assert "exit 75 after USR1: the job is queued again" in said  # --full and the preemption told the script too
     assert hashes("runs/cut") == whole
     starts = json.loads(Path("runs/cut/environment.json").read_text())["starts"]
     assert [start["after_step"] > 0 for start in starts] == [False, True, True, True]
@@ -257,7 +257,7 @@ def test_a_killed_rank_is_started_again_in_the_job(cluster, job, whole):
     assert cluster.ends(script) == 0
     said = cluster.said(script)
     assert "rank 1 of 2 was lost" in said
-    assert "all start again from the last checkpoint" in said
+    assert "all ranks restart from the last checkpoint" in said
     assert cluster.state(script, "Restarts") == "0"
     assert hashes("runs/killed") == whole
 
@@ -357,4 +357,4 @@ def test_seeds_are_an_array_of_jobs(cluster, tmp_path, monkeypatch):
         path = Path(f"slurm-{array}_{seed}.out")
         cluster.until(lambda path=path: path.exists() and "seed" in path.read_text(), 30)
         assert path.read_text().splitlines() == [f"run=x-s${{seed}} seed={seed}"] * 2
-    assert "one folder for all seeds" in cluster.ask(*seeds, "run=x", code=2)
+    assert "the same folder for all seeds" in cluster.ask(*seeds, "run=x", code=2)

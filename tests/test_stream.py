@@ -231,13 +231,13 @@ def test_a_copy_that_is_not_the_shard_stops_the_run(shards, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # in the padding, which no checksum of an image covers
     path.write_bytes(data)
-    with pytest.raises(Stop, match="not as it was prepared") as stopped:
+    with pytest.raises(Stop, match="is damaged") as stopped:
         staged(root, tmp_path / "stage", slowly=0.05)
     assert stopped.value.code == Exit.DAMAGED
     assert not (tmp_path / "stage").exists()
 
 
 def test_too_little_space_is_refused(shards, tmp_path):
-    with pytest.raises(Stop, match="room for two windows") as stopped:
+    with pytest.raises(Stop, match="space for two windows") as stopped:
         staged(shards, tmp_path / "stage", 1e-6)
     assert stopped.value.code == Exit.USAGE

@@ -118,9 +118,9 @@ def test_another_environment_is_not_comparable(a, verify):
     edit(a / "environment.json", lambda about: about["facts"]["versions"].update(numpy="1.0"))
     code, said = verify("runs/a", "--steps", "1")
     assert code == 78, said
-    assert "versions: the run had {'numpy': '1.0'}, and here it is {'numpy':" in said
+    assert "versions: the run had {'numpy': '1.0'}, here it is {'numpy':" in said
     assert (
-        "no kept checkpoint among steps 1 to 1: only their records are compared; --steps 2 reaches the next"
+        "steps 1 to 1 have no kept checkpoint, so only their records are compared; --steps 2 would include the"
         in said
     )
     assert [path.name for path in Path("runs").iterdir()] == ["a"]
@@ -167,7 +167,7 @@ def test_a_run_of_many_ranks_is_trained_again_by_as_many(train, verify):
     ) == (78, True, False)
     assert train("run=ddp", *command) == 0
     code, said = verify("runs/ddp", "--ranks", "2")
-    assert (code, "ranks: the run had 1, and here it is 2" in said) == (78, True)
+    assert (code, "ranks: the run had 1, here it is 2" in said) == (78, True)
     edit(
         Path("runs/ddp/environment.json"), lambda about: about["facts"].update(ranks=2)
     )  # its sums were made by one

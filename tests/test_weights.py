@@ -204,7 +204,7 @@ def test_nothing_partial_without_being_told():
         "of another shape stem.1.weight (5,) for (24,)",
     ):
         assert line in said
-    assert f"init_strict=false to load the {total} that fit" in said
+    assert f"init_strict=false to load only the {total} that fit" in said
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
     origin = load.load(net, path, False, "keep", classes_called(4))
@@ -277,7 +277,7 @@ def test_a_head_for_other_classes_starts_afresh():
     origin = load.load(net, save(source), True, "auto", classes_called(4))
     assert torch.equal(net.head.fc.weight, fresh)
     assert same(net, source, ("head.fc",))
-    assert origin["head"].startswith("fresh, 4 classes; the 6 classes of the weights are others")
+    assert origin["head"].startswith("fresh, 4 classes; the 6 classes of the file are different ones")
 
 
 def test_the_same_number_of_other_classes_starts_afresh_and_is_said():
@@ -286,8 +286,7 @@ def test_the_same_number_of_other_classes_starts_afresh_and_is_said():
     origin = load.load(net, save(source), True, "auto", classes_called(4))
     assert torch.equal(net.head.fc.weight, fresh)
     assert (
-        "the names of the 4 classes of the weights are unknown: init_head=keep would take them by position"
-        in origin["head"]
+        "the file does not name its 4 classes; init_head=keep would load them by position" in origin["head"]
     )
     load.load(net, "w.safetensors", True, "keep", classes_called(4))
     assert same(net, source)
@@ -301,7 +300,7 @@ def test_a_head_for_the_same_classes_is_kept():
     )
     origin = load.load(net, save(source), True, "auto", synsets)
     assert same(net, source)
-    assert origin["head"] == "kept, 1000 classes; taken for ImageNet's 1000 synsets by their number"
+    assert origin["head"] == "kept, 1000 classes; assumed to be ImageNet's 1000 synsets, from their number"
     net = scrambled(small(1000), 9)
     load.load(net, "w.safetensors", True, "auto", synsets[::-1])
     assert not torch.equal(net.head.fc.weight, source.head.fc.weight)
@@ -339,24 +338,24 @@ def test_a_22k_head_is_mapped_by_synset(reverse):
             assert net.head.fc.bias[row] == -large.index(label)
     assert (
         origin["head"]
-        == "mapped by name, 999 of 1000 classes from 21841; fresh rows for n04399382; taken for ImageNet's"
-        " 21841 synsets by their number"
+        == "mapped by name, 999 of 1000 classes from 21841; initial weights for n04399382; assumed to be"
+        " ImageNet's 21841 synsets, from their number"
     )
 
 
 def test_what_a_head_cannot_do_is_refused():
     path = save(small(6))
-    assert "init_head=keep with a head of 6 classes for data of 4" in stopped(
+    assert "init_head=keep, but the head has 6 classes and the data 4" in stopped(
         small(4), path, True, "keep", classes_called(4)
     )
     assert "whose names are unknown" in stopped(small(4), path, True, "mapped", classes_called(4))
     path = save(small(1000))
     assert "none of which has the name" in stopped(small(4), path, True, "mapped", classes_called(4))
     path = save(small(4), **{"head.fc.weight": None, "head.fc.bias": None})
-    assert "no head of this width" in stopped(small(4), path, True, "keep", classes_called(4))
+    assert "no head of the model's width" in stopped(small(4), path, True, "keep", classes_called(4))
     assert (
         load.load(small(4), path, True, "auto", classes_called(4))["head"]
-        == "fresh, 4 classes; the weights have no whole one"
+        == "fresh, 4 classes; the file has no complete head"
     )
     path = save(small(4), **{"head.fc.bias": None})
     assert "1 missing" in stopped(small(4), path, True, "auto", classes_called(4))

@@ -153,5 +153,5 @@ def test_ranks_that_never_come_are_waited_for_no_longer_than_asked(start, monkey
     process = start("run=a", "world_timeout=0.05", **rank)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 69, said
-    assert "did not find the others at 127.0.0.1:29741 within 0.05 minutes" in said
+    assert "did not find the other ranks at 127.0.0.1:29741 within 0.05 minutes" in said
     assert time.monotonic() - began < 90

@@ -31,10 +31,10 @@ def shards_below(source: Path) -> dict[str, list[Path]]:
             raise Stop(
                 Exit.MISSING,
                 f"{path} without the archive of the training images",
-                "ILSVRC2012_img_train.tar as published (a tar file that contains one tar file per synset), with"
+                "ILSVRC2012_img_train.tar as published (it contains one tar file for each synset), with"
                 " ILSVRC2012_img_val.tar in the same folder",
-                f"put ILSVRC2012_img_train.tar into {source}; if it was unpacked to n*.tar, make it again: tar"
-                " -cf ILSVRC2012_img_train.tar n*.tar",
+                f"put ILSVRC2012_img_train.tar into {source}; if it was unpacked to n*.tar, make it again:"
+                " tar -cf ILSVRC2012_img_train.tar n*.tar",
             )
         words = set(re.findall("[a-z]+", str(path.relative_to(source).with_suffix("")).lower()))
         found[

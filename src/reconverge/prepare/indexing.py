@@ -81,7 +81,7 @@ def about(
     lossy: dict[str, Any] | None,
     dropped: int,
 ) -> dict[str, Any]:
-    """The contents of dataset.json. Prints a note if the source has fewer images or classes than published."""
+    """The contents of dataset.json. Prints a note if the numbers are not those of the published set."""
     splits = {}
     total = {split: sum(part["images"]) for split, part in parts.items()}
     for split, part in parts.items():

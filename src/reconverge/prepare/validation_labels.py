@@ -42,7 +42,7 @@ def of_kaggle(text: bytes) -> dict[str, str]:
 
 
 def _devkit(path: Path) -> dict[str, str]:
-    """The ground truth is a list of challenge ids; meta.mat has the synset of each id (not in sorted order)."""
+    """The ground truth lists challenge ids. meta.mat has the synset of each id, which are not sorted."""
     from scipy.io import loadmat
 
     with _whole_archive(path) as archive:

@@ -194,7 +194,7 @@ def _load_head(
     if rule == "auto":
         rule = "keep" if rows and theirs == classes else "fresh"
     if rule == "fresh":
-        return f"initial weights for {len(classes)} classes; {_why_fresh(rows, theirs, classes)}"
+        return f"fresh, {len(classes)} classes; {_why_fresh(rows, theirs, classes)}"
     if not rows:
         raise Stop(
             Exit.USAGE,
@@ -214,8 +214,8 @@ def _load_head(
     for entry in entries:
         own[entry.name].copy_(entry.tensor)
     if theirs == classes:
-        return f"loaded, {rows} classes{by_count}"
-    return f"loaded by position, {rows} classes; their names " + ("differ" if theirs else "are unknown")
+        return f"kept, {rows} classes{by_count}"
+    return f"kept, {rows} classes by position: their names " + ("differ" if theirs else "are unknown")
 
 
 def _why_fresh(rows: int, theirs: list[str] | None, classes: list[str]) -> str:
@@ -249,4 +249,4 @@ def _map_rows(own: dict[str, Tensor], entries: list[Entry], theirs: list[str], c
         weight[to.to(weight.device)] = entry.tensor[of].to(weight)
     lacking = [label for label in classes if label not in index]
     fresh = f"; initial weights for {_listed(lacking)}" if lacking else ""
-    return f"loaded by name, {len(pairs)} of {len(classes)} classes from {len(theirs)}{fresh}"
+    return f"mapped by name, {len(pairs)} of {len(classes)} classes from {len(theirs)}{fresh}"

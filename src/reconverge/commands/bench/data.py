@@ -1,5 +1,6 @@
 """Measure how fast the data loader is without a model, and which part takes how long."""
 
+import math
 import statistics
 import sys
 import time
@@ -65,7 +66,7 @@ def bench(cfg: Train, seconds: float, gpu: float) -> int:
         f"time between two microbatches: {latencies[len(latencies) // 2] * 1000:.1f} ms (median),"
         f" {latencies[len(latencies) * 99 // 100] * 1000:.1f} ms (99th percentile)"
     )
-    needed = f"; one such GPU needs {gpu / (speed / workers):.0f} workers" if workers else ""
+    needed = f"; workers that one such GPU needs: {math.ceil(gpu / (speed / workers))}" if workers else ""
     say(f"enough for {speed / gpu:.2g} GPUs that train {gpu:g} images/s each{needed}")
     return Exit.DONE
 
