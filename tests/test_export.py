@@ -202,7 +202,7 @@ def test_check_finds_what_was_changed(run, reconverge):
         assert (code, what in said) == (65, True), said
 
     (folder / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
-    refused("model.safetensors is not what was exported")
+    refused("model.safetensors has changed since the export")
     # The file is what export.json says, and the model is another.
     about = json.loads((folder / "export.json").read_text())
     about["files"]["model.safetensors"] = export.sha256_of(folder / "model.safetensors")

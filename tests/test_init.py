@@ -92,7 +92,9 @@ def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, s
         f"{len(given) - 2} loaded, 0 converted, 0 missing, 0 unexpected, 0 of another shape, 2 of the head"
         in said
     )
-    assert "fresh, 5 classes; the 5 classes of the weights are others (model.head_init_scale=0.001)" in said
+    assert (
+        "fresh, 5 classes; the 5 classes of the file are different ones (model.head_init_scale=0.001)" in said
+    )
 
 
 def test_the_same_classes_keep_their_head(tune, halves):

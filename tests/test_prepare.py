@@ -127,7 +127,11 @@ def test_what_cannot_be_read_is_dropped_only_when_asked(reconverge, tmp_path):
     about = json.loads((tmp_path / "made" / "dataset.json").read_text())
     assert about["dropped"] == 3
     code, said = reconverge("prepare", source, "--to", tmp_path / "all")
-    assert (code, "3 of them unreadable (training stops at one: --drop-unreadable" in said) == (0, True), said
+    assert (
+        code,
+        "of which unreadable: 3 (training stops at an unreadable image: prepare with --drop-unreadable"
+        in said,
+    ) == (0, True), said
 
 
 @pytest.mark.parametrize(
@@ -288,7 +292,7 @@ def test_files_of_others_are_not_replaced(reconverge, tmp_path):
     theirs.parent.mkdir()
     theirs.write_bytes(b"precious")
     code, said = reconverge("prepare", source, "--to", tmp_path / "made")
-    assert (code, "holds train-000000.tar" in said) == (2, True)
+    assert (code, "contains train-000000.tar" in said) == (2, True)
     assert theirs.read_bytes() == b"precious"
     assert [path.name for path in theirs.parent.iterdir()] == [theirs.name]
 
@@ -296,7 +300,7 @@ def test_files_of_others_are_not_replaced(reconverge, tmp_path):
 def test_a_split_without_images_is_refused(reconverge, tmp_path):
     source = archives.fall11(tmp_path / "source", GOOD)
     code, said = reconverge("prepare", source, "--to", tmp_path / "made", "--hold-out", "0.001")
-    assert (code, "leaves no image in val" in said) == (2, True)
+    assert (code, "the split val has no image" in said) == (2, True)
 
 
 @pytest.mark.parametrize(

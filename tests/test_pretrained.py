@@ -76,7 +76,7 @@ def test_which_set_is_meant_is_never_guessed():
     safetensors.torch.save_file(tensors(), "one.safetensors")
     assert stopped("one.safetensors:ema")[0] == Exit.USAGE
     shutil.copy("one.safetensors", "one.safetensors:ema")
-    assert "a path, and the ema weights" in stopped("one.safetensors:ema")[1]
+    assert "or the ema weights of one.safetensors" in stopped("one.safetensors:ema")[1]
     assert stopped("timm:test_vit:ema")[0] == Exit.USAGE
 
 

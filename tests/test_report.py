@@ -528,7 +528,7 @@ def fewer_losses(run):
         (damage("metrics.jsonl", lambda text: text.replace(b"{", b"[", 1)), ["runs/s0"], 65, "metrics.jsonl"),
         (damage("metrics.jsonl", lambda text: b"[1]\n" + text), ["runs/s0"], 65, "a line without a step"),
         (damage("metrics.jsonl", lambda text: text + b'{"step": 99, "loss": "low"}\n'), ["runs/s0"], 65,
-            "loss is no number"),
+            "loss is not a number"),
         (damage("metrics.jsonl", lambda text: b"\xff" + text), ["runs/s0"], 65, "metrics.jsonl"),
         (damage("environment.json", lambda text: text[:-20]), ["runs/s0"], 65, "environment.json"),
         (damage("status.json", lambda text: b"{}"), ["runs/s0"], 65, "reason"),

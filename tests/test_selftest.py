@@ -91,7 +91,7 @@ def test_a_broken_build_is_told(build, tmp_path, run, name):
     (build / file).write_text(text.replace(sound, broken))
     code, said = run(build, "--only", promise)
     assert code == 1, said
-    assert f"BROKEN  {promise}" in said
+    assert f"FAILED  {promise}" in said
     assert "train.py ended with exit" not in said  # it trains, and trains wrongly
     (kept,) = tmp_path.glob("reconverge-selftest-*")
     assert (kept / "runs").exists()

@@ -105,7 +105,7 @@ ELSEWHERE = {
     "data.labels": "test_evalsets.py: the labels of ReaL; eval.py's alone",
     "init": "test_init.py: a chain of runs",
     "init_strict": "test_weights.py: nothing partial without being told",
-    "init_head": "test_init.py: the same classes keep their head, others are mapped or start afresh",
+    "init_head": "test_init.py: the same classes keep their head, others are mapped or keep initial weights",
     "recipe.ema": "test_recipes.py: every recipe for every size",
     "recipe.expected": "test_recipes.py: the end of a run compares",
     "recipe.noise": "test_recipes.py: the end of a run compares",

@@ -240,7 +240,9 @@ def test_a_job_survives_signals_and_preemption_with_the_bits_of_srun_alone(clust
     stops = re.findall(r"(\w+): step \d+ is saved in runs/cut", said)
     assert stops[:2] == ["SIGUSR1", "SIGUSR1"]
     assert len(stops) == 3, said
-    assert "exit 75 after USR1: the job is queued again" in said  # --full and the preemption told the script too
+    assert (
+        "exit 75 after USR1: the job is queued again" in said
+    )  # --full and the preemption told the script too
     assert hashes("runs/cut") == whole
     starts = json.loads(Path("runs/cut/environment.json").read_text())["starts"]
     assert [start["after_step"] > 0 for start in starts] == [False, True, True, True]
@@ -300,7 +302,7 @@ def test_a_folder_that_is_not_shared_is_named(cluster, monkeypatch):
     monkeypatch.chdir(cluster.root / "mine")  # the second node has one of its own there
     job = cluster.submit("device=cpu", options=NODES)
     assert cluster.ends(job) == 66
-    assert f"n2: {cluster.root}/mine is not the folder that the first node sees" in cluster.said(job)
+    assert f"n2: {cluster.root}/mine is not the same folder as on the first node" in cluster.said(job)
 
 
 @pytest.mark.parametrize(

@@ -23,4 +23,4 @@ def test_a_start_from_other_labels_beats_a_start_from_scratch_by_more_than_the_s
     ]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "above it" in ended.stdout
+    assert "the gain is larger than the spread" in ended.stdout

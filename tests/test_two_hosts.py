@@ -179,7 +179,7 @@ def test_hosts_train_together_through_a_short_cut_a_long_one_and_a_killed_rank(n
     assert ended(both, 60) == [69, 69], said() + said(1)
     link(names, "up")
     assert "rank 1 of 2 was lost" in said(0)
-    assert "the rank that holds the store, or the network to it, was lost" in said(1)
+    assert "the rank that serves the store, or the network to it, was lost" in said(1)
     status = json.loads(Path("runs/long/status.json").read_text())
     assert (status["reason"], status["exit_code"]) == ("failed", 69)
     assert "rank 1 of 2 was lost" in status["summary"]

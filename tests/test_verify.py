@@ -91,8 +91,8 @@ def test_the_same_steps_from_a_checkpoint_and_the_run_is_only_read(a, verify):
     code, said = verify("runs/a", "--from", "2")
     assert code == 0, said
     assert (
-        "steps 3 to 4 gave the same images, losses and gradient norms again, bit for bit; the checkpoints"
-        " after steps 4 too" in said
+        "training steps 3 to 4 again gave the same images, losses and gradient norms, bit for bit; the hashes"
+        " of the checkpoints of steps 4 are equal too" in said
     )
     assert contents("runs/a") == before
     assert [path.name for path in Path("runs").iterdir()] == ["a"]
@@ -105,7 +105,7 @@ def test_the_first_step_and_tensor_that_differ_are_named(a, verify):
     code, said = verify("runs/a", "--from", "2")
     assert code == 1, said
     assert "step 4 is the first that differs: the loss (loss)" in said
-    assert "the same in it: images and lr and grad_norm" in said
+    assert "equal in this step: images and lr and grad_norm" in said
     assert (
         "optimizer.safetensors: stem.0.weight/exp_avg (40, 3, 4, 4) is the first tensor that differs: 1 of"
         " 1920 numbers, by up to 0.001" in said
@@ -120,7 +120,7 @@ def test_another_environment_is_not_comparable(a, verify):
     assert code == 78, said
     assert "versions: the run had {'numpy': '1.0'}, here it is {'numpy':" in said
     assert (
-        "steps 1 to 1 have no kept checkpoint, so only their records are compared; --steps 2 would include the"
+        "steps 1 to 1 have no kept checkpoint, so only their records are compared; --steps 2 would include"
         in said
     )
     assert [path.name for path in Path("runs").iterdir()] == ["a"]
@@ -132,7 +132,10 @@ def test_allow_env_compares_all_the_same(a, verify):
     for arguments in (["--from", "2"], []):
         code, said = verify("runs/a", *arguments, "--allow-env")
         assert code == 0, said
-        assert "not as it was, and compared all the same: code: the run had another" in said
+        assert (
+            "comparing because of --allow-env, although the environment differs: code: the run had another"
+            in said
+        )
     record(a, 3, images="0" * 16)
     code, said = verify("runs/a", "--allow-env")
     assert code == 1
@@ -194,7 +197,7 @@ def test_what_cannot_be_compared_is_refused_before_a_process_starts(a, verify):
     edit(a / "environment.json", lambda about: about.update(lost=[entry], starts=starts))
     code, said = verify("runs/a")
     assert code == 78
-    assert "after step 3 the run went on with another code (x -> y)" in said
+    assert "after step 3 the run continued with another code (x -> y)" in said
     edit(a / "environment.json", lambda about: about.update(lost=[]))
     (a / "config.yaml").write_text(
         (a / "config.yaml").read_text().replace("deterministic: true", "deterministic: false")

@@ -234,7 +234,7 @@ def test_another_architecture_is_refused_with_the_first_keys():
     assert "unexpected       conv1.weight, bn1.weight" in said
     assert "missing          stem.0.weight, stem.0.bias" in said
     timm.models.save_for_hf(timm.create_model("test_vit"), "vit", safe_serialization=True)
-    assert "the weights are of test_vit" in stopped(small(), "vit", True, "auto", classes_called(4))
+    assert "these weights are of test_vit" in stopped(small(), "vit", True, "auto", classes_called(4))
     save(small(), "convnext.safetensors")
     assert "0 loaded" in stopped(
         timm.create_model("test_vit"), "convnext.safetensors", True, "auto", classes_called(1000)

@@ -302,8 +302,8 @@ def notes(about: dict[str, Any], split: str) -> list[str]:
         said.append(f"{split}: {part['images']} images, but the published set has {part['expected']}")
     if lossy:
         said.append(
-            f"{split}: a smaller, lossy copy of the images (shorter side of at most {lossy['resize']} px, JPEG"
-            f" quality {lossy['quality']})"
+            f"{split}: a smaller, lossy copy of the images (shorter side of at most {lossy['resize']} px,"
+            f" JPEG quality {lossy['quality']})"
         )
     return said
 
