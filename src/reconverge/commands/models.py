@@ -16,7 +16,7 @@ HEADER = ("model=", "px", "params, M", "params, M (paper)", "GMACs", "GMACs (pap
 INTRODUCTION = """\
 # Models
 
-This table lists every model of the paper by the name that the command line takes, such as
+This table lists the models of the paper by the name that the command line takes, such as
 `python train.py model=convnext_t`. It is written by `reconverge models --markdown > docs/models.md`; a test
 keeps it current. `reconverge models NAME` counts any other model of timm.
 
@@ -36,6 +36,8 @@ keeps it current. `reconverge models NAME` counts any other model of timm.
 
 A dash means that nothing is published. `recipe=demo` trains at 32 px, so it is in no row.
 `recipe=finetune` is listed at its default of 224 px; `augment.size=` and `evaluate.size=` change it.
+For the models `roadmap/...` use `recipe=in1k_roadmap`, which has no EMA, because EMA harms models with
+BatchNorm.
 """
 
 
