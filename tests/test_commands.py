@@ -93,7 +93,7 @@ def clock_of(run):
 
 
 def test_batch_prints_and_draws_what_the_step_saw(train, monkeypatch, capsys, shards):
-    """Against what the loader is asked for while it trains."""
+    """Compared with the microbatches that the loader loads in training."""
     import torch
 
     from reconverge.data.loader import Images

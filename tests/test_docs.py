@@ -27,8 +27,8 @@ PROGRAMS = (
 
 
 def commands():
-    """(page, arguments) of the commands in blocks of code and between backticks; what stands after two spaces
-    explains them.
+    """(page, arguments) of the commands in code blocks and between backticks. Text after two spaces is an
+    explanation.
     """
     found = []
     for page in PAGES:
@@ -66,8 +66,8 @@ def test_there_are_some():
     ("page", "given"), COMMANDS, ids=[f"{page}: {' '.join(given)}"[:90] for page, given in COMMANDS]
 )
 def test_each_is_accepted(page, given, monkeypatch):
-    """Composed and checked as it is before torch is imported; `...` stands for more, and a word in capitals
-    for a name.
+    """The command is composed and checked as before torch is imported. `...` means more arguments, and a word
+    in capitals is a name.
     """
     given = [
         word.replace("recipe=NAME", "recipe=in1k")
@@ -139,9 +139,7 @@ ABOUT_A_RUN = [
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of exporters
 def test_those_about_a_run_are_carried_out(learned, digits, monkeypatch, evaluate, tmp_path, capsys):
-    """One after the other, as somebody who reads the page; data where it says, for want of ImageNet the
-    digits.
-    """
+    """One after the other, as a reader of the page would do it, with the digits instead of ImageNet."""
     shutil.copytree(learned, "runs")
     shutil.copytree(digits / "val" / "3", "photos")
     (tmp_path / "real").symlink_to(digits)

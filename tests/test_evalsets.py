@@ -1,4 +1,6 @@
-"""The published sets, each built as it is distributed, and counted by a slow loop of its own and by hand."""
+"""The published evaluation sets in the layout of their archives; the scores are compared with a slow loop and
+with values computed by hand.
+"""
 
 import csv
 import json
@@ -32,7 +34,7 @@ TRANSFORM = tv.Compose(
 
 @pytest.fixture(scope="module")
 def learned(digits, tmp_path_factory, cache):
-    """runs/a: it has begun to tell the digits apart."""
+    """runs/a: trained long enough to predict some digits right."""
     return trained(
         tmp_path_factory.mktemp("learned"),
         cache,
@@ -96,7 +98,7 @@ def test_of_some_classes_the_answer_is_chosen_among_these(
     assert found["raw"]["images"] == len(files) == 48
     assert percent(right) > percent(
         answer(logits(path), range(10)) == int(path.parent.name) for path in files
-    )  # else nothing is tested
+    )  # otherwise the test has no effect
     for label in kept:
         of_class = [hit for hit, path in zip(right, files, strict=True) if path.parent.name == label]
         assert found["raw"]["per_class"][label] == pytest.approx(percent(of_class))

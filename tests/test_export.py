@@ -1,6 +1,4 @@
-"""What is exported, loaded by the tool that it is meant for, against our own model and an independent count
-by timm.
-"""
+"""Exports, loaded by their tools, are compared with our model and with an independent evaluation by timm."""
 
 import json
 import shutil
@@ -82,7 +80,7 @@ def test_the_timm_folder_gives_the_same_logits_labels_and_pixels(kind, run, digi
 
 @torch.no_grad()
 def counted_by_timm(digits):
-    """timm loads the model and its own transform; each image is counted by itself."""
+    """timm loads the model and makes the transform; images are evaluated one by one."""
     net = timm.create_model("local-dir:runs/a/export-timm", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
     files = sorted((digits / "val").rglob("*.png"))
@@ -203,7 +201,7 @@ def test_check_finds_what_was_changed(run, reconverge):
 
     (folder / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
     refused("model.safetensors has changed since the export")
-    # The file is what export.json says, and the model is another.
+    # The hash in export.json is right, but the model is a different one.
     about = json.loads((folder / "export.json").read_text())
     about["files"]["model.safetensors"] = export.sha256_of(folder / "model.safetensors")
     (folder / "export.json").write_text(json.dumps(about))

@@ -1,5 +1,5 @@
-"""init= through the real command line: a chain of two runs on other classes and another resolution, and what
-resuming makes of it.
+"""init= through the real command line: a chain of two runs on other classes and another resolution, and
+resumed runs.
 """
 
 import json
@@ -59,7 +59,7 @@ def origin():
     [("", "model", 2), (":ema", "ema", 2), ("/checkpoints/step-00000001", "model", 1)],
 )
 def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, suffix, kind, step):
-    """A learning rate of 0 leaves the weights as they were loaded, and the average too."""
+    """With a learning rate of 0, raw and EMA weights stay as they were loaded."""
     assert (
         tune(
             f"init=runs/low{suffix}", "steps=1", "optim.lr=0", "optim.min_lr=0", "model.head_init_scale=0.001"
@@ -71,7 +71,7 @@ def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, s
     for name, tensor in given.items():
         for ours in (raw, ema):
             if name == "head.fc.weight":
-                assert not torch.equal(ours[name], tensor)  # five classes as well, but others
+                assert not torch.equal(ours[name], tensor)  # five classes too, but different ones
                 assert ours[name].abs().max() < 0.001 * 0.02 * 6
             elif name != "head.fc.bias":
                 assert torch.equal(ours[name], tensor)
@@ -122,7 +122,7 @@ def test_some_of_the_classes_are_mapped_by_name(tune, digits, capsys):
 
 
 def test_a_resumed_run_goes_on_from_its_own_checkpoint(tune, capsys):
-    """The parent may even be gone: the bits are those of a run that never stopped."""
+    """Even without the parent, the bits are those of a run without interruption."""
     assert tune("init=runs/low", "steps=3", "save_every=2", "run=whole") == 0
     assert tune("init=runs/low", "steps=2", "save_every=2") == 0
     shutil.rmtree("runs/low")

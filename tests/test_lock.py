@@ -19,7 +19,7 @@ HOLDER = (
 
 @pytest.fixture
 def held(tmp_path):
-    """A lock that a live process holds."""
+    """A lock held by a live process."""
     path = tmp_path / "lock"
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE)
     process.stdout.readline()

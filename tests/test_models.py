@@ -52,8 +52,8 @@ roadmap_b_13_fewer_norms           14.81 83.17  -      -
 roadmap_b_14_layer_norm            14.81 83.35  14.807 83.71
 roadmap_b_15_downsampling          15.35 83.60  15.355 88.59
 """
-# Two figures of Table 10 are slips: "BN to LN" prints 4.46 where Figure 2 has 4.2 and Table 11 no change, and
-# ConvNeXt-T 4.49.
+# Two numbers of Table 10 are misprints: "BN to LN" prints 4.46 where Figure 2 has 4.2 and Table 11 no change,
+# and ConvNeXt-T 4.49.
 SLIPS = {"roadmap_14_layer_norm": ("4.46", "4.15"), "roadmap_15_downsampling": ("4.49", "4.46")}
 
 PAPER = """
@@ -113,7 +113,7 @@ SHAPES = {
 
 
 def rows(table, macs=None):
-    """Split lines; with the column of GMACs, what takes long to count is slow."""
+    """Split lines. With the column of GMACs, models that take long to count are marked slow."""
     found = [line.split() for line in table.strip().splitlines() if not line.startswith("#")]
     return (
         found
@@ -172,7 +172,7 @@ def test_parameters_and_macs_are_the_published_ones(
 def test_models_that_others_counted_otherwise(
     counted_once, name, size, parameters, macs, counted_parameters, counted_macs, top1, top1_22k
 ):
-    """Both figures are pinned, and the table says why they differ."""
+    """Both numbers are tested, and the table has a note that explains the difference."""
     row = published(name, size)
     assert row[1:5] == tuple(map(number, (parameters, macs, top1, top1_22k)))
     assert row.counted == (float(counted_parameters), float(counted_macs))
@@ -290,7 +290,7 @@ def test_what_a_model_cannot_take_is_refused(settings, said):
 
 
 def test_any_model_of_timms():
-    """Counted, and marked: not in the paper."""
+    """It is counted and marked as not in the paper."""
     net = create.model(
         model("test_vit", timm="test_vit", layer_scale=None, image_size=64, drop_path=0.1), 10, 0
     )
@@ -320,8 +320,8 @@ def test_initial_weights():
             )
             assert (parameter == (0.0 if name.endswith("bias") else expected)).all(), name
         else:
-            # A normal of deviation 0.02 and none of timm's outliers at 100 deviations: the chance of one
-            # beyond 6.5 is 1e-3.
+            # Normal with std 0.02, without timm's outliers at 100 times the std. The probability of a value
+            # beyond 6.5 times the std is 1e-3.
             assert parameter.abs().max() < 6.5 * 0.02, name
             assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.05), name
             assert abs(float(parameter.detach().mean())) < 0.02 * 5 / parameter.numel() ** 0.5, name

@@ -1,4 +1,4 @@
-"""Every setting does something: each is changed, alone, and something that is named here changes with it."""
+"""Every setting has an effect: each is changed alone, and the effect that is named here must change too."""
 
 import hashlib
 import json
@@ -200,7 +200,7 @@ _bases = {}
     ("name", "base", "change", "shows"), EFFECTS, ids=[f"{name}-{change}" for name, _, change, _ in EFFECTS]
 )
 def test_effect(observe, name, base, change, shows):
-    # Evaluating and drawing it takes as long as all the rest: only where it shows.
+    # Evaluating takes as long as everything else, so it runs only where the effect shows there.
     base = base if shows in EVALUATED else ["evaluate_every=never", *base]
     key = tuple(base)
     if key not in _bases:

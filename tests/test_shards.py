@@ -1,4 +1,4 @@
-"""Damage, faults of disks, and size: what is wrong is named, and nothing wrong reaches a model."""
+"""Damaged shards, disk faults, and large data sets: faults are named, and no wrong image reaches a model."""
 
 import errno
 import json
@@ -59,7 +59,7 @@ def zero(start, end):
 
 
 def place(root, sample):
-    """Shard, byte where the image begins, bytes, key."""
+    """Shard, byte offset of the image, size in bytes, key."""
     source = open_shards(root, None)[0]
     row = source.index.row(sample)
     return (
@@ -151,7 +151,7 @@ def test_all_problems_are_in_one_list_before_the_first_step(copy, train, capsys)
 
 
 def test_a_shard_that_was_replaced_by_another_is_found(copy):
-    """Of the same size, and whole: its first member is not the one that was indexed."""
+    """The other shard has the same size and is complete, but its first member is not the indexed one."""
     first, second = sorted(copy.glob("train-*.tar"))[:2]
     data = second.read_bytes()
     size = first.stat().st_size
@@ -302,7 +302,7 @@ def test_a_set_of_nothing_but_damaged_images_stops(copy):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
 def test_faults_of_disk_are_tried_again_and_then_stop(shards, monkeypatch, capsys, number):
-    """The system call itself fails, a few times or for good."""
+    """The system call fails, some times or always."""
     source = open_shards(shards, None)[0]
     monkeypatch.setattr(files, "WAITS", (0.001, 0.002, 0.003))
     calls, really = [], os.pread
@@ -343,8 +343,8 @@ def test_a_shard_that_disappears_while_training_is_missing(copy):
 
 @pytest.mark.slow
 def test_fourteen_million_rows_are_neither_read_nor_held(tmp_path):
-    """A worker that opens them and reads 2,000 microbatches all over the epochs: what it reads and holds is
-    counted by the system.
+    """A worker opens them and reads 2,000 microbatches of all epochs; the system counts the bytes that it
+    reads and holds.
     """
     rows, shards = 14_000_000, 7_000
     write = """

@@ -206,7 +206,7 @@ def test_local_copies_give_the_same_images_within_their_space(shards, tmp_path):
 
 
 def test_local_copies_are_what_is_read(shards, tmp_path):
-    """With the source gone after the copying, the images still come; and they are read from the copies."""
+    """After the source was removed, the images are read from the copies."""
     root = tmp_path / "shards"
     shutil.copytree(shards, root)
     source = opened(root)

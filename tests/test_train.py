@@ -1,4 +1,4 @@
-"""The real command line on real images, small: what a run leaves, what stops it, and with which exit code."""
+"""train.py on a few real images: the files of a run, the reasons why it stops, and its exit codes."""
 
 import json
 import math
@@ -100,7 +100,7 @@ def test_without_validation_images_nothing_is_evaluated_and_the_end_says_so(
     assert {path.name for path in Path("runs/a").glob("*.png")} == {"first_batch.png"}
     assert train(*arguments, "steps=3") == 0
     assert "a is finished: not evaluated" in capsys.readouterr().out
-    assert train(*arguments, "steps=5") == 0  # goes on, and is not evaluated at the start either
+    assert train(*arguments, "steps=5") == 0  # continues, without an evaluation at the start
     assert train(*arguments, "steps=4") == 0  # nothing left to do
     assert evaluate("checkpoint=runs/a") == 2
     assert "data.val=null" in capsys.readouterr().err
@@ -145,8 +145,8 @@ def test_the_same_command_gives_the_same_bits_in_another_process(train, start):
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(train, capsys, digits):
-    """A learning rate beyond all bounds: step 2 still moves the weights (the first one's rate is 0), step 3
-    meets infinities.
+    """A huge learning rate: step 2 still changes the weights (the rate of step 1 is 0), and step 3 has
+    infinities.
     """
     assert (
         train(
@@ -194,7 +194,7 @@ def test_other_precisions_train(train, precision):
 
 
 def test_fp16_overflow_skips_the_update_and_the_clock_goes_on(train, capsys):
-    """A loss times 65536 overflows float16 where the head's weights are large: the scale halves until it
+    """With large weights of the head, the loss times 65536 overflows float16; the scale is halved until it
     fits.
     """
     assert (
@@ -263,7 +263,7 @@ def test_errors_of_the_system_have_their_exit_code(error, code):
     "cause", [RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), None]
 )
 def test_a_worker_that_is_found_dead_has_died_of_its_signal(cause):
-    """While torch waits for a batch, it raises an error of its own from the one that tells the signal."""
+    """While torch waits for a batch, it raises a second error from the error with the name of the signal."""
     error = RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly")
     error.__cause__ = cause or queue.Empty()
     assert explain(error).code == (Exit.OUT_OF_MEMORY if cause else Exit.BUG)
@@ -460,7 +460,7 @@ def test_the_compiled_model_trains_to_the_same_loss(train):
 
 @pytest.mark.slow
 def test_the_default_run_reaches_97_percent():
-    """python train.py as it is: the promise of the README's first command."""
+    """python train.py without arguments, the first command of the README."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py")], capture_output=True, text=True, timeout=900
     )

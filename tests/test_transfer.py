@@ -1,4 +1,4 @@
-"""What init= is for: weights trained on other labels, at another resolution, must help.
+"""init= must help: weights that were trained on other labels and at another resolution.
 
 benchmarks/transfer.py with one parent and fewer steps.
 """

@@ -1,4 +1,6 @@
-"""reconverge verify: the same steps again, by real processes, against what the run has recorded."""
+"""reconverge verify: real processes train the same steps again; the result is compared with the run's
+records.
+"""
 
 import json
 import shutil
@@ -70,7 +72,7 @@ def edit(path, change):
 
 
 def lie(checkpoint, kind, name):
-    """Another number in one tensor of a checkpoint, whose manifest vouches for it."""
+    """Change a number in one tensor of a checkpoint, and its hash in the manifest."""
     path = checkpoint / f"{kind}.safetensors"
     tensors = load_file(path)
     tensors[name].view(-1)[1] += 1e-3
@@ -207,8 +209,8 @@ def test_what_cannot_be_compared_is_refused_before_a_process_starts(a, verify):
 
 
 def test_train_py_composes_exactly_a_runs_configuration_again(tmp_path):
-    """What no file of conf/ says, too: tables, numbers that decimal fractions do not hold, null, text that
-    YAML might read otherwise.
+    """Also values that no file of conf/ has: tables, numbers without an exact decimal form, null, text that
+    YAML could misread.
     """
     given = [
         "model=swin_t",

@@ -1,5 +1,5 @@
-"""Weights of other code in our models: the same function, every key accounted for, the head by its rule,
-positions resampled.
+"""Weights of other code in our models: the same function, a report of every key, the rules for the head,
+resampled positions.
 """
 
 import importlib.resources
@@ -26,7 +26,7 @@ def classes_called(count):
 
 
 def small(classes=4):
-    """timm's smallest ConvNeXt, with weights that all count."""
+    """timm's smallest ConvNeXt, with weights that all have an effect."""
     net = timm.create_model("test_convnext", num_classes=classes).eval()
     drop_path.replace(net)
     scrambled(net, classes)
@@ -42,7 +42,7 @@ def scrambled(net, seed=0):
 
 
 def save(net, path="w.safetensors", **changed):
-    """The weights of a net, or those with some changed; None takes one away."""
+    """Save the weights of a net, with some changed; None removes one."""
     tensors = {**net.state_dict(), **changed}
     safetensors.torch.save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path
@@ -97,7 +97,7 @@ def test_official_weights_give_the_official_logits(size, classes, pixels):
         net = table.MODELS[f"convnext_{size}"].build(
             Model("", size, drop_path=0.0, layer_scale=layer_scale), classes
         )
-    net = net.to_empty(device="cpu").eval()  # whatever is not loaded stays undefined
+    net = net.to_empty(device="cpu").eval()  # weights that are not loaded stay undefined
     origin = load.load(net, "official.pth", True, "keep", classes_called(classes))
     images = torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -271,7 +271,7 @@ def test_batch_norms_counter_may_be_absent():
 # ---- the head ----
 
 
-def test_a_head_for_other_classes_starts_afresh():
+def test_a_head_for_other_classes_keeps_its_initial_weights():
     source, net = small(6), scrambled(small(4), 9)
     fresh = net.head.fc.weight.detach().clone()
     origin = load.load(net, save(source), True, "auto", classes_called(4))
@@ -280,7 +280,7 @@ def test_a_head_for_other_classes_starts_afresh():
     assert origin["head"].startswith("fresh, 4 classes; the 6 classes of the file are different ones")
 
 
-def test_the_same_number_of_other_classes_starts_afresh_and_is_said():
+def test_a_head_for_as_many_other_classes_keeps_its_initial_weights_and_is_reported():
     source, net = small(4), scrambled(small(4), 9)
     fresh = net.head.fc.weight.detach().clone()
     origin = load.load(net, save(source), True, "auto", classes_called(4))
@@ -293,7 +293,7 @@ def test_the_same_number_of_other_classes_starts_afresh_and_is_said():
 
 
 def test_a_head_for_the_same_classes_is_kept():
-    """A file of 1000 rows is taken for ImageNet's; a folder of timm says itself."""
+    """A file with 1000 rows is assumed to be ImageNet's; a timm folder names its classes."""
     source, net = small(1000), scrambled(small(1000), 9)
     synsets = (
         importlib.resources.files("timm.data._info").joinpath("imagenet_synsets.txt").read_text().split()
@@ -314,7 +314,7 @@ def test_a_head_for_the_same_classes_is_kept():
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_22k_head_is_mapped_by_synset(reverse):
-    """Never by position: the classes of the data in another order get their own rows.
+    """Not by position: if the data have another order of classes, each class still gets its own row.
 
     IN-22K has no n04399382.
     """
