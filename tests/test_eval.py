@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_named(run, evaluate, capsys):
     ("arguments", "code", "said"),
     [
         ([], 2, "checkpoint"),
-        (["checkpoint=runs/none"], 66, "no run"),
+        (["checkpoint=runs/none"], 66, "neither a run nor"),
         (["checkpoint=runs/a", "data=folder"], 2, "data.root"),
         (["checkpoint=runs/a", "data.root=/nowhere"], 66, "/nowhere"),
         (
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_named(run, evaluate, capsys):
             2,
             "folders that are not names of classes",
         ),
-        (["checkpoint=runs/a", "data=synthetic", "data.images=20"], 78, "1000 classes"),
+        (["checkpoint=runs/a", "data=synthetic", "data.images=20"], 78, "(1000) are not those of the model"),
         (["checkpoint=runs/a", "data.val=nonexistent"], 66, "nonexistent"),
         (["checkpoint=runs/a", "precision=int8"], 2, "fp32, tf32, bf16, fp16"),
         (["checkpoint=runs/a", "+x=1"], 2, "+x=1"),
