@@ -515,8 +515,8 @@ def fewer_losses(run):
 @pytest.mark.parametrize(
     ("harm", "arguments", "code", "said"),
     [
-        (None, ["runs/none"], 66, "runs/none is no run"),
-        (None, ["runs"], 66, "is no run"),
+        (None, ["runs/none"], 66, "runs/none is neither a run nor"),
+        (None, ["runs"], 66, "is neither a run nor"),
         (None, [], 2, "RUN"),
         (None, ["runs/s0", "runs/s1", "runs/../runs/s0/checkpoints"], 2, "twice"),
         (None, ["runs/s0", "--to", "nowhere/x.html"], 66,

@@ -284,7 +284,7 @@ def test_torchs_cpu_allocator_raises_what_is_expected():
 def test_images_of_which_the_model_leaves_nothing_are_refused_before_the_first_step(train, capsys, name):
     assert train(f"{name}=31", "run=a") == 2
     said = capsys.readouterr()
-    assert f"{name}=31: " in said.err
+    assert f"{name}=31 with this model: " in said.err
     assert f"change   {name}=32" in said.err
     assert "step 1" not in said.out
     assert train(f"{name}=32", "run=a", "steps=1") == 0
