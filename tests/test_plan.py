@@ -71,7 +71,7 @@ def test_the_published_run_of_convnext_t(plan, tmp_path):
     # 4.456 G multiply-adds of 2 FLOPs each, forward and backward as 3 forward passes, 93,600 x 4,096 images
     assert float(rows["FLOPs"].split()[0]) == pytest.approx(4.456e9 * 2 * 3 * 93_600 * 4_096, rel=1e-3)
     assert "a multiply-add counts as 2, forward and backward as 3 forward passes" in rows["FLOPs"]
-    assert ", ema 0.11," in rows["memory"]
+    assert ", EMA 0.11," in rows["memory"]
     assert rows["time"] == "33.3 hours on 8 ranks of 400 images/s each, 266 GPU-hours, without evaluation"
     # 28,589,128 weights, of which the decayed: stem, blocks, downsampling, head, each without its bias
     assert rows["weight decay"] == "0.05 on 28.52 M parameters, none on 0.07 M"

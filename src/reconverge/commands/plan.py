@@ -125,7 +125,9 @@ def _cost(
     # Adding gradients of two ranks needs two copies; a rank with several leaves has had these already.
     gradients = max(copies(passes.leaves), min(ranks, 2)) if passes.tree else 1
     memory = cost.memory(net, passes.images, cfg.augment.size, classes, dtype, ema, gradients)
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory._asdict().items() if size)
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory._asdict().items() if size).replace(
+        "ema", "EMA"
+    )
     return {
         "FLOPs": (
             f"{flops:.4g} for {images:,} images of {cfg.augment.size} px (a multiply-add counts as 2,"
