@@ -1,6 +1,9 @@
-# make demo   install what is missing, train on the bundled digits
-# make test   the same with the test tools, run the tests, in two processes or as many as PROCESSES= says
-# make wheel  dist/*.whl, with native/ compiled in it if there are a C compiler and libjpeg-turbo's headers
+# make demo       install into .venv if needed, and train on the bundled digits
+# make test       also install the test tools, and run the tests in PROCESSES=2 processes
+# make test-slow  run the slow tests
+# make lint       run ruff and mypy
+# make wheel      build dist/*.whl; it contains native/ if there are a C compiler and libjpeg-turbo's headers
+# make clean      remove .venv and everything that was built
 PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin

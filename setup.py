@@ -1,4 +1,4 @@
-"""Builds native/ where there are a C compiler and libjpeg-turbo's headers, and installs without it where not.
+"""Builds native/ if there are a C compiler and libjpeg-turbo's headers, and otherwise installs without it.
 
 See native/README.md.
 """
@@ -13,7 +13,7 @@ digest = sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 setup(
     ext_modules=[
         Extension(
-            "reconverge.data._native",  # a plain C library, which ctypes loads
+            "reconverge.data._native",  # a C library without Python's API, which ctypes loads
             [str(path) for path in files if path.suffix == ".c"],
             depends=[str(path) for path in files],
             define_macros=[("SOURCE", f'"{digest}"')],

@@ -1,8 +1,8 @@
-"""Opening and seeking in an index of 14 M rows, and what a worker comes to hold: one line of JSON.
+"""Measures opening and seeking in an index of 14 M rows, and the memory of a worker. Prints a line of JSON.
 
     python benchmarks/index.py INDEX.npy SHARDS
 
-tests/test_shards.py makes such an index and holds what is counted here; the times are for reading.
+tests/test_shards.py makes such an index and checks the counts; nothing checks the times.
 """
 
 import json
@@ -22,7 +22,7 @@ def held() -> int:
 
 
 def read() -> int:
-    """Bytes that this process has asked the system for."""
+    """Bytes that this process has read, including from the page cache."""
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 

@@ -1,15 +1,14 @@
-"""Images/s of whole training loaders on the same JPEGs, with the same transform and the same number of
-workers.
+"""Measures images/s of complete training loaders, with the same JPEGs, transform and number of workers.
 
     python benchmarks/loaders.py [--images 400] [--copies 4] [--rounds 5] [--workers 2] [--only
     PART-OF-A-NAME]
 
-Two forms: "float" is what each loader hands to a training loop by default, normalised and erased float32
-(ours ships bytes and normalises and erases in the main process, which is counted); "uint8" is raw bytes
-delivered to the main process. All take turns, in each round in another order; the table gives medians, and
-ratios to timm's loader in the same form. Before anything is measured, our exact pixels are compared with
-timm's, sample by sample. A second table says what decoding, cropping and resizing alone cost one core, with
-Pillow and natively, in one thread and in two: the native one is what a whole loader could reach at most.
+There are two kinds of output. "float" is what each loader gives a training loop by default: float32 images
+after normalising and random erasing (our loader does both in the main process, and that time counts). "uint8"
+is images as bytes in the main process. In each round all loaders run in a new order. The table has medians,
+and ratios to timm's loader with the same output. Before the measurement, our exact pixels are compared with
+timm's for each sample. A second table has the cost of only decoding, cropping and resizing on one core, with
+Pillow and with native/, in one thread and in two; this is the highest speed that a loader could reach.
 """
 
 import argparse
@@ -69,9 +68,7 @@ def timms(workers: int, folder: Path, uint8: bool, prefetcher: bool = False) -> 
 
 
 def timms_prefetcher(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tensor]:
-    """As timm's train.py builds it unless told otherwise: bytes from the workers, normalised and erased in
-    the main process.
-    """
+    """As timm's train.py does by default: workers return bytes; the main process normalises and erases."""
     return timms(workers, folder, uint8, prefetcher=True)
 
 
@@ -85,8 +82,8 @@ def randaugment() -> Callable[[Image.Image], Image.Image]:
 
 
 def torchvision_transform(uint8: bool) -> tv.Compose:
-    """As references/classification/presets.py builds it, with timm's RandAugment in the place of its own: the
-    same transform.
+    """As in torchvision's references/classification/presets.py, but with timm's RandAugment, so that the
+    transform is the same.
     """
     parts = [
         tv.RandomResizedCrop(SIZE, interpolation=tv.InterpolationMode.BICUBIC),
@@ -114,9 +111,7 @@ def torchvisions(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tens
 
 
 def webdatasets(workers: int, folder: Path, uint8: bool) -> Iterable[torch.Tensor]:
-    """As its documentation trains ImageNet: samples decoded by Pillow, shuffled in a buffer, batched in the
-    workers.
-    """
+    """As in webdataset's documentation: Pillow decodes, a buffer shuffles, workers make batches."""
     urls = [str(path) for path in sorted((folder / "shards").glob("train-*.tar"))]
     dataset = (
         webdataset.WebDataset(urls, shardshuffle=100, nodesplitter=None)
@@ -164,7 +159,7 @@ LOADERS = {
 
 
 def cropped(data: bytes, box: decode.Box) -> None:
-    """Natively, without a resize."""
+    """native/ without resizing."""
     native.choose("on")
     library = native.chosen()
     assert library
@@ -188,7 +183,7 @@ PARTS = {
 
 
 def measure_parts(folder: Path, count: int) -> dict[str, tuple[float, float, float]]:
-    """Of each part: CPU milliseconds an image; images/s by the clock of one thread and of two."""
+    """For each part: CPU milliseconds per image, and images/s of wall-clock time with one and two threads."""
     source, _ = sources.open_sources(Data("shards", "shards", root=str(folder / "shards")))
     files, results = [source.read(sample) for sample in range(count)], {}
     torch.manual_seed(0)
@@ -214,9 +209,9 @@ def measure_parts(folder: Path, count: int) -> dict[str, tuple[float, float, flo
 def measure(
     make: Callable[..., Iterable[torch.Tensor]], workers: int, folder: Path, uint8: bool
 ) -> tuple[float, float]:
-    """Images/s from the first batch on, and CPU milliseconds an image of all processes.
+    """Images/s after the first batch, and CPU milliseconds per image of all processes.
 
-    In a process of its own: each loader as it ships.
+    Each loader runs in its own process with its default settings.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -245,7 +240,7 @@ def _measure(
 
 
 def assert_equal(folder: Path, count: int, library: str) -> None:
-    """Our exact pixels are timm's, with the same keys."""
+    """Check that our exact pixels equal timm's with the same random keys."""
     native.choose(library)
     source, _ = sources.open_sources(Data("shards", "shards", root=str(folder / "shards")))
     mine, theirs = transforms.training(AUGMENT, list(MEAN)), timm.data.create_transform(
@@ -264,11 +259,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=400, help="different pictures")
+    parser.add_argument("--images", type=int, default=400, help="number of different pictures")
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", default="", help="measure the loaders whose name holds this")
+    parser.add_argument("--only", default="", help="measure only loaders whose name contains this")
     arguments = parser.parse_args()
     assert int(PIL.__version__.split(".")[0]) < 13, "Pillow 13 raises in timm's RandAugment"
     warnings.filterwarnings("ignore")
@@ -322,7 +317,7 @@ def main() -> None:
         )
         print(f"| {name} | {cpu:.2f} | {one:.0f} | {two:.0f} |")
     print(
-        "\n| loader | form | images/s | ratio to timm | CPU ms an image | ratio |\n|---|---|---|---|---|---|"
+        "\n| loader | output | images/s | ratio to timm | CPU ms/image | ratio |\n|---|---|---|---|---|---|"
     )
     for uint8 in (False, True):
         for name in LOADERS:

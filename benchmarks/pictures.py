@@ -1,8 +1,9 @@
-"""JPEGs shaped like ImageNet's: 482 x 413 pixels and 100 KB on average, half 4:2:0 and half 4:4:4, 3 %
-progressive.
+"""Makes JPEGs similar to those of ImageNet: 482 x 413 pixels and 100 KB on average, half 4:2:0 and half
+4:4:4, 3 % progressive.
 
-Their content has the spectrum of photographs (amplitude falls as 1 / frequency, colours go together) and some
-grain, so that entropy decoding, which takes most of the time, has as much to do.
+Their content has the spectrum of photographs (the amplitude is proportional to 1 / frequency, and colours are
+correlated) and some noise, so that entropy decoding, which takes most of the time, takes as long as for
+photographs.
 """
 
 from pathlib import Path
@@ -12,9 +13,7 @@ from PIL import Image
 
 
 def write(root: Path, train: int, val: int, classes: int = 4, copies: int = 1) -> None:
-    """Class folders root/train and root/val; each training picture stands there `copies` times (as links: the
-    disk cache is warm anyway).
-    """
+    """Write class folders root/train and root/val; each training picture `copies` times, as hard links."""
     random = np.random.Generator(np.random.PCG64(0))
     for split, count in (("train", train), ("val", val)):
         for number in range(count):

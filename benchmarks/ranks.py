@@ -1,11 +1,11 @@
-"""How training scales from one rank to two, and what adding gradients by a tree costs.
+"""Measures how training scales from one rank to two, and the cost of reduce=tree.
 
     python benchmarks/ranks.py [--repeats 5] [--steps 6] [override ...]
 
-Runs train.py itself, one thread a rank: one rank and two, reduce=ddp and tree, in turn, so that a noisy
-machine is noisy to all; medians of images/s. Two runs of one rank that know nothing of each other, at the
-same time, say what the machine's two cores give at most. Default: convnext_t at 96 px on the digits, eight
-microbatches of 4.
+Runs train.py with one thread per rank: with one and two ranks, and with reduce=ddp and tree. The runs take
+turns, so that noise of the machine affects all of them. Prints medians of images/s. For comparison, two
+independent runs with one rank at the same time show the highest possible speed on two cores. Default:
+convnext_t at 96 px on the digits, with eight microbatches of 4.
 """
 
 import argparse
@@ -27,7 +27,7 @@ JOB = ["model=convnext_t", "recipe.name=mine", "augment.size=96", "evaluate.size
 def images_per_second(
     folder: Path, ranks: int, reduce: str, steps: int, overrides: list[str], runs: int = 1
 ) -> float:
-    """Of `runs` runs at the same time: of each the median over its steps after the second, added up."""
+    """The sum over `runs` simultaneous runs of the median speed of each, without its first two steps."""
     names = [f"{reduce}-{ranks}-{number}" for number in range(runs)]
     started = []
     for name in names:
@@ -72,7 +72,7 @@ def main() -> None:
                     images_per_second(Path(folder), ranks, reduce, arguments.steps, overrides, runs)
                 )
     medians = {way: statistics.median(speeds) for way, speeds in found.items()}
-    print(f"{'':<20} images/s   to one rank   to two runs apart   (medians of {arguments.repeats})")
+    print(f"{'':<20} images/s   / one rank    / two separate runs   (medians of {arguments.repeats})")
     for way, speed in medians.items():
         print(
             f"{way:<20} {speed:<10.2f} {speed / medians['ddp, 1 rank']:<13.2f}"

@@ -1,11 +1,11 @@
-"""Do two checkouts of this repository train the same bits? For a change that must not change results.
+"""Checks that two checkouts of this repository train the same bits, for changes that must not change results.
 
     git worktree add /tmp/before COMMIT
     python benchmarks/same_bits.py /tmp/before
 
-Trains the same short runs by the code of both checkouts, with the packages of this Python, and compares what
-each leaves: every line of record.jsonl, and the sha256 of raw weights, EMA weights and optimizer state.
-Prints a Markdown table; exit code 1 if anything differs.
+Trains the same short runs with the code of both checkouts and the packages of this Python. Compares every
+line of record.jsonl, and the sha256 of raw weights, EMA weights and optimizer state. Prints a Markdown table;
+the exit code is 1 if anything differs.
 """
 
 import argparse
@@ -53,7 +53,7 @@ JOBS = {
 
 
 def trained(checkout: Path, folder: Path, name: str, job: Job) -> dict[str, str]:
-    """What a run left, by name: hashes of its files of tensors, and its record whole."""
+    """The results of a run: file name -> sha256 of the tensors, and the text of record.jsonl."""
     run = name.replace(", ", "-").replace(" ", "-").replace("=", "-")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"]
     command = [sys.executable, *(launcher if job.ranks > 1 else []), str(checkout / "train.py")]
@@ -76,7 +76,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("other", type=Path, help="another checkout of this repository")
-    parser.add_argument("--only", nargs="+", choices=JOBS, metavar="JOB", help="some of the jobs")
+    parser.add_argument("--only", nargs="+", choices=JOBS, metavar="JOB", help="run only these jobs")
     arguments = parser.parse_args()
     different = 0
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,10 +1,10 @@
-"""What share of a step's CPU time is neither forward, backward, optimizer nor EMA?
+"""Measures the share of a step's CPU time that is not forward, backward, optimizer or EMA.
 
     python benchmarks/step_overhead.py [--steps 20] [override ...]
 
-Runs train.py itself, with the clock of the main process (all its threads) read around these four; the rest is
-what the loop, the preparation of the images, the gradient norm and the logging cost. Data workers are
-separate processes and told apart. Default: convnext_t at 224 px on JPEGs made here, batch=16 microbatch=8.
+Runs train.py, and measures the CPU time of the main process (all its threads) in these four parts. The rest
+is the cost of the loop, the preparation of images, the gradient norm and logging. Data workers are separate
+processes and listed separately. Default: convnext_t at 224 px on generated JPEGs, batch=16 microbatch=8.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def photographs(root: Path, count: int) -> None:
-    """JPEGs of ImageNet's usual size, smooth with some grain, in two classes."""
+    """Write smooth JPEGs with some noise, of the usual size in ImageNet, in two classes."""
     random = np.random.default_rng(0)
     for split, images in (("train", count), ("val", 4)):
         for number in range(images):
@@ -42,7 +42,7 @@ def photographs(root: Path, count: int) -> None:
 
 
 def worker_seconds() -> float:
-    """CPU time, so far, of this process's children."""
+    """CPU seconds that the children of this process have used so far."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -105,7 +105,7 @@ def main() -> None:
             "microbatch=8", "workers=1", "threads=1", "save_every=0", "evaluate_every=0",
             "log_every=1", f"steps={arguments.steps + 2}", *overrides]  # fmt: skip
         train.main()
-    rows = rows[2:]  # the first two warm caches and allocators
+    rows = rows[2:]  # the first two steps fill caches and allocators
     shares = [1 - sum(row[part] for part in spent) / row["step"] for row in rows]
     print(f"\nCPU seconds of a step, median of {len(rows)}:")
     for part in (*spent, "step", "workers"):

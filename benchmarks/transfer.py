@@ -1,14 +1,14 @@
-"""Does a start from other weights help? Pre-train on which digit it is, fine-tune on pairs of digits, with
-few images at a larger resolution.
+"""Measures the gain of pre-trained weights (init=): pre-training on ten digits, then fine-tuning on pairs of
+digits with few images at a larger resolution.
 
     python benchmarks/transfer.py [--seeds 3] [--parents 3] [--images 10] [--epochs 8] [--pretrain-epochs 12]
     [override ...]
 
-For each seed three runs of train.py in a folder of their own: the pre-training at 64 px on ten classes, the
-fine-tuning on five at 96 px with init=runs/NAME:ema, and the same command without it. No image is in both
-training sets, and the held-out ones in neither. Prints top-1 of the EMA weights on the held-out images, and
-whether the smallest gain of a seed is above the spread (largest less smallest) of either kind of run over the
-seeds; exit code 1 if not.
+For each seed there are three runs of train.py: pre-training at 64 px on ten classes, fine-tuning at 96 px on
+five classes with init=runs/NAME:ema, and the same fine-tuning without init=. No image is in both training
+sets, and no validation image is in either. Prints top-1 of the EMA weights on the validation images. The exit
+code is 1 if the smallest gain of a seed is not larger than the spread over the seeds (largest minus smallest
+top-1) of each kind of run.
 """
 
 import argparse
@@ -26,10 +26,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def label_sets(root: Path, images: int) -> None:
-    """root/digits and root/pairs: of each digit the first `images` train the second set, labelled 0-1, 2-3
-    and so on, the others the first.
+    """Write root/digits and root/pairs. The first `images` training images of each digit go to root/pairs,
+    with the classes 0-1, 2-3 and so on; the others go to root/digits.
 
-    The held-out fifth of the digits is the validation set of both.
+    Both have the same validation images: those of data=digits.
     """
     open_sources(Data("digits", "digits"))  # writes the bundled digits as class folders
     bundled = Path(Data.cache).expanduser() / "digits-1"
@@ -47,7 +47,7 @@ def label_sets(root: Path, images: int) -> None:
 
 
 def train(folder: Path, run: str, *arguments: str) -> float:
-    """Train, and return top-1 of the EMA weights after the last step, percent."""
+    """Train, and return top-1 of the EMA weights after the last step, in percent."""
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -73,17 +73,20 @@ def main() -> None:
         "--parents",
         type=int,
         default=None,
-        help="seeds that are pre-trained for; the others start from the last of these",
+        help="number of pre-training runs; further seeds use the last of them",
     )
-    parser.add_argument("--images", type=int, default=10, help="to fine-tune, of each digit")
-    parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning, and of the same from scratch")
+    parser.add_argument("--images", type=int, default=10, help="images of each digit for fine-tuning")
+    parser.add_argument(
+        "--epochs", type=int, default=8, help="epochs of fine-tuning and of training from scratch"
+    )
     parser.add_argument("--pretrain-epochs", type=int, default=12)
     options, overrides = parser.parse_known_args()
     folder = Path(tempfile.mkdtemp())
     label_sets(folder, options.images)
-    # Both have a last stage of whole cells, 2 x 2 and 3 x 3: at 48 px a third of the image would be cut off.
-    # The first sees crops of many sizes, so that its features outlast the change of resolution. Few steps: no
-    # mixing, and an average of the last ones.
+    # 64 and 96 px are multiples of 32, so the last stage has 2 x 2 and 3 x 3 cells; at 48 px a third of the
+    # image would be cut off. Pre-training uses crops of many sizes, so that its features also work at the
+    # other resolution. Because there are few steps, there is no mixing, and the EMA averages only the last
+    # steps.
     plain = ["mix.mixup=0", "mix.cutmix=0", "optim.warmup_epochs=1"]
     first = [
         *plain, f"data.root={folder}/digits", f"epochs={options.pretrain_epochs}", "augment.size=64",
@@ -110,8 +113,8 @@ def main() -> None:
     spread = max(max(column) - min(column) for column in zip(*rows, strict=True))
     gain = min(tuned - scratch for scratch, tuned in rows)
     print(
-        f"smallest gain {gain:.2f}, largest spread over the seeds {spread:.2f}:"
-        f" {'above it' if gain > spread else 'NOT above it'}"
+        f"smallest gain {gain:.2f}, largest spread over the seeds {spread:.2f}: the gain is"
+        f" {'larger' if gain > spread else 'NOT larger'} than the spread"
     )
     shutil.rmtree(folder)
     sys.exit(0 if gain > spread else 1)

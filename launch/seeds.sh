@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The same training with several seeds, each a run of its own:
+# Trains with several seeds, each in its own run:
 #   launch/seeds.sh [option ...] 0 1 2 -- model=convnext_t recipe=in1k ...
-#       here, one after the other, with a table at the end
+#       on this machine, one run after the other, with a table at the end
 #   launch/seeds.sh --sbatch [option ...] 0 1 2 -- model=convnext_t recipe=in1k ...
 #       as a job array of launch/slurm.sbatch
-# Options are those of launch/local.sh (--ranks=2), or after --sbatch those of sbatch (--nodes=4).
+# Options are passed to launch/local.sh (--ranks=2), or with --sbatch to sbatch (--nodes=4).
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 submit='' options=() seeds=()
@@ -18,7 +18,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 if [[ $# -eq 0 || ! ${seeds[*]-} =~ ^[0-9]+(\ [0-9]+)*$ ]]; then
     echo "launch/seeds.sh [--sbatch] [--option=value ...] SEED ... -- key=value ...:" \
-        "whole numbers for seeds are wanted, and then --" >&2
+        "seeds must be whole numbers, followed by --" >&2
     exit 2
 fi
 shift
@@ -28,8 +28,8 @@ if [ -z "$submit" ]; then
 fi
 for argument in "$@"; do
     if [[ $argument == run=* && $argument != *'${seed}'* ]]; then
-        echo "launch/seeds.sh: $argument is one folder for all seeds;" \
-            "'$argument-s\${seed}' is one for each" >&2
+        echo "launch/seeds.sh: $argument is the same folder for all seeds;" \
+            "use '$argument-s\${seed}'" >&2
         exit 2
     fi
 done

@@ -1,4 +1,4 @@
-/* The loops of scalar.c, the four bytes of a pixel side by side; called only where the machine has AVX2. */
+/* The loops of scalar.c with AVX2: four bytes of a pixel at a time. Called only if the machine has AVX2. */
 
 #include "pixels.h"
 
@@ -8,9 +8,9 @@
 
 enum {
   HALF = 1 << (BITS - 1)
-}; /* so that cutting the bits off rounds */
+}; /* so that dropping the low bits rounds */
 
-#define AVX2 __attribute__((target("avx2"))) /* and not FMA, which rounds otherwise */
+#define AVX2 __attribute__((target("avx2"))) /* without FMA, which rounds differently */
 
 AVX2 static inline __m128i load4(const uint8_t *in) {
   int32_t bytes;
@@ -22,7 +22,7 @@ AVX2 static inline __m256i load8(const uint8_t *in) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)in));
 }
 
-/* Cut to 0..255. */
+/* Clip to 0..255. */
 AVX2 static inline void store4(uint8_t *out, __m128i values) {
   values = _mm_packs_epi32(values, values);
   int32_t bytes = _mm_cvtsi128_si32(_mm_packus_epi16(values, values));
@@ -34,7 +34,7 @@ AVX2 static inline void store8(uint8_t *out, __m256i values) {
   _mm_storel_epi64((__m128i *)out, _mm_packus_epi16(words, words));
 }
 
-/* `n` rows at once, for which coefficients are spread only once. */
+/* `n` rows at once, so that coefficients are loaded only once for them. */
 AVX2 static inline __attribute__((always_inline)) void resize_n_rows(int n, const uint8_t *in, int from,
                                                                      const struct taps *taps, uint8_t *out) {
   const __m256i first_two = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
@@ -44,7 +44,7 @@ AVX2 static inline __attribute__((always_inline)) void resize_n_rows(int n, cons
     const uint8_t *pixel = in + 4 * (size_t)taps->first[x];
     __m256i sums[4];
     for (int row = 0; row < n; row++) sums[row] = _mm256_setr_epi32(HALF, HALF, HALF, HALF, 0, 0, 0, 0);
-    for (int i = 0; i < taps->count[x]; i += 4, pixel += 16) { /* k ends with zeros, `in` with padding */
+    for (int i = 0; i < taps->count[x]; i += 4, pixel += 16) { /* k is padded with zeros, `in` with bytes */
       __m256i four = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(k + i)));
       __m256i k_first = _mm256_permutevar8x32_epi32(four, first_two),
               k_last = _mm256_permutevar8x32_epi32(four, last_two);
@@ -105,7 +105,7 @@ typedef double f64x4 __attribute__((vector_size(32)));
 
 AVX2 static inline f64x4 doubles(i32x4 values) { return (f64x4)_mm256_cvtepi32_pd((__m128i)values); }
 
-/* The value at `d` behind `column` of a row. Differences of bytes are exact in integers. */
+/* The value at the distance `d` after `column` of a row. Differences of bytes are exact in integers. */
 AVX2 static inline f64x4 along(const uint8_t *row, int column, int width, double d, int filter) {
   i32x4 v2 = (i32x4)load4(row + 4 * within(column, width));
   if (d == 0.0) return doubles(v2);

@@ -1,4 +1,4 @@
-/* A box of a JPEG, by the libjpeg-turbo that Pillow has loaded: only its columns and rows are computed. */
+/* Decodes a box of a JPEG with the libjpeg-turbo of Pillow; only the rows and columns of the box. */
 
 #include <dlfcn.h>
 #include <setjmp.h>
@@ -6,8 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The library's layout is that of libjpeg 6.2 (it refuses callers of another), whatever these headers stand
- * for: Ubuntu's for 8. */
+/* The library has the layout of libjpeg 6.2, and rejects callers with another. These headers may be for
+ * another version, for example 8 on Ubuntu. */
 #include <jconfig.h>
 #undef JPEG_LIB_VERSION
 #define JPEG_LIB_VERSION 62
@@ -44,7 +44,7 @@ int use_libjpeg(const char *path) {
 }
 
 struct decoder {
-  struct jpeg_decompress_struct info; /* first: libjpeg hands a pointer to it to fail() */
+  struct jpeg_decompress_struct info; /* must be first: libjpeg passes a pointer to it to fail() */
   struct jpeg_error_mgr errors;
   jmp_buf failed;
 };
@@ -52,7 +52,7 @@ struct decoder {
 static void fail(j_common_ptr info) { longjmp(((struct decoder *)info)->failed, 1); }
 static void stay_silent(j_common_ptr info) { (void)info; }
 
-/* 8 bits, Huffman, gray or YCbCr 4:4:4, 4:2:2, 4:2:0, and not too large: what the tests compare with Pillow.
+/* 8 bits, Huffman, gray or YCbCr 4:4:4, 4:2:2, 4:2:0, and not too large: the tests compare these with Pillow.
  */
 static int is_plain(const struct jpeg_decompress_struct *info) {
   const jpeg_component_info *component = info->comp_info;
@@ -66,8 +66,8 @@ static int is_plain(const struct jpeg_decompress_struct *info) {
   return component[0].h_samp_factor <= 2 && component[0].v_samp_factor <= component[0].h_samp_factor;
 }
 
-/* Every bit of every coefficient was sent. Where a progressive file lacks some, libjpeg smooths, looking
- * further than our margin. */
+/* Whether the file has every bit of every coefficient. If a progressive file lacks some, libjpeg smooths
+ * blocks with pixels outside of our margin. */
 static int is_complete(const struct jpeg_decompress_struct *info) {
   if (!info->progressive_mode || !info->coef_bits) return 1;
   for (int component = 0; component < info->num_components; component++)
@@ -76,8 +76,8 @@ static int is_complete(const struct jpeg_decompress_struct *info) {
   return 1;
 }
 
-/* What follows the last row that was decoded is compressed data and the end marker: nothing at which Pillow
- * would raise. */
+/* Whether only compressed data and the end marker follow the last decoded row, so that Pillow would raise no
+ * error. */
 static int ends_well(const struct jpeg_decompress_struct *info) {
   const uint8_t *at = info->src->next_input_byte, *end = at + info->src->bytes_in_buffer;
   int marker = info->unread_marker;
@@ -99,7 +99,7 @@ int decode(const uint8_t *data, size_t size, struct box box, uint8_t *out) {
   info->err = jpeg.std_error(&decoder.errors);
   decoder.errors.error_exit = fail;
   decoder.errors.output_message = stay_silent;
-  if (setjmp(decoder.failed)) goto not_ours; /* all memory is libjpeg's, and given back below */
+  if (setjmp(decoder.failed)) goto not_ours; /* libjpeg owns all memory; it is freed below */
 
   jpeg.create(info, JPEG_LIB_VERSION, sizeof *info);
   jpeg.mem_src(info, data, size);
@@ -120,7 +120,7 @@ int decode(const uint8_t *data, size_t size, struct box box, uint8_t *out) {
     if (jpeg.read(info, row, 1) != 1) goto not_ours;
     memcpy(out + y * length, row[0] + 4 * (size_t)(box.left - left), length);
   }
-  /* One warning is enough, such as for a premature end. Of several scans all are read by now. */
+  /* One warning, such as for a premature end, is enough to stop. All scans have been read at this point. */
   if (decoder.errors.num_warnings || !(jpeg.multiple_scans(info) || ends_well(info))) goto not_ours;
   jpeg.destroy(info);
   return OK;

@@ -1,11 +1,11 @@
-/* What Python calls. */
+/* The functions that Python calls. */
 
 #include <stdlib.h>
 
 #include "pixels.h"
 
 #ifndef SOURCE
-#define SOURCE "" /* setup.py gives it */
+#define SOURCE "" /* setup.py defines it */
 #endif
 const char *source(void) { return SOURCE; }
 

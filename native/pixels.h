@@ -1,4 +1,4 @@
-/* Pillow's own pixels, faster. README.md says what each file is.
+/* Computes the same pixels as Pillow, but faster. README.md describes the files.
 
    Pixels are four bytes: R, G, B and one that nobody reads; rows have no gaps. Nothing here keeps state but
    the table of libjpeg's calls, so any number of threads may be in it at once. */
@@ -14,12 +14,12 @@ enum {
 enum {
   BILINEAR = 2,
   BICUBIC = 3
-}; /* Pillow's numbers */
+}; /* the numbers that Pillow uses */
 
 enum {
-  LARGEST = 1 << 26, /* pixels of an image; larger ones are for Pillow to decode or to refuse */
+  LARGEST = 1 << 26, /* largest number of pixels; Pillow decodes or refuses larger images */
   PADDING =
-      32, /* bytes behind every input of the loops over pixels, which may be read and count for nothing */
+      32, /* bytes after each input of the loops over pixels, which may be read but are not used */
 };
 
 struct box {
@@ -29,21 +29,21 @@ struct box {
 struct how {
   int filter;         /* BILINEAR or BICUBIC */
   int vertical_first; /* the order of the two passes of a resize */
-  int simd;           /* AVX2: only where simd() says so */
+  int simd;           /* use AVX2; only if simd() is true */
 };
 
-/* ---- what Python calls ---- */
+/* ---- functions that Python calls ---- */
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* The sha256 of these files, by which it is noticed that they have changed since they were compiled. */
+/* The sha256 of these files, to detect that they have changed since they were compiled. */
 EXPORT const char *source(void);
 
-/* Does this machine have AVX2? */
+/* Whether this machine has AVX2. */
 EXPORT int simd(void);
 
-/* `path`: a shared library that is linked with libjpeg-turbo, whose calls are taken. Returns 0 if all of them
- * are there. */
+/* `path`: a shared library that is linked with libjpeg-turbo; its functions are used. Returns 0 if all of
+ * them were found. */
 EXPORT int use_libjpeg(const char *path);
 
 /* The pixels of a box of a JPEG, resampled to width x height. Returns OK, NOT_OURS (Pillow must decode this
@@ -51,12 +51,12 @@ EXPORT int use_libjpeg(const char *path);
 EXPORT int crop_and_resize(const uint8_t *data, size_t size, struct box box, int width, int height,
                            struct how how, uint8_t *out);
 
-/* Each pixel (x, y) of `out` from (a0 x + a1 y + a2, a3 x + a4 y + a5) of `in`, both width x height; `fill`
- * where that is outside. */
+/* Each pixel (x, y) of `out` is the pixel (a0 x + a1 y + a2, a3 x + a4 y + a5) of `in`, or `fill` if that is
+ * outside. Both are width x height. */
 EXPORT void affine(const uint8_t *in, int width, int height, const double a[6], uint32_t fill, struct how how,
                    uint8_t *out);
 
-/* ---- between the files ---- */
+/* ---- functions that the C files share ---- */
 
 int decode(const uint8_t *data, size_t size, struct box box, uint8_t *out);
 int resample(const uint8_t *in, int from_width, int from_height, int width, int height, struct how how,
@@ -64,15 +64,15 @@ int resample(const uint8_t *in, int from_width, int from_height, int width, int 
 
 enum {
   BITS = 32 - 8 - 2
-}; /* of a coefficient behind its point */
+}; /* fractional bits of a coefficient */
 
 struct taps {
-  int length, size;   /* of the output; of the longest list of coefficients */
-  int *first, *count; /* input of the first coefficient, how many there are */
-  int32_t *k;         /* `length` lists of `size`; those behind `count` are 0 */
+  int length, size;   /* length of the output; size of the longest list of coefficients */
+  int *first, *count; /* input of the first coefficient; number of coefficients */
+  int32_t *k;         /* `length` lists of `size` coefficients; those after `count` are 0 */
 };
 
-/* The loops over pixels, for any machine and for AVX2. */
+/* The loops over pixels, one version for any machine and one for AVX2. */
 struct loops {
   /* Rows of `from` pixels become rows of taps->length. */
   void (*resize_rows)(const uint8_t *in, int from, int rows, const struct taps *taps, uint8_t *out);
@@ -86,13 +86,13 @@ extern const struct loops scalar, avx2;
 
 static inline int within(int i, int length) { return i < 0 ? 0 : i < length ? i : length - 1; }
 
-/* Where a pixel of an affine transform comes from: left of and above it, and how far behind. */
+/* The source of a pixel of an affine transform: the pixel to its left and above, and the distance to it. */
 struct origin {
   int column, row; /* -1 for half a pixel at the edge */
   double dx, dy;
 };
 
-/* Of pixel (x, y); 0 where it lies outside of the image. */
+/* For pixel (x, y); returns 0 if it is outside of the image. */
 static inline int origin_of(struct origin *at, const double a[6], int x, int y, int width, int height) {
   double left = a[0] * (x + 0.5) + a[1] * (y + 0.5) + a[2], top = a[3] * (x + 0.5) + a[4] * (y + 0.5) + a[5];
   if (!(left >= 0.0 && left < width && top >= 0.0 && top < height)) return 0;

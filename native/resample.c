@@ -25,8 +25,8 @@ static void free_taps(struct taps *taps) {
   free(taps->k);
 }
 
-/* How each of `length` outputs is composed of `from` inputs. Returns OK or NO_MEMORY; free_taps in either
- * case. */
+/* The coefficients of `from` inputs for each of `length` outputs. Returns OK or NO_MEMORY; call free_taps in
+ * both cases. */
 static int find_taps(struct taps *taps, int from, int length, int filter) {
   double scale = (double)from / length, stretch = scale < 1.0 ? 1.0 : scale, inverse = 1.0 / stretch;
   double support = (filter == BICUBIC ? 2.0 : 1.0) * stretch;
@@ -61,7 +61,7 @@ static int find_taps(struct taps *taps, int from, int length, int filter) {
   return OK;
 }
 
-/* A pass that would change nothing is left out, as in Pillow. Returns OK or NO_MEMORY. */
+/* As in Pillow, a pass that would change nothing is skipped. Returns OK or NO_MEMORY. */
 int resample(const uint8_t *in, int from_width, int from_height, int width, int height, struct how how,
              uint8_t *out) {
   const struct loops *loops = how.simd ? &avx2 : &scalar;
@@ -76,7 +76,7 @@ int resample(const uint8_t *in, int from_width, int from_height, int width, int 
     if (!between) status = NO_MEMORY;
   }
   if (status != OK)
-    ; /* nothing to do but to give back what there is */
+    ; /* only the memory must be freed */
   else if (wide && high && how.vertical_first) {
     loops->resize_columns(in, from_width, &down, between);
     loops->resize_rows(between, from_width, height, &across, out);

@@ -1,4 +1,4 @@
-/* The loops over pixels as any machine runs them: Resample.c and Geometry.c of Pillow, for RGB. */
+/* The loops over pixels for any machine, as in Resample.c and Geometry.c of Pillow, for RGB. */
 
 #include <string.h>
 
@@ -9,7 +9,7 @@ static uint8_t clip8(int sum) {
   return sum < 0 ? 0 : sum > 255 ? 255 : sum;
 }
 
-/* One pixel from `count` pixels that lie `step` bytes apart. */
+/* One pixel from `count` pixels at a distance of `step` bytes. */
 static void sum_up(const uint8_t *in, size_t step, const int32_t *k, int count, uint8_t *out) {
   int r = 1 << (BITS - 1), g = r, b = r;
   for (int i = 0; i < count; i++, in += step) {
@@ -37,8 +37,8 @@ static void resize_columns(const uint8_t *in, int width, const struct taps *taps
              taps->count[y], out);
 }
 
-/* The value at `d` behind at[1] of a row. Where d is 0, as it is throughout for some shears and translations,
- * the others vanish. */
+/* The value at the distance `d` after at[1] of a row. If d is 0, as in all pixels of some shears and
+ * translations, the other terms are 0. */
 static inline double along(const uint8_t *row, const int at[4], double d, int filter) {
   int v2 = row[at[1]];
   if (d == 0.0) return v2;

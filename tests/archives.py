@@ -1,4 +1,4 @@
-"""Small imitations of ImageNet's archives, in the forms in which people download them.
+"""Small imitations of ImageNet's archives, in the layouts of the downloads.
 
 Every builder writes below a folder and returns the path to give as SOURCE. Building twice gives the same
 bytes.
@@ -48,9 +48,9 @@ class Picture(NamedTuple):
 def pictures(
     synsets: list[str], per_class: int, seed: int, val: bool = False, odd: bool = True
 ) -> list[Picture]:
-    """Training pictures lie class by class, validation pictures mixed.
+    """Training pictures are in class folders, validation pictures in one folder.
 
-    Each kind of ODD comes once, dealt out to the classes in turn.
+    Each kind of ODD occurs once; the classes get them in turn.
     """
     rng = np.random.default_rng(seed)
     synset_of = [synset for synset in synsets for _ in range(per_class)]
@@ -98,16 +98,17 @@ def _cut(jpeg: bytes) -> bytes:
 
 
 def _with_broken_exif(jpeg: bytes) -> bytes:
-    """A segment without a TIFF header.
+    """An EXIF segment without a TIFF header.
 
-    Of a JPEG without dpi, Pillow would seek them there on opening, and swallow the first error.
+    The JPEG has dpi, because otherwise Pillow looks for dpi in EXIF when it opens the file, and hides the
+    first error.
     """
     segment = b"Exif\0\0" + b"XX*\0" + bytes(range(40))
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
 
 
 def official(folder: Path, train: list[Picture], val: list[Picture]) -> Path:
-    """The devkit knows SYNSETS alone."""
+    """The devkit contains only SYNSETS."""
     _write(folder / "ILSVRC2012_img_train.tar", _tar(reversed(_class_tars(train))))
     ordered = sorted(val, key=lambda picture: picture.name)
     _write(
@@ -185,7 +186,7 @@ def _kaggle(train: list[Picture], val: list[Picture]) -> dict[str, bytes]:
 
 
 def _solution(val: list[Picture]) -> bytes:
-    """Rows in no order, with one to three boxes a picture and a space behind each."""
+    """Rows in random order, with one to three boxes for each picture and a space after each box."""
     rows = [
         f"{picture.name},{f'{picture.synset} 11 8 52 50 ' * (1 + index % 3)}\n"
         for index, picture in enumerate(val)
@@ -256,7 +257,7 @@ def webdataset_shards(folder: Path, train: list[Picture], val: list[Picture]) ->
 
 
 def hostile(folder: Path, kind: str) -> Path:
-    """A class tar whose first member is a good JPEG and whose second is not to be trusted."""
+    """A class tar whose first member is a good JPEG and whose second member is malicious."""
     good = _member("n01440764_1.JPEG"), _jpeg(np.random.default_rng(0))
     names = {"absolute": "/etc/x.JPEG", "dotdot": "../../x.JPEG"}
     types = {
@@ -286,7 +287,7 @@ def hostile(folder: Path, kind: str) -> Path:
 
 
 def _bomb(side: int = 30_000) -> bytes:
-    """A valid PNG of one bit a pixel, all of them black."""
+    """A valid PNG with one bit per pixel, all black."""
     compressor = zlib.compressobj()
     rows = b"".join(compressor.compress(bytes(1 + -(-side // 8))) for _ in range(side)) + compressor.flush()
     chunks = {b"IHDR": struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0), b"IDAT": rows, b"IEND": b""}
@@ -302,7 +303,7 @@ def _shuffled(items: list) -> list:
 
 
 def _class_tars(train: list[Picture]) -> list[tuple[str, bytes]]:
-    """One tar a synset, from the last of the sorted synsets to the first."""
+    """One tar for each synset, in reversed order of synsets."""
     members: dict[str, list[tuple[str, bytes]]] = {}
     for picture in train:
         members.setdefault(picture.synset, []).append((f"{picture.name}.JPEG", picture.data))
@@ -318,7 +319,7 @@ def _member(name: str) -> tarfile.TarInfo:
 
 
 def _tar(members: Iterable[tuple[str | tarfile.TarInfo, bytes]]) -> bytes:
-    """A name that ends in a slash is a folder."""
+    """A name with a slash at the end is a folder."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for member, data in members:

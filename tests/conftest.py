@@ -1,7 +1,6 @@
-"""One warm process for most tests: torch and timm take seconds to import.
-
-What needs a process of its own gets a fork of a process that has imported them (zygote.py); some tests start
-a real one, to see that it makes no difference.
+"""Most tests run in one process, because importing torch and timm takes seconds. A test that needs its own
+process gets a fork of a process that has imported them (zygote.py). Some tests start a real process, to check
+that it makes no difference.
 """
 
 import gc
@@ -14,7 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "passive"
-)  # threads that spin while they wait stand in the way of the other processes: tenfold
+)  # threads that spin while waiting make the other processes ten times slower
 
 import numpy as np
 import pytest
@@ -40,8 +39,8 @@ SMALL = [
     "threads=1",
     "workers=0",
 ]
-# The same for many ranks: everything that is drawn is on, and eight microbatches a step, which two and four
-# ranks add in other orders than one.
+# The same for several ranks, with every kind of random number. With eight microbatches a step, two and four
+# ranks add gradients in another order than one rank.
 DRAWN = [
     "augment.auto=rand-m9-mstd0.5-inc1",
     "augment.scale=[0.08,1.0]",
@@ -66,20 +65,18 @@ settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first: begun last, the other process would have nothing to do beside it."""
+    """Start the longest tests first; at the end, the other process would have to wait for them."""
     items.sort(key=lambda item: item.path.name != "test_transfer.py")
 
 
 def pytest_collection_finish():
-    """What the imports have made stays for good: looking it through for garbage again and again would take a
-    tenth of the time.
-    """
+    """Exclude the imported modules from garbage collection, which would take a tenth of the time."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure():
-    gc.unfreeze()  # else some libraries count at the end, below the summary, what they have left
+    gc.unfreeze()  # otherwise some libraries print what they have left, below the summary
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +85,7 @@ def _one_thread():
 
 
 def _native(way):
-    """The native library, way: AVX2 or scalar. Where it was built, and is of no use, that is a failure."""
+    """The native library, with AVX2 or scalar. It is a failure if it was built but cannot be used."""
     from reconverge.data import native
 
     said = native.choose("auto")
@@ -107,7 +104,7 @@ def library(request):
 
 @pytest.fixture(scope="module", params=["AVX2", "scalar", "not native"])
 def decoder(request):
-    """Everything by each of the ways from bytes to pixels."""
+    """Runs the test with each decoder."""
     from reconverge.data import native
 
     with pytest.MonkeyPatch.context() as patch:
@@ -127,7 +124,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path, monkeypatch, cache):
-    """Each test in a folder of its own; the digits and indexes of all in one cache."""
+    """Each test runs in its own folder; all share one cache with digits and indexes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(cache))
 
@@ -155,8 +152,8 @@ def _main(script, arguments, monkeypatch):
 
 
 def trained(folder, cache, *arguments):
-    """The runs that train.py makes in a folder, for a fixture that is made once: many tests copy it and go on
-    from there.
+    """The runs that train.py makes in a folder, for a fixture that is made once; many tests start from a
+    copy.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -238,7 +235,7 @@ def reconverge(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory):
-    """The socket of a process that has imported torch and timm, and forks for whoever asks; see zygote.py."""
+    """The socket of a process that has imported torch and timm, and makes forks of itself; see zygote.py."""
     path = tmp_path_factory.mktemp("zygote") / "socket"
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "zygote.py"), str(path), "." * 4000],
@@ -255,7 +252,7 @@ def zygote(tmp_path_factory):
 
 @pytest.fixture
 def forking(zygote, monkeypatch):
-    """What starts `sys.executable` in this test gets a fork."""
+    """In this test, starting `sys.executable` makes a fork."""
     monkeypatch.setenv("RECONVERGE_ZYGOTE", zygote)
     monkeypatch.setattr(sys, "executable", FORK)
 
@@ -320,7 +317,7 @@ def launch(digits, zygote):
 
 @pytest.fixture
 def torchrun(launch):
-    """The same to its end: (exit code, output)."""
+    """The same, waiting for the end: (exit code, output)."""
 
     def torchrun(*arguments, **options):
         process = launch(*arguments, **options)
@@ -346,7 +343,7 @@ def workers_of(torchrun):
 
 @pytest.fixture(scope="session")
 def counted_once():
-    """Each model's size is counted once in the session: all of them take some ten seconds."""
+    """Count each model's size only once in the session; counting all takes about ten seconds."""
     from reconverge.models import table
 
     count, kept = table.Spec.count, {}
@@ -383,8 +380,8 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shards(photographs, tmp_path_factory):
-    """The photographs as `reconverge prepare` makes shards of them: 60 to train in some five shards, 12 to
-    evaluate.
+    """The photographs in shards of `reconverge prepare`: 60 for training in about five shards, 12 for
+    validation.
     """
     from reconverge.prepare.make import Options, prepare
 
@@ -423,13 +420,13 @@ def golden(request):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--rewrite-golden", action="store_true", help="write tests/golden anew, for a change that is meant"
+        "--rewrite-golden", action="store_true", help="rewrite tests/golden, for an intended change"
     )
 
 
 def require(what, there, lacking):
-    """Skip where this machine lacks something; fail instead where RECONVERGE_REQUIRE names it, as .ci/run
-    does of what it installed.
+    """Skip the test if this machine lacks something. Fail instead if RECONVERGE_REQUIRE names it; .ci/run
+    sets this for everything that it installed.
     """
     if not there:
         (pytest.fail if what in os.environ.get("RECONVERGE_REQUIRE", "").split(",") else pytest.skip)(lacking)

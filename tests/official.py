@@ -64,8 +64,8 @@ def ends(width, classes):
 
 
 def drawn(shapes, seed=0):
-    """Weights that keep activations near 1 and let every one of them count: deviation 1 / sqrt(inputs), norms
-    near 1, gamma 0.1 to 0.3.
+    """Weights that keep activations near 1, with none that has no effect: std 1 / sqrt(inputs), norms near 1,
+    gamma 0.1 to 0.3.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}

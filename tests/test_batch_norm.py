@@ -46,8 +46,8 @@ def statistics(tensors):
 
 
 def by_hand(digits, cache, run, steps):
-    """After each step: 0.9 of what was, and 0.1 of the mean and unbiased variance of each norm's inputs in
-    microbatch 0, with the weights that the checkpoint before holds.
+    """After each step: 0.9 times the old value plus 0.1 times the mean and unbiased variance of each norm's
+    inputs in microbatch 0, with the weights of the checkpoint before.
     """
     training, _ = open_sources(Data("folder", "folder", root=str(digits), cache=str(cache)))
     images_of = Images(training, transforms.training(Augment(size=32), [0.485, 0.456, 0.406]), 3)
@@ -79,7 +79,9 @@ def by_hand(digits, cache, run, steps):
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_running_statistics_equal_a_count_by_hand(train, digits, cache, checkpointing):
-    """Activation checkpointing computes each forward pass again in backward, and must not count it again."""
+    """Activation checkpointing repeats each forward pass in backward, which must not update the statistics
+    again.
+    """
     assert train(*EVERY, "run=a", f"checkpointing={checkpointing}") == 0
     for step, expected in enumerate(by_hand(digits, cache, "a", 4), start=1):
         found = saved("a", step)
@@ -105,7 +107,7 @@ def four_steps(digits, tmp_path_factory, cache):
 
 @pytest.fixture
 def whole(four_steps):
-    """The bits of that run, a copy of which is in runs/."""
+    """The bits of that run; a copy of it is in runs/."""
     shutil.copytree(four_steps, "runs")
     return [weights("whole", kind) for kind in KINDS]
 
@@ -149,7 +151,7 @@ def test_evaluating_between_steps_changes_nothing(train, whole):
 
 
 def test_a_suppressed_step_leaves_the_statistics_as_they_were(train):
-    """fp16: a gradient that overflows; the statistics stay those of before, like the weights, and are not
+    """With fp16 a gradient overflows. Then statistics and weights stay unchanged, and the step is not
     counted.
     """
     given = [
@@ -173,9 +175,7 @@ def test_a_suppressed_step_leaves_the_statistics_as_they_were(train):
 
 
 def test_a_suppressed_step_that_is_the_first_after_a_resume(train):
-    """A huge rate throws the weights beyond all bounds, and some gradient overflows: the run is resumed right
-    before that step.
-    """
+    """A huge learning rate makes a gradient overflow; the run is resumed just before that step."""
     given = [
         *RESNET,
         "save_every=1",

@@ -1,4 +1,4 @@
-"""reconverge bench model: what it says and writes, and where it ends."""
+"""reconverge bench model: what it prints and writes, and when it stops."""
 
 import json
 from pathlib import Path

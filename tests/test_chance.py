@@ -53,7 +53,7 @@ def test_a_scope_is_left_on_an_error():
 
 
 def test_python_and_numpy_draw_from_different_streams():
-    """Seeded alike they are the same generator, and erasing would follow mixing."""
+    """With the same seed they are the same generator, and erasing would depend on mixing."""
     pairs = []
     for key in range(300):
         with chance.scope(key):

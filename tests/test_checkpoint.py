@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
 
 
 def in_a_process(work, *arguments):
-    """Forked: torch is there already."""
+    """In a fork, because it has already imported torch."""
     process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
     process.start()
     return process
@@ -143,7 +143,7 @@ def test_kill_inside_a_save_leaves_a_valid_one(tmp_path):
 def test_full_disk_keeps_the_old_one(small_disk):
     save(small_disk, 1)
     (small_disk / "filler").write_bytes(b"x" * 700_000)
-    for size in (100_000, 2_000_000):  # the first fits by the numbers, with less to spare than is asked for
+    for size in (100_000, 2_000_000):  # the first one just fits, but without the required reserve
         with pytest.raises(Stop) as stopped:
             checkpoint.save(small_disk, 2, {"model": {"w": torch.zeros(size)}}, {})
         assert stopped.value.code == Exit.DISK
@@ -153,7 +153,7 @@ def test_full_disk_keeps_the_old_one(small_disk):
 
 
 def test_write_errors_are_told_as_such(tmp_path):
-    """A file-size limit stands for a disk that fills while it is written, past the look at free space."""
+    """A limit of the file size imitates a disk that becomes full after the check of free space."""
 
     def save_within_a_limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Which code decides the bits of a run: a resumed run refuses another. The rest may change."""
+"""The code that decides the bits of a run must not change for a resumed run. Other code may change."""
 
 import shutil
 import subprocess
@@ -66,7 +66,7 @@ def test_the_hash_changes_with_what_decides_and_with_nothing_else(build, monkeyp
 
 @pytest.mark.slow
 def test_a_run_goes_on_to_the_same_bits_while_what_only_looks_is_replaced(build, digits, tmp_path, zygote):
-    """And it does not go on with another step."""
+    """It does not resume with another training step."""
 
     def train(*arguments):
         command = [build / "train.py", *SMALL, f"data.root={digits}", *arguments]

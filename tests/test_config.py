@@ -1,4 +1,4 @@
-"""The command line: what is refused, how it is said, and how long it takes."""
+"""The command line: what is refused, with which message, and how fast."""
 
 import json
 import re
@@ -267,7 +267,7 @@ def test_the_command_line_beats_debug_beats_recipe(compose):
 
 
 def test_recipes_state_every_setting_that_they_own():
-    """A recipe that leaves one out would change with a default."""
+    """Otherwise a change of a default would change a recipe."""
     import yaml
 
     owned = ("optim", "augment", "mix", "ema", "evaluate")

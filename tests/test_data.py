@@ -26,7 +26,7 @@ def folder(root, cache, **settings):
 
 
 def pixels_of(source, sample):
-    """The whole image, through the seam."""
+    """The whole image, decoded by decode.py."""
     data = source.read(sample)
     size = dimensions(data)
     return np.asarray(crop_and_resize(data, (0, 0, *size), size, "bicubic", fast=False))
@@ -282,7 +282,7 @@ def test_digits_are_read_from_the_folders_that_the_settings_name(cache):
 
 
 def test_a_process_ends_even_if_a_bug_leaves_its_workers_behind(tmp_path):
-    """They ignore SIGTERM, by which Python would end them before it waits for them."""
+    """The workers ignore SIGTERM, which Python sends before it waits for them."""
     program = """
 import torch
 from reconverge.data import transforms

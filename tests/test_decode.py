@@ -1,4 +1,4 @@
-"""The seam from bytes to pixels, against Pillow: every kind of file, random boxes and sizes."""
+"""decode.py compared with Pillow: every kind of file, random boxes and sizes."""
 
 import io
 
@@ -48,7 +48,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # a busy machine is not a fault
 @given(data=st.data())
 def test_exact_is_pillows_decode_crop_and_resize(kind, data):
     width, height = data.draw(st.integers(1, 200), "width"), data.draw(st.integers(1, 200), "height")
@@ -74,8 +74,8 @@ def test_exact_is_pillows_decode_crop_and_resize(kind, data):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fast_is_close_to_exact(kind):
-    """As its docstring says: measured on photographs, mean 0.04, at most 8; grain and edges like these are
-    harder.
+    """Its docstring says 0.04 on average and 8 at most for photographs; noise and edges as in these images
+    differ more.
     """
     differences, library = [], native.chosen()
     for seed in range(4):
@@ -110,7 +110,7 @@ def test_what_cannot_be_decoded_whole_is_undecodable(fast):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_bomb_is_undecodable_before_anything_is_allocated(fast):
-    """A JPEG header that claims 60,000 x 60,000 pixels."""
+    """A JPEG header with 60,000 x 60,000 pixels."""
     data = bytearray(KINDS["4:2:0"](64, 64, 0))
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = (60_000).to_bytes(2, "big") * 2

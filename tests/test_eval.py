@@ -22,7 +22,7 @@ def six_steps(digits, tmp_path_factory, cache):
 
 @pytest.fixture
 def run(six_steps):
-    """A copy of that run, to be evaluated and harmed."""
+    """A copy of that run, which tests may damage."""
     shutil.copytree(six_steps, "runs")
     return Path("runs/a")
 
@@ -33,7 +33,7 @@ def report(run, data="folder", step=6, precision="fp32"):
 
 
 def independent(run, digits, kind, classes=10):
-    """Image by image: the official evaluation transform, plain counting in Python."""
+    """A reference: the official evaluation transform for each image, and counting in plain Python."""
     net = create.model(Model("convnext_atto", "atto", 0.0), classes, 1).eval()
     net.load_state_dict(load_file(sorted((run / "checkpoints").iterdir())[-1] / f"{kind}.safetensors"))
     transform = tv.Compose(
@@ -119,11 +119,15 @@ def test_a_damaged_checkpoint_is_named(run, evaluate, capsys):
     ("arguments", "code", "said"),
     [
         ([], 2, "checkpoint"),
-        (["checkpoint=runs/none"], 66, "no run"),
+        (["checkpoint=runs/none"], 66, "neither a run nor"),
         (["checkpoint=runs/a", "data=folder"], 2, "data.root"),
         (["checkpoint=runs/a", "data.root=/nowhere"], 66, "/nowhere"),
-        (["checkpoint=runs/a", "data=folder", "data.root=PHOTOGRAPHS"], 2, "3 folders that are no classes"),
-        (["checkpoint=runs/a", "data=synthetic", "data.images=20"], 78, "1000 classes"),
+        (
+            ["checkpoint=runs/a", "data=folder", "data.root=PHOTOGRAPHS"],
+            2,
+            "folders that are not names of classes",
+        ),
+        (["checkpoint=runs/a", "data=synthetic", "data.images=20"], 78, "(1000) are not those of the model"),
         (["checkpoint=runs/a", "data.val=nonexistent"], 66, "nonexistent"),
         (["checkpoint=runs/a", "precision=int8"], 2, "fp32, tf32, bf16, fp16"),
         (["checkpoint=runs/a", "+x=1"], 2, "+x=1"),
@@ -182,8 +186,8 @@ def report_of(run, images):
 
 
 def test_other_data_is_normalised_as_the_runs_was(train, evaluate, digits):
-    """The same images, named as other data, must give the same numbers; and only the validation images need
-    be there.
+    """The same images under another name of data must give the same numbers, and only validation images are
+    needed.
     """
     assert train("run=b", "steps=4", "evaluate_every=0", "data.mean=[0,0,0]", "data.std=[1,1,1]") == 0
     assert evaluate("checkpoint=runs/b", "data.name=same") == 0
@@ -204,7 +208,7 @@ def test_the_folder_of_checkpoints_and_a_run_named_like_one(train, evaluate):
     [["model=timm", "model.timm=test_vit", "model.image_size=32"], ["model=timm", "model.timm=test_resnet"]],
 )
 def test_any_model_of_timms_is_built_again_as_it_was_trained(train, evaluate, arguments):
-    """One that is built for a size of images, and one with running statistics."""
+    """One model for a fixed image size, and one with running statistics."""
     assert train("run=t", "steps=2", *arguments) == 0
     last = json.loads(Path("runs/t/metrics.jsonl").read_text().splitlines()[-1])
     assert evaluate("checkpoint=runs/t") == 0

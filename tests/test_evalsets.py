@@ -1,4 +1,6 @@
-"""The published sets, each built as it is distributed, and counted by a slow loop of its own and by hand."""
+"""The published evaluation sets in the layout of their archives; the scores are compared with a slow loop and
+with values computed by hand.
+"""
 
 import csv
 import json
@@ -32,7 +34,7 @@ TRANSFORM = tv.Compose(
 
 @pytest.fixture(scope="module")
 def learned(digits, tmp_path_factory, cache):
-    """runs/a: it has begun to tell the digits apart."""
+    """runs/a: trained long enough to predict some digits right."""
     return trained(
         tmp_path_factory.mktemp("learned"),
         cache,
@@ -96,11 +98,11 @@ def test_of_some_classes_the_answer_is_chosen_among_these(
     assert found["raw"]["images"] == len(files) == 48
     assert percent(right) > percent(
         answer(logits(path), range(10)) == int(path.parent.name) for path in files
-    )  # else nothing is tested
+    )  # otherwise the test has no effect
     for label in kept:
         of_class = [hit for hit, path in zip(right, files, strict=True) if path.parent.name == label]
         assert found["raw"]["per_class"][label] == pytest.approx(percent(of_class))
-    assert f"48 images of eval/{name} (the published set has " in capsys.readouterr().out
+    assert f"48 images of eval/{name} (but the published set has " in capsys.readouterr().out
 
 
 def test_a_set_may_lie_in_shards(run, digits, evaluate, tmp_path):
@@ -223,7 +225,7 @@ def test_corruptions_and_the_row_of_the_paper(run, digits, logits, evaluate, tmp
     shutil.copytree(digits / "val", tmp_path / "all" / "imagenet" / "val")
     assert evaluate("checkpoint=runs/a", "suite=robustness", f"suite.root={tmp_path}/all", "workers=0") == 0
     said = capsys.readouterr().out
-    assert "not there, and left out" in said
+    assert "left out, because the folder does not exist" in said
     assert "sketch" in said
     found = json.loads(next(run.glob("eval-robustness-*.json")).read_text())["sets"]
     places = {name: tmp_path / "all" / "imagenet-c" / groups.get(name, "") / name for name in alexnet}
@@ -278,8 +280,8 @@ def test_wrong_input(run, digits, evaluate, capsys, tmp_path):
         (["suite=robustness", f"suite.root={digits}", "images=x.png"], 2, "one of data=, suite= and images="),
         (["images=nothing"], 66, "does not exist"),
         (["images=3"], 2, "images=FOLDER"),
-        (["data=eval/sketch", f"data.root={tmp_path}/strange"], 2, "folders that are no classes"),
-        (["data=eval/a", f"data.root={tmp_path}/strange"], 78, "that the model lacks"),
+        (["data=eval/sketch", f"data.root={tmp_path}/strange"], 2, "folders that are not names of classes"),
+        (["data=eval/a", f"data.root={tmp_path}/strange"], 78, "are not classes of the model"),
     ):
         (tmp_path / "strange" / "cat").mkdir(parents=True, exist_ok=True)
         shutil.copy(next(digits.rglob("*.png")), tmp_path / "strange" / "cat")

@@ -1,6 +1,4 @@
-"""What is exported, loaded by the tool that it is meant for, against our own model and an independent count
-by timm.
-"""
+"""Exports, loaded by their tools, are compared with our model and with an independent evaluation by timm."""
 
 import json
 import shutil
@@ -52,7 +50,7 @@ def net_of(run, kind="ema", step=-1):
 @pytest.mark.parametrize("kind", ["ema", "raw"])
 def test_the_timm_folder_gives_the_same_logits_labels_and_pixels(kind, run, digits, reconverge):
     code, said = reconverge("export", run, "--to", "timm", "--weights", kind, "--license", "cc0-1.0")
-    assert (code, "the very bits" in said) == (0, True), said
+    assert (code, "equal bit for bit" in said) == (0, True), said
     net = timm.create_model("local-dir:runs/a/export-timm", pretrained=True).eval()
     ours = net_of(run, {"raw": "model"}.get(kind, kind))
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -82,7 +80,7 @@ def test_the_timm_folder_gives_the_same_logits_labels_and_pixels(kind, run, digi
 
 @torch.no_grad()
 def counted_by_timm(digits):
-    """timm loads the model and its own transform; each image is counted by itself."""
+    """timm loads the model and makes the transform; images are evaluated one by one."""
     net = timm.create_model("local-dir:runs/a/export-timm", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
     files = sorted((digits / "val").rglob("*.png"))
@@ -202,8 +200,8 @@ def test_check_finds_what_was_changed(run, reconverge):
         assert (code, what in said) == (65, True), said
 
     (folder / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
-    refused("model.safetensors is not what was exported")
-    # The file is what export.json says, and the model is another.
+    refused("model.safetensors has changed since the export")
+    # The hash in export.json is right, but the model is a different one.
     about = json.loads((folder / "export.json").read_text())
     about["files"]["model.safetensors"] = export.sha256_of(folder / "model.safetensors")
     (folder / "export.json").write_text(json.dumps(about))
@@ -226,9 +224,9 @@ def test_wrong_input(run, reconverge, tmp_path):
         (["export", run, "--to", "timm", "--check"], 2, "both"),
         (["export", run, "--to", "timm", "--average", "0"], 2, "1 or more"),
         (["export", run, "--to", "timm", "--average", "2", "--best"], 2, "--best"),
-        (["export", tmp_path / "nothing", "--to", "timm"], 66, "no run"),
+        (["export", tmp_path / "nothing", "--to", "timm"], 66, "neither a run nor"),
         (["export", "--check", run], 66, "no export.json"),
-        (["export", run, "--to", "timm", "--out", run], 2, "other files"),
+        (["export", run, "--to", "timm", "--out", run], 2, "files that are not an export"),
         (["export", run, "--to", "keras"], 2, "invalid choice"),
     ):
         found, said = reconverge(*arguments)
@@ -249,5 +247,5 @@ def test_a_model_that_timm_lacks(train, reconverge):
     ]
     assert train("run=own", "steps=1", *small, "evaluate_every=never", "evaluate.size=32") == 0
     code, said = reconverge("export", "runs/own", "--to", "timm")
-    assert (code, "which timm does not have" in said) == (2, True), said
+    assert (code, "which is not a model of timm" in said) == (2, True), said
     assert reconverge("export", "runs/own", "--to", "pt2")[0] == 0

@@ -1,4 +1,4 @@
-"""Who may import whom, and who may name which library: the layout of the code, held."""
+"""Tests the layout of the code: which folder may import which, and which files may use which library."""
 
 import ast
 import subprocess
@@ -49,7 +49,7 @@ def test_data_does_not_know_the_models():
 
 
 def test_modules_import_each_other_in_no_circle():
-    """At whatever line they do."""
+    """Imports inside functions count too."""
     names = {module(path): path for path in FILES}
     known = {
         name: {

@@ -1,5 +1,5 @@
-"""init= through the real command line: a chain of two runs on other classes and another resolution, and what
-resuming makes of it.
+"""init= through the real command line: a chain of two runs on other classes and another resolution, and
+resumed runs.
 """
 
 import json
@@ -59,7 +59,7 @@ def origin():
     [("", "model", 2), (":ema", "ema", 2), ("/checkpoints/step-00000001", "model", 1)],
 )
 def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, suffix, kind, step):
-    """A learning rate of 0 leaves the weights as they were loaded, and the average too."""
+    """With a learning rate of 0, raw and EMA weights stay as they were loaded."""
     assert (
         tune(
             f"init=runs/low{suffix}", "steps=1", "optim.lr=0", "optim.min_lr=0", "model.head_init_scale=0.001"
@@ -71,7 +71,7 @@ def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, s
     for name, tensor in given.items():
         for ours in (raw, ema):
             if name == "head.fc.weight":
-                assert not torch.equal(ours[name], tensor)  # five classes as well, but others
+                assert not torch.equal(ours[name], tensor)  # five classes too, but different ones
                 assert ours[name].abs().max() < 0.001 * 0.02 * 6
             elif name != "head.fc.bias":
                 assert torch.equal(ours[name], tensor)
@@ -92,7 +92,9 @@ def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, s
         f"{len(given) - 2} loaded, 0 converted, 0 missing, 0 unexpected, 0 of another shape, 2 of the head"
         in said
     )
-    assert "fresh, 5 classes; the 5 classes of the weights are others (model.head_init_scale=0.001)" in said
+    assert (
+        "fresh, 5 classes; the 5 classes of the file are different ones (model.head_init_scale=0.001)" in said
+    )
 
 
 def test_the_same_classes_keep_their_head(tune, halves):
@@ -114,11 +116,13 @@ def test_some_of_the_classes_are_mapped_by_name(tune, digits, capsys):
         == 0
     )
     assert torch.equal(newest("high")["head.fc.weight"][:5], newest("low")["head.fc.weight"])
-    assert "mapped by name, 5 of 10 classes from 5; fresh rows for 5, 6, 7, 8, 9" in capsys.readouterr().out
+    assert (
+        "mapped by name, 5 of 10 classes from 5; initial weights for 5, 6, 7, 8, 9" in capsys.readouterr().out
+    )
 
 
 def test_a_resumed_run_goes_on_from_its_own_checkpoint(tune, capsys):
-    """The parent may even be gone: the bits are those of a run that never stopped."""
+    """Even without the parent, the bits are those of a run without interruption."""
     assert tune("init=runs/low", "steps=3", "save_every=2", "run=whole") == 0
     assert tune("init=runs/low", "steps=2", "save_every=2") == 0
     shutil.rmtree("runs/low")
@@ -145,7 +149,7 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(tune, capsys):
             2,
             "init=runs/low/checkpoints/step-00000002:ema",
         ),
-        (["init=runs/low", "init_head=keep", "data=digits"], 2, "a head of 5 classes for data of 10"),
+        (["init=runs/low", "init_head=keep", "data=digits"], 2, "the head has 5 classes and the data 10"),
         (["init=runs/low", "init_head=new"], 2, "auto, keep, mapped, fresh"),
         (["init_head=mapped"], 2, "init_head=mapped without init"),
         (["init_strict=false"], 2, "init_strict=False without init"),
@@ -169,7 +173,7 @@ def test_a_damaged_checkpoint_of_the_parent_is_named(tune, capsys):
     data[-1] ^= 1
     damaged.write_bytes(data)
     assert tune("init=runs/low/checkpoints/step-00000002", "steps=1") == 65
-    assert "another sha256" in capsys.readouterr().err
+    assert "is not the recorded one" in capsys.readouterr().err
     assert tune("init=runs/low", "steps=1") == 0
     assert "after step 1; skipped a damaged checkpoint: step-00000002" in capsys.readouterr().out
     assert tune("init=runs/low:ema", "steps=1", "run=b", "ema.decay=null") == 0

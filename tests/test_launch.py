@@ -76,7 +76,7 @@ def test_what_is_mistyped_is_said_once_and_at_once(launch):
         (LOCAL, ["--ranks", "two"], "--ranks two"),
         (LOCAL, ["--ranks=2", "-m", "seed=0,1", "--cfg"], "-m with --cfg"),
         (SEEDS, ["0", "one", "--"], "whole numbers"),
-        (SEEDS, ["0", "1"], "and then --"),
+        (SEEDS, ["0", "1"], "followed by --"),
     ):
         began = time.monotonic()
         code, said = ended(launch(*options, script=script))

@@ -19,7 +19,7 @@ HOLDER = (
 
 @pytest.fixture
 def held(tmp_path):
-    """A lock that a live process holds."""
+    """A lock held by a live process."""
     path = tmp_path / "lock"
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE)
     process.stdout.readline()
@@ -99,7 +99,7 @@ def test_a_second_live_process_of_the_same_job_is_refused(held, monkeypatch):
 def test_a_folder_that_was_removed_is_told_as_such(tmp_path):
     held = lock.Lock(tmp_path / "lock")
     held.path.unlink()
-    with pytest.raises(Stop, match="is gone"):
+    with pytest.raises(Stop, match="was removed"):
         held.check()
     held.release()
 

@@ -1,5 +1,5 @@
-"""The loop of train.py against a slow one written on its own: what is accumulated, scaled, clipped, stepped
-and averaged, and in which order.
+"""The loop of train.py compared with an independent slow loop: accumulation, scaling, clipping, optimizer,
+EMA, and their order.
 """
 
 import math
@@ -95,7 +95,7 @@ def test_the_loop_equals_a_slow_one(train, digits, cache):
 
 
 def test_erasing_comes_before_mixing():
-    """Noise is mixed as pixels are; erased after mixing it would stand at full strength."""
+    """Noise is mixed like pixels. If erasing came after mixing, the noise would have full strength."""
     mix = Mix(0.5, MixSettings(), classes=4)
     labels = torch.tensor([0, 1, 2, 3])
     for step in range(20):

@@ -52,8 +52,8 @@ roadmap_b_13_fewer_norms           14.81 83.17  -      -
 roadmap_b_14_layer_norm            14.81 83.35  14.807 83.71
 roadmap_b_15_downsampling          15.35 83.60  15.355 88.59
 """
-# Two figures of Table 10 are slips: "BN to LN" prints 4.46 where Figure 2 has 4.2 and Table 11 no change, and
-# ConvNeXt-T 4.49.
+# Two numbers of Table 10 are misprints: "BN to LN" prints 4.46 where Figure 2 has 4.2 and Table 11 no change,
+# and ConvNeXt-T 4.49.
 SLIPS = {"roadmap_14_layer_norm": ("4.46", "4.15"), "roadmap_15_downsampling": ("4.49", "4.46")}
 
 PAPER = """
@@ -113,7 +113,7 @@ SHAPES = {
 
 
 def rows(table, macs=None):
-    """Split lines; with the column of GMACs, what takes long to count is slow."""
+    """Split lines. With the column of GMACs, models that take long to count are marked slow."""
     found = [line.split() for line in table.strip().splitlines() if not line.startswith("#")]
     return (
         found
@@ -128,7 +128,7 @@ def model(name="convnext_atto", **settings):
 
 def in_conf(name):
     """The settings of conf/model."""
-    return _settings(ROOT / "conf" / "model")[name]
+    return {given.name: given for given in _settings(ROOT / "conf" / "model").values()}[name]
 
 
 def published(name, size):
@@ -172,7 +172,7 @@ def test_parameters_and_macs_are_the_published_ones(
 def test_models_that_others_counted_otherwise(
     counted_once, name, size, parameters, macs, counted_parameters, counted_macs, top1, top1_22k
 ):
-    """Both figures are pinned, and the table says why they differ."""
+    """Both numbers are tested, and the table has a note that explains the difference."""
     row = published(name, size)
     assert row[1:5] == tuple(map(number, (parameters, macs, top1, top1_22k)))
     assert row.counted == (float(counted_parameters), float(counted_macs))
@@ -272,7 +272,7 @@ def test_models_of_one_size_are_built_for_the_images(name):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"name": "vit_b", "image_size": 225}, r"225 px(.|\n)*multiples of 16(.|\n)*augment.size=224"),
+        ({"name": "vit_b", "image_size": 225}, r"225 px(.|\n)*patch size, 16 px(.|\n)*augment.size=224"),
         ({"name": "vit_b"}, r"vit_b without model.image_size(.|\n)*model.image_size=224"),
         ({"name": "swin_l_384"}, r"model.image_size=384"),
         ({"name": "resnet50", "image_size": 224}, r"any size(.|\n)*model.image_size=null"),
@@ -280,8 +280,8 @@ def test_models_of_one_size_are_built_for_the_images(name):
         ({"name": "resnet50", "layer_scale": 1e-6}, r"model.layer_scale=1e-06(.|\n)*model.layer_scale=null"),
         ({"name": "x", "timm": "resnet5"}, r"model.timm=resnet5(.|\n)*timm.list_models(.|\n)*resnet50"),
         ({"name": "x", "timm": "vgg11", "drop_path": 0.1}, r"drop_path_rate=0.1(.|\n)*model.drop_path=0"),
-        ({"name": "x", "timm": "rexnet_100"}, r"rexnet_100, which has dropout of 0.2"),
-        ({"name": "x", "timm": "ghostnet_100"}, r"ghostnet_100, which has dropout of 0.2"),
+        ({"name": "x", "timm": "rexnet_100"}, r"rexnet_100, which has dropout with rate 0.2"),
+        ({"name": "x", "timm": "ghostnet_100"}, r"ghostnet_100, which has dropout with rate 0.2"),
     ],
 )
 def test_what_a_model_cannot_take_is_refused(settings, said):
@@ -290,7 +290,7 @@ def test_what_a_model_cannot_take_is_refused(settings, said):
 
 
 def test_any_model_of_timms():
-    """Counted, and marked: not in the paper."""
+    """It is counted and marked as not in the paper."""
     net = create.model(
         model("test_vit", timm="test_vit", layer_scale=None, image_size=64, drop_path=0.1), 10, 0
     )
@@ -320,8 +320,8 @@ def test_initial_weights():
             )
             assert (parameter == (0.0 if name.endswith("bias") else expected)).all(), name
         else:
-            # A normal of deviation 0.02 and none of timm's outliers at 100 deviations: the chance of one
-            # beyond 6.5 is 1e-3.
+            # Normal with std 0.02, without timm's outliers at 100 times the std. The probability of a value
+            # beyond 6.5 times the std is 1e-3.
             assert parameter.abs().max() < 6.5 * 0.02, name
             assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.05), name
             assert abs(float(parameter.detach().mean())) < 0.02 * 5 / parameter.numel() ** 0.5, name

@@ -1,6 +1,4 @@
-"""The native library against Pillow, pixel by pixel, with and without AVX2; and what becomes of a run where
-it is not to be had.
-"""
+"""The native library against Pillow, pixel by pixel, with and without AVX2; and runs without it."""
 
 import io
 import json

@@ -37,9 +37,10 @@ def plan(monkeypatch, capsys):
 
 
 def test_the_published_run_of_convnext_t(plan, tmp_path):
-    command = "model=convnext_t recipe=in1k --world 8 --images-per-second 400"
+    command = "model=convnext_t recipe=in1k --ranks 8 --images-per-second 400"
     code, rows, said = plan(*command.split())
     assert code == 0
+    assert said.out == plan(*command.replace("--ranks", "--world").split())[2].out
     shown = (
         (ROOT / "docs/recipes.md")
         .read_text()
@@ -56,7 +57,10 @@ def test_the_published_run_of_convnext_t(plan, tmp_path):
     assert rows["batch"] == "4096 images = 32 microbatches x 128"
     assert rows["schedule"] == "300 epochs of 312 steps = 93600 steps, 6240 of them warm-up"
     assert rows["EMA"] == "decay 0.9999: half-life 6931 steps, 22 epochs"
-    assert rows["worlds"] == "1 x 32; 2 x 16; 4 x 8; 8 x 4; 16 x 2; 32 x 1  (ranks x microbatches of a rank)"
+    assert (
+        rows["ranks"]
+        == "8; possible (ranks x microbatches of each rank): 1 x 32, 2 x 16, 4 x 8, 8 x 4, 16 x 2, 32 x 1"
+    )
     # lr halves in the middle of the warm-up, is 4e-3 twice, and (4e-3 + 1e-6) / 2 half way through the cosine
     # at step 49,921
     assert (
@@ -64,9 +68,11 @@ def test_the_published_run_of_convnext_t(plan, tmp_path):
         == "1: 0 (first); 3121: 0.002 (in the warm-up); 6240: 0.004 (last of the warm-up); 6241: 0.004 (first"
         " after the warm-up); 46801: 0.002224 (half way); 93600: 1e-06 (last)"
     )
-    # 4.456 G multiply-adds, two operations each, three times for backward too, 93,600 x 4,096 images
-    assert float(rows["operations"].split()[0]) == pytest.approx(4.456e9 * 2 * 3 * 93_600 * 4_096, rel=1e-3)
-    assert rows["time"] == "33.3 hours on 8 ranks of 400 images/s, 266 GPU-hours, without evaluation"
+    # 4.456 G multiply-adds of 2 FLOPs each, forward and backward as 3 forward passes, 93,600 x 4,096 images
+    assert float(rows["FLOPs"].split()[0]) == pytest.approx(4.456e9 * 2 * 3 * 93_600 * 4_096, rel=1e-3)
+    assert "a multiply-add counts as 2, forward and backward as 3 forward passes" in rows["FLOPs"]
+    assert ", EMA 0.11," in rows["memory"]
+    assert rows["time"] == "33.3 hours on 8 ranks of 400 images/s each, 266 GPU-hours, without evaluation"
     # 28,589,128 weights, of which the decayed: stem, blocks, downsampling, head, each without its bias
     assert rows["weight decay"] == "0.05 on 28.52 M parameters, none on 0.07 M"
     assert not [name for name in rows if name.startswith(("notice", "layer"))]
@@ -78,7 +84,7 @@ def test_the_published_run_of_convnext_t(plan, tmp_path):
 def test_fine_tuning_shows_its_layers_and_what_departs_with_its_source(plan):
     code, rows, _ = plan(
         "model=convnext_b",
-        "--world=4",
+        "--ranks=4",
         "recipe=ft_in22k_in1k_224",
         "optim.lr=1e-4",
         "--picture",
@@ -95,7 +101,7 @@ def test_fine_tuning_shows_its_layers_and_what_departs_with_its_source(plan):
         "lr x 1, 1,027,048 parameters: head.fc.bias ... head.norm.weight"
     )  # 1024 * 1000 + 1000 + 2 * 1024
     assert rows["schedule"] == "30 epochs of 2502 steps = 75060 steps, 0 of them warm-up"
-    assert rows["time"].startswith("not estimated: --images-per-second")
+    assert rows["time"].startswith("not estimated: add --images-per-second")
     assert any(
         text.startswith("optim.lr=0.0001 is not recipe=ft_in22k_in1k_224: published 5e-05 (")
         for text in rows.values()
@@ -129,8 +135,8 @@ def test_a_plan_says_what_the_run_will_say(plan, train, small, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
-    [(["--world", "3"], ["3 ranks for 2 microbatches", "1, 2", "2 ranks"]),
-        (["--world", "0"], ["0 ranks", "1 ranks"]),
+    [(["--ranks", "3"], ["3 ranks for 2 microbatches", "1, 2", "2 ranks"]),
+        (["--ranks", "0"], ["0 ranks", "1 ranks"]),
         (["--wrold", "3"], ["--wrold"]), (["model=convnext_b", "oops"], ["oops"]),
         (["optim.lrr=1"], ["optim.lrr", "optim.lr"]),
         (["model=convnext_xl", "recipe=in1k"], ["size xl", "atto, t, s, b, l"]),
@@ -201,7 +207,7 @@ def test_memory_follows_precision_and_checkpointing():
         return cost.memory(net, 32, 64, 10, dtype, ema, gradients=1)
 
     plain = memory()
-    assert plain.weights == plain.gradients == plain.average == plain.moments / 2 == 4 * 3_377_730
-    assert memory(ema=False).total == plain.total - plain.average
+    assert plain.weights == plain.gradients == plain.ema == plain.moments / 2 == 4 * 3_377_730
+    assert memory(ema=False).total == plain.total - plain.ema
     assert memory(torch.bfloat16).activations < 0.7 * plain.activations
     assert memory(checkpointing=True).activations < 0.7 * plain.activations

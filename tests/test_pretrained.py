@@ -76,7 +76,7 @@ def test_which_set_is_meant_is_never_guessed():
     safetensors.torch.save_file(tensors(), "one.safetensors")
     assert stopped("one.safetensors:ema")[0] == Exit.USAGE
     shutil.copy("one.safetensors", "one.safetensors:ema")
-    assert "a path, and the ema weights" in stopped("one.safetensors:ema")[1]
+    assert "or the ema weights of one.safetensors" in stopped("one.safetensors:ema")[1]
     assert stopped("timm:test_vit:ema")[0] == Exit.USAGE
 
 
@@ -95,11 +95,11 @@ def test_plain_files_of_tensors():
         ("nowhere.pth", 66, "no such file"),
         ("runs/none", 66, "no such file"),
         ("mine", 66, "init=runs/mine"),
-        (".", 66, "without checkpoints/ or config.json"),
+        (".", 66, "without checkpoints/ and config.json"),
         ("runs/mine", 66, "no checkpoint yet"),
         ("notes.txt", 2, ".safetensors, .pth or .pt"),
-        ("numbers.pth", 2, "whose keys are epoch, lr"),
-        ("list.pth", 2, "whose keys are"),
+        ("numbers.pth", 2, "the keys of this file are epoch, lr"),
+        ("list.pth", 2, "the keys of this file are"),
         ("timm:convnext_tny", 2, "timm:convnext_tiny"),
         ("timm:convnext_tiny.fb_in99k", 2, "timm:convnext_tiny.fb_in"),
         ("hf-hub:convnext", 2, "OWNER/NAME"),
@@ -204,7 +204,7 @@ def test_a_folder_of_timm(safe):
     assert found.classes == ["n1", "n2", "n3", "n4"]
     assert found.origin["architecture"] == "test_convnext"
     Path("folder/checkpoints").mkdir()
-    assert "a run or a timm folder" in stopped("folder")[1]
+    assert "the folder of a run, or a timm folder" in stopped("folder")[1]
     os.rmdir("folder/checkpoints")
     Path("folder/config.json").write_text("{}")
     assert stopped("folder")[0] == Exit.DAMAGED
@@ -250,7 +250,7 @@ def test_timm_names_download_through_timm(hub):
 @pytest.mark.parametrize("init", ["timm:convnext_tiny.fb_in22k", "hf-hub:owner/none"])
 def test_a_download_without_a_network(init, hub):
     code, said = stopped(init)
-    assert (code, "give the file or folder" in said) == (Exit.MISSING, True)
+    assert (code, "name the file or folder" in said) == (Exit.MISSING, True)
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
@@ -258,7 +258,7 @@ def test_torchvision_downloads_or_says_why_not(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     code, said = stopped("torchvision:squeezenet1_1")
-    assert (code, "give the file or folder" in said) == (Exit.MISSING, True)
+    assert (code, "name the file or folder" in said) == (Exit.MISSING, True)
     (tmp_path / "hub/checkpoints").mkdir(parents=True, exist_ok=True)
     saved = torchvision.models.squeezenet1_1().state_dict()
     torch.save(saved, tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth")

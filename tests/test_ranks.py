@@ -1,6 +1,4 @@
-"""Many ranks train as one does: torchrun's real processes through the command line, and the arithmetic of
-sums by itself.
-"""
+"""Many ranks train as one rank does: real processes of torchrun, and separate tests of the sums."""
 
 import json
 import shutil
@@ -31,7 +29,7 @@ CONVNEXT, RESNET = (["model=timm", f"model.timm={name}"] for name in ("test_conv
 
 
 def alone(train, *arguments):
-    """The same job in this process, a world of one."""
+    """The same job in this process, with one rank."""
     return train(*[setting for setting in JOB if setting not in SMALL], *arguments)
 
 
@@ -45,7 +43,7 @@ def saved(run, step):
 
 
 def apart(one, other, step):
-    """Of each kind of tensors, the norm of the difference over the norm."""
+    """For each kind of tensors, the norm of the difference divided by the norm."""
     distance = {}
     for kind, tensors in saved(one, step).items():
         flat, theirs = (
@@ -110,9 +108,7 @@ def test_worlds_of_1_2_and_4_are_bit_equal_by_tree_changed_in_mid_run_too(train,
     ("model", "steps", "bound"), [(CONVNEXT, 20, 1e-5), (RESNET, 2, 1e-6)], ids=["convnext", "resnet"]
 )
 def test_other_worlds_by_ddp_see_the_same_images_and_stay_close(train, torchrun, model, steps, bound):
-    """Gradient norms too, with clipping on: AdamW forgives a wrong scale of the gradient, and weights alone
-    would hide it.
-    """
+    """Gradient norms too, with clipping: AdamW hides a wrong scale of the gradient in the weights."""
     given = ["epochs=20", f"steps={steps}", "evaluate_every=never", *model]
     assert alone(train, "run=one", *given) == 0
     assert torchrun(4, "run=changed", *given, f"steps={steps // 2}")[0] == 0
@@ -129,8 +125,8 @@ def test_other_worlds_by_ddp_see_the_same_images_and_stay_close(train, torchrun,
 
 @pytest.mark.slow
 def test_four_ranks_resume_with_the_same_bits(train, torchrun):
-    """R2 by ddp: where torch's DistributedDataParallel would lay its buckets anew after the first step of
-    each start.
+    """R2 with reduce=ddp, where torch's DistributedDataParallel would rebuild its buckets after the first
+    step of each start.
     """
     given = ["steps=4", "save_every=2", "keep=9", "evaluate_every=never", *CONVNEXT]
     assert torchrun(4, "run=whole", *given)[0] == 0
@@ -160,8 +156,8 @@ def test_evaluation_counts_each_image_once_on_four_ranks(train, torchrun, evalua
 
 @pytest.mark.slow
 def test_what_one_rank_cannot_read_stops_an_evaluation_with_its_name(train, torchrun, digits, tmp_path):
-    """The tenth of 30 images in batches of 7 is of rank 1: rank 0, which waits for it, says so, and not that
-    a connection was closed.
+    """Image 10 of 30, in batches of 7, belongs to rank 1. Rank 0, which waits for it, prints this reason and
+    not a closed connection.
     """
     assert alone(train, "run=a", "steps=2", "evaluate_every=never") == 0
     shutil.copytree(digits, tmp_path / "broken")
@@ -191,7 +187,7 @@ def test_forward_images_are_refused_where_they_cannot_be(train, capsys):
         (["forward_images=4", *RESNET], "BatchNorm averages over"),
         (["forward_images=3"], "what divides a microbatch (1, 2, 4, 8)"),
         (["forward_images=12"], "forward_images="),
-        (["forward_images=24", "reduce=tree"], "each pass is a leaf of the tree"),
+        (["forward_images=24", "reduce=tree"], "divide the microbatches of a rank evenly"),
     ):
         assert alone(train, "run=a", *arguments) == 2
         assert said in capsys.readouterr().err
@@ -212,7 +208,7 @@ def test_another_forward_pass_in_mid_run_ends_r2_and_says_so(train, capsys):
 @pytest.mark.slow
 def test_ranks_that_do_not_fit_are_refused_once_with_those_that_do(torchrun):
     code, said = torchrun(3, "run=a")
-    assert code == 1  # torchrun makes 1 of every failure
+    assert code == 1  # torchrun returns 1 for every failure
     assert said.count("3 ranks for 8 microbatches a step") == 1
     assert "1, 2, 4, 8" in said
     assert not Path("runs/a").exists()
@@ -220,7 +216,7 @@ def test_ranks_that_do_not_fit_are_refused_once_with_those_that_do(torchrun):
 
 @pytest.mark.slow
 def test_a_finished_run_and_a_refused_one_end_all_ranks(train, torchrun):
-    """Rank 0 alone reads the folder."""
+    """Only rank 0 reads the folder."""
     assert alone(train, "run=a", "steps=1") == 0
     code, said = torchrun(2, "run=a", "steps=1")
     assert code == 0
@@ -231,7 +227,7 @@ def test_a_finished_run_and_a_refused_one_end_all_ranks(train, torchrun):
     assert not Path("runs/a/errors").exists()
 
 
-# ---- who takes what ----------------------------------------------------------------------------------------
+# ---- the microbatches of each rank -------------------------------------------------------------------------
 
 
 @given(st.integers(1, 64))
@@ -287,9 +283,7 @@ def recursive(leaves):
 
 
 class Loopback:
-    """Stands for a World whose other ranks are computed here: `blocks` holds each rank's sum at each
-    distance.
-    """
+    """Replaces a World; the other ranks are computed here. `blocks` has each rank's sum at each distance."""
 
     device = torch.device("cpu")
 
@@ -303,8 +297,8 @@ class Loopback:
 @given(st.integers(1, 12), st.sampled_from([1, 2, 4, 8]))
 @settings(max_examples=60, deadline=None)
 def test_the_streaming_tree_is_the_recursive_one_on_every_rank(each, size):
-    """Against the definition, with float32 numbers of mixed size, which no other order of adding gives the
-    same.
+    """Compared with the definition, with float32 numbers of mixed size, whose sum differs for any other
+    order.
     """
     random = np.random.Generator(np.random.PCG64(each * 100 + size))
     leaves = [
@@ -363,7 +357,7 @@ def test_gradients_are_views_in_the_weights_memory_format_and_sums_of_passes():
         assert all((parameter.grad == 0).all() for parameter in net.parameters())
 
 
-# ---- the launchers' words ----------------------------------------------------------------------------------
+# ---- the launchers' variables ------------------------------------------------------------------------------
 
 
 def test_who_started_this_process():
@@ -407,8 +401,8 @@ def test_restarts_need_a_rendezvous_that_finds_together_again(digits):
 
 
 def test_ranks_that_start_again_meet_only_each_other(monkeypatch):
-    """In one store, as torchrun keeps it over restarts: a rank that is back early waits, whatever an earlier
-    start left there.
+    """In one store, as torchrun keeps it over restarts. A rank that restarts early waits, in spite of values
+    of an earlier start.
     """
     store = torch.distributed.HashStore()
     names = []
@@ -420,8 +414,8 @@ def test_ranks_that_start_again_meet_only_each_other(monkeypatch):
             assert group._met(store, 0, 2, 30) == early.result(timeout=10)
             names.append(early.result())
     assert len(set(names)) == 3
-    with pytest.raises(RuntimeError, match="of an earlier start"):
+    with pytest.raises(RuntimeError, match="an earlier start"):
         group._met(store, 0, 2, 0.3)
     monkeypatch.setattr(group, "told_to_stop", lambda: True)
-    with pytest.raises(Stop, match="before all ranks had come"):
+    with pytest.raises(Stop, match="before all ranks had started"):
         group._met(store, 0, 2, 0.3)

@@ -21,7 +21,7 @@ MODELS = {
 
 
 class Values(NamedTuple):
-    """Of one published run, whatever the model's size."""
+    """Values of one published run, for all sizes of the model."""
 
     batch: int
     epochs: int
@@ -129,12 +129,12 @@ OURS = {"demo", "finetune"}
 
 
 def pairs():
-    """(model, recipe, whether they fit), of models alike in size and images one: recipes look at nothing
-    else.
+    """(model, recipe, whether they fit), with one model for each size and image size, because recipes depend
+    only on these.
     """
     kinds = {}
     for name, content in MODELS.items():
-        if name != "timm":  # whatever its model.timm is
+        if name != "timm":  # for any model.timm
             kinds.setdefault((content["size"], content.get("image_size")), name)
     tables = {
         name: yaml.safe_load((ROOT / "conf" / "recipe" / f"{name}.yaml").read_text())["recipe"]["drop_path"]
@@ -255,9 +255,8 @@ def refuses(compose, model, recipe):
 
 
 def test_every_model_composes_with_a_recipe_of_our_own(compose):
-    """Where there is one; with all of them: slow.
-
-    With the published ones: test_recipe_is_as_published_for_every_size.
+    """With one of them; the slow test takes all. For published recipes see
+    test_recipe_is_as_published_for_every_size.
     """
     for model, recipe in {
         model: recipe for model, recipe, fits in pairs() if fits and recipe in OURS
@@ -274,7 +273,7 @@ def test_every_model_composes_with_our_own_recipes_where_they_fit(compose):
 
 
 def test_a_model_that_a_recipe_does_not_fit_is_refused(compose):
-    """By each recipe one model; all of them: slow."""
+    """One model for each recipe; the slow test takes all."""
     for recipe, model in {recipe: model for model, recipe, fits in pairs() if not fits}.items():
         refuses(compose, model, recipe)
 
@@ -299,7 +298,7 @@ def test_the_tables_of_a_recipe_have_the_same_sizes_and_its_header_says_what_the
         )
         assert f"recipe={recipe} " in header or recipe == "demo"
         for top1 in tables.get("expected", {}).values():
-            assert f" {top1}" in header or recipe == "in1k_roadmap"  # its table is the whole of it
+            assert f" {top1}" in header or recipe == "in1k_roadmap"  # its whole header is this table
         if tables.get("expected"):
             assert f"noise band: {tables['noise']}" in header
             assert "published hardware: " in header

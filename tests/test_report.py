@@ -515,8 +515,8 @@ def fewer_losses(run):
 @pytest.mark.parametrize(
     ("harm", "arguments", "code", "said"),
     [
-        (None, ["runs/none"], 66, "runs/none is no run"),
-        (None, ["runs"], 66, "is no run"),
+        (None, ["runs/none"], 66, "runs/none is neither a run nor"),
+        (None, ["runs"], 66, "is neither a run nor"),
         (None, [], 2, "RUN"),
         (None, ["runs/s0", "runs/s1", "runs/../runs/s0/checkpoints"], 2, "twice"),
         (None, ["runs/s0", "--to", "nowhere/x.html"], 66,
@@ -528,7 +528,7 @@ def fewer_losses(run):
         (damage("metrics.jsonl", lambda text: text.replace(b"{", b"[", 1)), ["runs/s0"], 65, "metrics.jsonl"),
         (damage("metrics.jsonl", lambda text: b"[1]\n" + text), ["runs/s0"], 65, "a line without a step"),
         (damage("metrics.jsonl", lambda text: text + b'{"step": 99, "loss": "low"}\n'), ["runs/s0"], 65,
-            "loss is no number"),
+            "loss is not a number"),
         (damage("metrics.jsonl", lambda text: b"\xff" + text), ["runs/s0"], 65, "metrics.jsonl"),
         (damage("environment.json", lambda text: text[:-20]), ["runs/s0"], 65, "environment.json"),
         (damage("status.json", lambda text: b"{}"), ["runs/s0"], 65, "reason"),

@@ -42,16 +42,14 @@ def whole(tmp_path_factory, digits):
     return folder / "runs" / "whole"
 
 
-# Every kind of chance; and timm's smallest ConvNeXt, of which a checkpoint has 4 MB and not 54.
+# Every kind of random number; and timm's smallest ConvNeXt, with checkpoints of 4 MB instead of 54.
 CHANCE = ["mix.mixup=0.8", "model.drop_path=0.2", "augment.erase=0.25"]
 TINY = ["model=timm", "model.timm=test_convnext"]
 EVERY = [f"steps={STEPS}", "save_every=1", "evaluate_every=3", "log_every=1", "keep=100", *CHANCE, *TINY]
 
 
 def copy(whole, name, last):
-    """The run as it was after `last` steps: later checkpoints and the end are gone, later metrics are still
-    there.
-    """
+    """The run after `last` steps: without later checkpoints and status.json, but with later metrics."""
     Path("runs").mkdir(exist_ok=True)
     folder = Path("runs") / name
     shutil.copytree(
@@ -91,7 +89,7 @@ def test_another_seed_gives_other_bits(whole, train):
 
 
 def test_global_generators_are_poisoned_and_untouched(whole, train):
-    """A draw outside a keyed scope would give other bits, or leave a trace."""
+    """Random numbers outside a keyed scope would change the bits or the generators' states."""
     random.seed(123), np.random.seed(123), torch.manual_seed(123)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     assert train(*EVERY, "run=a") == 0
@@ -225,7 +223,7 @@ def test_a_changed_setting_is_refused_by_name(whole, train, capsys, change, said
     assert said in err
     names = ", ".join(argument.partition("=")[0] for argument in change)
     assert f"resume_allow=[{names}]" in err
-    # Nothing was touched: the same command as before goes on.
+    # Nothing was changed: the same command as before continues.
     assert train(*EVERY, "run=a") == 0
     assert bits("a") == expected(whole)
 
@@ -281,7 +279,7 @@ def test_free_settings_may_change(whole, train, tmp_path, digits):
 
 
 def test_threads_are_those_of_the_first_start(whole, train):
-    """Whatever the environment or the number of cores says at a restart."""
+    """For any environment and number of cores at a restart."""
     folder = copy(whole, "a", 3)
     torch.set_num_threads(2)
     assert (
@@ -295,8 +293,8 @@ def test_threads_are_those_of_the_first_start(whole, train):
 
 
 def test_a_signal_before_an_evaluation_does_not_lose_it(whole, train):
-    """As if a signal had come after step 6, where an evaluation was due: the checkpoint is there, its
-    evaluation is not.
+    """As if a signal had come after step 6, when an evaluation was due: the checkpoint exists, but not its
+    evaluation.
     """
     folder = copy(whole, "a", 6)
     lines = [
@@ -355,8 +353,8 @@ def test_resume_is_exact_however_the_machine_computes(train, how):
 
 
 def test_the_best_is_kept_and_remembered_through_a_resume(train):
-    """The checkpoints of the best raw and of the best EMA weights are saved though save_every is not due, and
-    stay though newer ones come.
+    """The checkpoints of the best raw and of the best EMA weights are saved even when save_every is not due,
+    and are kept when newer ones are saved.
     """
     arguments = [*TINY, "save_every=0", "evaluate_every=1", "keep=1", "optim.lr=1e-2", "run=a"]
     assert train(*arguments, "steps=4") == 0
@@ -371,7 +369,7 @@ def test_the_best_is_kept_and_remembered_through_a_resume(train):
     assert [path.name for path in sorted(Path("runs/a/checkpoints").iterdir())] == [
         f"step-{step:08d}" for step in sorted(steps)
     ]
-    assert len(steps) > 1  # else nothing is tested
+    assert len(steps) > 1  # otherwise the test has no effect
 
 
 def test_a_cap_below_the_saved_step_evaluates_and_ends(whole, train):

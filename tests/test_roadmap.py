@@ -70,7 +70,7 @@ STEPS = {
         "LN fc 8W",
     ),
 }
-# Channels that leave a block: of bottlenecks four times the width, of inverted ones the width.
+# Output channels of a block: four times the width for bottlenecks, and the width for inverted ones.
 LEAVING = {step: 4 if step < 5 else 1 for step in STEPS}
 
 
@@ -125,7 +125,7 @@ def described(module):
 
 
 def structure(net):
-    """What a forward pass of the model calls, in this order, a line a block."""
+    """The operations of a forward pass in order, one line for each block."""
     calls = []
     for name, module in net.named_modules():
         if not list(module.children()) and not isinstance(module, nn.Identity):
@@ -259,7 +259,7 @@ def fit(name):
     net = create.model(settings(name, layer_scale=1e-6 if "15" in name else None), 10, 0).train()
     side = (
         32 if "00" in name or "15" in name else 16
-    )  # what the strides leave of 16 pixels is too little for ResNet-200 and ConvNeXt
+    )  # after the strides, 16 pixels are too few for ResNet-200 and ConvNeXt
     images = torch.from_numpy(chance.uniform((4, 3, side, side), "fit")).float().sub_(0.5).mul_(4)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     losses = []

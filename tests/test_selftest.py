@@ -1,5 +1,5 @@
-"""reconverge selftest keeps still on a sound build, and names the promise that each of some broken builds
-does not keep.
+"""reconverge selftest passes on the correct code, and fails with the right check on several broken copies of
+it.
 """
 
 import os
@@ -45,13 +45,13 @@ BREAKS = {
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, forking):
-    """The selftest of the build in a folder, whose files of its own it makes in tmp_path."""
+    """Runs the selftest of the build in a folder, with its temporary files in tmp_path."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     return _run
 
 
 def _run(root, *arguments):
-    """Its exit code, and what it said."""
+    """Its exit code and output."""
     done = subprocess.run(
         [sys.executable, "-c", "from reconverge.commands import main; main()", "selftest", *arguments],
         env=os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"},
@@ -77,7 +77,7 @@ def test_a_sound_build_keeps_everything(build, tmp_path, run):
     code, said = run(build)
     assert code == 0, said
     assert [line.split()[:2] for line in said.splitlines()[1:]] == [
-        ["kept", name] for name in selftest.CHECKS
+        ["passed", name] for name in selftest.CHECKS
     ]
     assert not list(tmp_path.glob("reconverge-selftest-*"))
 
@@ -91,8 +91,8 @@ def test_a_broken_build_is_told(build, tmp_path, run, name):
     (build / file).write_text(text.replace(sound, broken))
     code, said = run(build, "--only", promise)
     assert code == 1, said
-    assert f"BROKEN  {promise}" in said
-    assert "train.py ended with exit" not in said  # it trains, and trains wrongly
+    assert f"FAILED  {promise}" in said
+    assert "train.py ended with exit" not in said  # it trains without an error, but wrongly
     (kept,) = tmp_path.glob("reconverge-selftest-*")
     assert (kept / "runs").exists()
 

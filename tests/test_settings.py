@@ -1,4 +1,4 @@
-"""Every setting does something: each is changed, alone, and something that is named here changes with it."""
+"""Every setting has an effect: each is changed alone, and the effect that is named here must change too."""
 
 import hashlib
 import json
@@ -105,7 +105,7 @@ ELSEWHERE = {
     "data.labels": "test_evalsets.py: the labels of ReaL; eval.py's alone",
     "init": "test_init.py: a chain of runs",
     "init_strict": "test_weights.py: nothing partial without being told",
-    "init_head": "test_init.py: the same classes keep their head, others are mapped or start afresh",
+    "init_head": "test_init.py: the same classes keep their head, others are mapped or keep initial weights",
     "recipe.ema": "test_recipes.py: every recipe for every size",
     "recipe.expected": "test_recipes.py: the end of a run compares",
     "recipe.noise": "test_recipes.py: the end of a run compares",
@@ -200,7 +200,7 @@ _bases = {}
     ("name", "base", "change", "shows"), EFFECTS, ids=[f"{name}-{change}" for name, _, change, _ in EFFECTS]
 )
 def test_effect(observe, name, base, change, shows):
-    # Evaluating and drawing it takes as long as all the rest: only where it shows.
+    # Evaluating takes as long as everything else, so it runs only where the effect shows there.
     base = base if shows in EVALUATED else ["evaluate_every=never", *base]
     key = tuple(base)
     if key not in _bases:

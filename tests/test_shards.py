@@ -1,4 +1,4 @@
-"""Damage, faults of disks, and size: what is wrong is named, and nothing wrong reaches a model."""
+"""Damaged shards, disk faults, and large data sets: faults are named, and no wrong image reaches a model."""
 
 import errno
 import json
@@ -59,7 +59,7 @@ def zero(start, end):
 
 
 def place(root, sample):
-    """Shard, byte where the image begins, bytes, key."""
+    """Shard, byte offset of the image, size in bytes, key."""
     source = open_shards(root, None)[0]
     row = source.index.row(sample)
     return (
@@ -73,15 +73,15 @@ def place(root, sample):
 # What is done to the shard of sample 13, the fourteenth of 60, given where its image begins and how long it
 # is; what stops the opening; what stops the reading of the image; what `check` says.
 DAMAGE = {
-    "a cut inside a member": (lambda at, size: cut(at + size // 2), 65, None, "bytes in place of"),
-    "a cut at a member boundary": (lambda at, size: cut(at - 512), 65, None, "bytes in place of"),
-    "the end-of-archive blocks missing": (lambda at, size: cut(-1024), 65, None, "bytes in place of"),
-    "a byte of a tar header": (lambda at, size: flip(at - 512 + 3), None, None, "no tar header"),
-    "a size in a tar header": (lambda at, size: flip(at - 512 + 130), None, None, "no tar header"),
-    "a zeroed header": (lambda at, size: zero(at - 512, at), None, None, "more data follows"),
-    "a byte of the image": (lambda at, size: flip(at + size // 2), None, 65, "has other bytes"),
+    "a cut inside a member": (lambda at, size: cut(at + size // 2), 65, None, "bytes instead of"),
+    "a cut at a member boundary": (lambda at, size: cut(at - 512), 65, None, "bytes instead of"),
+    "the end-of-archive blocks missing": (lambda at, size: cut(-1024), 65, None, "bytes instead of"),
+    "a byte of a tar header": (lambda at, size: flip(at - 512 + 3), None, None, "not a tar header"),
+    "a size in a tar header": (lambda at, size: flip(at - 512 + 130), None, None, "not a tar header"),
+    "a zeroed header": (lambda at, size: zero(at - 512, at), None, None, "more data follow"),
+    "a byte of the image": (lambda at, size: flip(at + size // 2), None, 65, "has changed bytes"),
     "a byte of the label": (lambda at, size: flip(at + -(-size // 512) * 512 + 512), None, None, "sha256"),
-    "an empty shard": (lambda at, size: cut(0), 65, None, "bytes in place of"),
+    "an empty shard": (lambda at, size: cut(0), 65, None, "bytes instead of"),
     "a missing shard": (None, 66, None, "is missing"),
 }
 
@@ -151,7 +151,7 @@ def test_all_problems_are_in_one_list_before_the_first_step(copy, train, capsys)
 
 
 def test_a_shard_that_was_replaced_by_another_is_found(copy):
-    """Of the same size, and whole: its first member is not the one that was indexed."""
+    """The other shard has the same size and is complete, but its first member is not the indexed one."""
     first, second = sorted(copy.glob("train-*.tar"))[:2]
     data = second.read_bytes()
     size = first.stat().st_size
@@ -261,7 +261,7 @@ def test_a_damaged_image_is_replaced_when_asked_the_same_in_every_layout(copy, t
     assert Path("runs/a/quarantine.jsonl").read_text() == Path("runs/b/quarantine.jsonl").read_text()
     capsys.readouterr()
     assert train(*base, "run=c", "data.max_substitutes=2") == 65
-    assert "3 images had to be replaced" in capsys.readouterr().err
+    assert "3 damaged images were replaced" in capsys.readouterr().err
 
 
 def test_substitutes_do_not_hang_on_ranks_or_workers(copy, tmp_path):
@@ -302,7 +302,7 @@ def test_a_set_of_nothing_but_damaged_images_stops(copy):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
 def test_faults_of_disk_are_tried_again_and_then_stop(shards, monkeypatch, capsys, number):
-    """The system call itself fails, a few times or for good."""
+    """The system call fails, some times or always."""
     source = open_shards(shards, None)[0]
     monkeypatch.setattr(files, "WAITS", (0.001, 0.002, 0.003))
     calls, really = [], os.pread
@@ -343,8 +343,8 @@ def test_a_shard_that_disappears_while_training_is_missing(copy):
 
 @pytest.mark.slow
 def test_fourteen_million_rows_are_neither_read_nor_held(tmp_path):
-    """A worker that opens them and reads 2,000 microbatches all over the epochs: what it reads and holds is
-    counted by the system.
+    """A worker opens them and reads 2,000 microbatches of all epochs; the system counts the bytes that it
+    reads and holds.
     """
     rows, shards = 14_000_000, 7_000
     write = """

@@ -1,5 +1,5 @@
-"""launch/slurm.sbatch on a real Slurm: a private cluster of two nodes, each a slurmd with a host name of its
-own, on this machine.
+"""launch/slurm.sbatch on a real Slurm cluster of two nodes on this machine; each node is a slurmd with its
+own host name.
 """
 
 import json
@@ -75,7 +75,7 @@ SCRIPT = str(ROOT / "launch" / "slurm.sbatch")
 
 
 class Cluster:
-    """Two nodes n1, n2 of four cores and two GPUs (which are no devices) each; partition `high` preempts
+    """Two nodes n1, n2 with four cores and two fake GPUs each; partition `high` preempts
     `low`.
     """
 
@@ -143,9 +143,9 @@ class Cluster:
         self.until(lambda: text in self.said(job), seconds, lambda: self.said(job))
 
     def at_once(self, job):
-        """A requeued job waits for two minutes, unless it is told otherwise once its nodes are free."""
+        """Slurm starts a requeued job only after two minutes; this starts it when its nodes are free."""
         if self.state(job) == "PENDING" and self.state(job, "Restarts") != "0":
-            # Within the second in which it ended, nodes take it for the job that they were just told to end.
+            # In the same second, nodes would confuse it with the job that just ended.
             time.sleep(2)
             self.ask("scontrol", "update", f"JobId={job}", "StartTime=now", code=None)
 
@@ -188,7 +188,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def job(cluster, digits):
-    """Arguments of a training of 50 steps that saves when it is told to stop, and at its end."""
+    """Arguments for a training of 50 steps that saves when it is stopped, and at its end."""
     return [*JOB, "epochs=40", "steps=50", f"data.root={digits}"]
 
 
@@ -204,7 +204,7 @@ NODES = ["--nodes=2", "--gpus-per-node=0"]
 
 @pytest.fixture(scope="module")
 def whole(cluster, job, tmp_path_factory):
-    """What the job leaves when srun starts it, a task a node, without interruption: hashes of its files."""
+    """Hashes of the files of the job, started by srun with one task per node, without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     srun = ["srun", *NODES, "--ntasks-per-node=1", sys.executable, str(ROOT / "train.py"), *job, "run=whole"]
     assert "2 ranks by srun" in cluster.ask(*srun, cwd=folder)
@@ -219,7 +219,9 @@ def read(path):
 
 
 def test_a_job_survives_signals_and_preemption_with_the_bits_of_srun_alone(cluster, job, whole):
-    """Told to stop in three ways: its tasks, all of it, and by a job of more right."""
+    """Stopped in three ways: a signal to its tasks, a signal to all its processes, and preemption by another
+    job.
+    """
     script = cluster.submit(*job, "run=cut", options=NODES)
     cluster.wait_for(script, "\nstep 5/")
     cluster.ask("scancel", "--signal=USR1", script)
@@ -240,7 +242,9 @@ def test_a_job_survives_signals_and_preemption_with_the_bits_of_srun_alone(clust
     stops = re.findall(r"(\w+): step \d+ is saved in runs/cut", said)
     assert stops[:2] == ["SIGUSR1", "SIGUSR1"]
     assert len(stops) == 3, said
-    assert "exit 75 after USR1: queued again" in said  # --full and the preemption told the script too
+    assert (
+        "exit 75 after USR1: the job is queued again" in said
+    )  # --full and the preemption signal the script too
     assert hashes("runs/cut") == whole
     starts = json.loads(Path("runs/cut/environment.json").read_text())["starts"]
     assert [start["after_step"] > 0 for start in starts] == [False, True, True, True]
@@ -257,13 +261,13 @@ def test_a_killed_rank_is_started_again_in_the_job(cluster, job, whole):
     assert cluster.ends(script) == 0
     said = cluster.said(script)
     assert "rank 1 of 2 was lost" in said
-    assert "all start again from the last checkpoint" in said
+    assert "all ranks restart from the last checkpoint" in said
     assert cluster.state(script, "Restarts") == "0"
     assert hashes("runs/killed") == whole
 
 
 def test_what_no_repetition_mends_is_not_repeated(cluster, job):
-    """A job that was requeued too often, one that its owner cancels, and a run that began otherwise."""
+    """A job that was requeued too often, a cancelled job, and a run that was started with other settings."""
     cluster.environment["RECONVERGE_MAX_REQUEUES"] = "0"
     script = cluster.submit(*job, "run=often", options=NODES)
     del cluster.environment["RECONVERGE_MAX_REQUEUES"]
@@ -300,7 +304,7 @@ def test_a_folder_that_is_not_shared_is_named(cluster, monkeypatch):
     monkeypatch.chdir(cluster.root / "mine")  # the second node has one of its own there
     job = cluster.submit("device=cpu", options=NODES)
     assert cluster.ends(job) == 66
-    assert f"n2: {cluster.root}/mine is not the folder that the first node sees" in cluster.said(job)
+    assert f"n2: {cluster.root}/mine is not the same folder as on the first node" in cluster.said(job)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +332,7 @@ def test_odd_shapes_of_jobs(cluster, options, code):
     ],
 )
 def test_ranks_have_their_gpus_whether_each_sees_one_or_all(cluster, tmp_path, monkeypatch, options, each):
-    """A script in the place of python says what each rank was given; the GPUs of this cluster are none."""
+    """A script instead of python prints what each rank gets, because this cluster's GPUs are fake."""
     said = tmp_path / "python"
     said.write_text(
         '#!/bin/sh\n[ "$2" = model=x ] && echo "$SLURMD_NODENAME $SLURM_LOCALID $CUDA_VISIBLE_DEVICES'
@@ -357,4 +361,4 @@ def test_seeds_are_an_array_of_jobs(cluster, tmp_path, monkeypatch):
         path = Path(f"slurm-{array}_{seed}.out")
         cluster.until(lambda path=path: path.exists() and "seed" in path.read_text(), 30)
         assert path.read_text().splitlines() == [f"run=x-s${{seed}} seed={seed}"] * 2
-    assert "one folder for all seeds" in cluster.ask(*seeds, "run=x", code=2)
+    assert "the same folder for all seeds" in cluster.ask(*seeds, "run=x", code=2)

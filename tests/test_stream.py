@@ -206,7 +206,7 @@ def test_local_copies_give_the_same_images_within_their_space(shards, tmp_path):
 
 
 def test_local_copies_are_what_is_read(shards, tmp_path):
-    """With the source gone after the copying, the images still come; and they are read from the copies."""
+    """After the source was removed, the images are read from the copies."""
     root = tmp_path / "shards"
     shutil.copytree(shards, root)
     source = opened(root)
@@ -231,13 +231,13 @@ def test_a_copy_that_is_not_the_shard_stops_the_run(shards, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # in the padding, which no checksum of an image covers
     path.write_bytes(data)
-    with pytest.raises(Stop, match="not as it was prepared") as stopped:
+    with pytest.raises(Stop, match="is damaged") as stopped:
         staged(root, tmp_path / "stage", slowly=0.05)
     assert stopped.value.code == Exit.DAMAGED
     assert not (tmp_path / "stage").exists()
 
 
 def test_too_little_space_is_refused(shards, tmp_path):
-    with pytest.raises(Stop, match="room for two windows") as stopped:
+    with pytest.raises(Stop, match="space for two windows") as stopped:
         staged(shards, tmp_path / "stage", 1e-6)
     assert stopped.value.code == Exit.USAGE

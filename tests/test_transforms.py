@@ -32,7 +32,7 @@ def image(number, size=None):
 
 
 def jpeg(number, size=None):
-    """The same as a file, without loss of a pixel from one decoder to another: both read these bytes."""
+    """The same image as a file, so that both decoders read the same bytes."""
     buffer = io.BytesIO()
     image(number, size).save(
         buffer, "JPEG", quality=90, subsampling=2 * (number % 2), progressive=number % 5 == 0
@@ -45,7 +45,7 @@ def opened(data):
 
 
 def shipped(pixels):
-    """(H, W, 3) -> (1, 3, H, W), as the loader ships it."""
+    """(H, W, 3) -> (1, 3, H, W), as the loader returns it."""
     assert pixels.dtype == np.uint8
     return torch.from_numpy(pixels[None].copy()).permute(0, 3, 1, 2)
 
@@ -108,7 +108,7 @@ def test_training_is_bit_equal_to_timms_with_erasing_when_the_stream_goes_on(siz
 
 
 def test_what_reaches_the_model_has_the_distribution_of_timms():
-    """Through the real keys: one stream a sample in the worker, another for the erasing of a microbatch."""
+    """With the real keys: one for each sample in the worker, and another for erasing a microbatch."""
     augment = Augment(size=48)
     ours, theirs = transforms.training(augment, MEAN), timms(augment)
     picture, count = jpeg(3, (160, 120)), 512
@@ -137,7 +137,7 @@ def test_what_reaches_the_model_has_the_distribution_of_timms():
 
 
 def test_erasing_and_mixing_do_not_know_of_each_other():
-    """Seeded alike, python's and numpy's generators would tie the erasing of images to the kind of mix."""
+    """With the same seed in python and numpy, erasing would depend on the kind of mixing."""
     mix = Mix(0.25, MixSettings(), classes=10)
     erased = {True: [], False: []}
     for microbatch in range(300):
@@ -153,7 +153,9 @@ def test_erasing_and_mixing_do_not_know_of_each_other():
 
 
 def test_mix_is_mixup_or_cutmix_of_a_microbatch_with_itself_flipped():
-    """Against the definitions, pixel by pixel: one lambda or one box a microbatch, and targets that match."""
+    """Compared with the definitions, pixel by pixel: one lambda or one box for each microbatch, and matching
+    targets.
+    """
     mix, classes = Mix(0.0, MixSettings(), classes=5), 5
     labels = torch.tensor([0, 1, 2, 3])
     kinds = set()

@@ -1,5 +1,5 @@
-"""Ranks on two hosts with addresses and names of their own, network namespaces of this machine, and a link
-that can be cut.
+"""Ranks on two hosts, which are network namespaces of this machine with their own addresses and names; the
+link can be cut.
 """
 
 import json
@@ -137,7 +137,7 @@ def said(number=0):
 
 
 def wait_for(text, seconds=120):
-    """On either host: with a c10d rendezvous rank 0 may be on the second one."""
+    """On any of the hosts, because with a c10d rendezvous rank 0 may be on the second one."""
     end = time.monotonic() + seconds
     while text not in said() + said(1):
         assert time.monotonic() < end, said() + said(1)
@@ -160,7 +160,7 @@ def link(names, state):
 
 
 def test_hosts_train_together_through_a_short_cut_a_long_one_and_a_killed_rank(names, on_both):
-    """Each of three runs has a mishap, and all end with the same bits."""
+    """Each of three runs has a fault, and all end with the same bits."""
     # A cut of three seconds is survived without a restart.
     both = on_both(train=["run=short"], **RANKS)
     wait_for("\nstep 4/")
@@ -172,14 +172,14 @@ def test_hosts_train_together_through_a_short_cut_a_long_one_and_a_killed_rank(n
     assert ended(both) == [0, 0], said() + said(1)
     assert "2 ranks by torchrun" in said()
 
-    # A cut that is longer than world_timeout ends both, and each says whom it missed.
+    # A cut longer than world_timeout ends both ranks, and each names the other.
     both = on_both(train=["run=long", "world_timeout=0.1"], **RANKS)
     wait_for("\nstep 12/")
     link(names, "down")
     assert ended(both, 60) == [69, 69], said() + said(1)
     link(names, "up")
     assert "rank 1 of 2 was lost" in said(0)
-    assert "the rank that holds the store, or the network to it, was lost" in said(1)
+    assert "the rank that serves the store, or the network to it, was lost" in said(1)
     status = json.loads(Path("runs/long/status.json").read_text())
     assert (status["reason"], status["exit_code"]) == ("failed", 69)
     assert "rank 1 of 2 was lost" in status["summary"]

@@ -1,4 +1,6 @@
-"""reconverge verify: the same steps again, by real processes, against what the run has recorded."""
+"""reconverge verify: real processes train the same steps again; the result is compared with the run's
+records.
+"""
 
 import json
 import shutil
@@ -70,7 +72,7 @@ def edit(path, change):
 
 
 def lie(checkpoint, kind, name):
-    """Another number in one tensor of a checkpoint, whose manifest vouches for it."""
+    """Change a number in one tensor of a checkpoint, and its hash in the manifest."""
     path = checkpoint / f"{kind}.safetensors"
     tensors = load_file(path)
     tensors[name].view(-1)[1] += 1e-3
@@ -91,8 +93,8 @@ def test_the_same_steps_from_a_checkpoint_and_the_run_is_only_read(a, verify):
     code, said = verify("runs/a", "--from", "2")
     assert code == 0, said
     assert (
-        "steps 3 to 4 gave the same images, losses and gradient norms again, bit for bit; the checkpoints"
-        " after steps 4 too" in said
+        "training steps 3 to 4 again gave the same images, losses and gradient norms, bit for bit; the hashes"
+        " of the checkpoints of steps 4 are equal too" in said
     )
     assert contents("runs/a") == before
     assert [path.name for path in Path("runs").iterdir()] == ["a"]
@@ -105,7 +107,7 @@ def test_the_first_step_and_tensor_that_differ_are_named(a, verify):
     code, said = verify("runs/a", "--from", "2")
     assert code == 1, said
     assert "step 4 is the first that differs: the loss (loss)" in said
-    assert "the same in it: images and lr and grad_norm" in said
+    assert "equal in this step: images and lr and grad_norm" in said
     assert (
         "optimizer.safetensors: stem.0.weight/exp_avg (40, 3, 4, 4) is the first tensor that differs: 1 of"
         " 1920 numbers, by up to 0.001" in said
@@ -118,9 +120,9 @@ def test_another_environment_is_not_comparable(a, verify):
     edit(a / "environment.json", lambda about: about["facts"]["versions"].update(numpy="1.0"))
     code, said = verify("runs/a", "--steps", "1")
     assert code == 78, said
-    assert "versions: the run had {'numpy': '1.0'}, and here it is {'numpy':" in said
+    assert "versions: the run had {'numpy': '1.0'}, here it is {'numpy':" in said
     assert (
-        "no kept checkpoint among steps 1 to 1: only their records are compared; --steps 2 reaches the next"
+        "steps 1 to 1 have no kept checkpoint, so only their records are compared; --steps 2 would include"
         in said
     )
     assert [path.name for path in Path("runs").iterdir()] == ["a"]
@@ -132,7 +134,10 @@ def test_allow_env_compares_all_the_same(a, verify):
     for arguments in (["--from", "2"], []):
         code, said = verify("runs/a", *arguments, "--allow-env")
         assert code == 0, said
-        assert "not as it was, and compared all the same: code: the run had another" in said
+        assert (
+            "comparing because of --allow-env, although the environment differs: code: the run had another"
+            in said
+        )
     record(a, 3, images="0" * 16)
     code, said = verify("runs/a", "--allow-env")
     assert code == 1
@@ -167,7 +172,7 @@ def test_a_run_of_many_ranks_is_trained_again_by_as_many(train, verify):
     ) == (78, True, False)
     assert train("run=ddp", *command) == 0
     code, said = verify("runs/ddp", "--ranks", "2")
-    assert (code, "ranks: the run had 1, and here it is 2" in said) == (78, True)
+    assert (code, "ranks: the run had 1, here it is 2" in said) == (78, True)
     edit(
         Path("runs/ddp/environment.json"), lambda about: about["facts"].update(ranks=2)
     )  # its sums were made by one
@@ -194,7 +199,7 @@ def test_what_cannot_be_compared_is_refused_before_a_process_starts(a, verify):
     edit(a / "environment.json", lambda about: about.update(lost=[entry], starts=starts))
     code, said = verify("runs/a")
     assert code == 78
-    assert "after step 3 the run went on with another code (x -> y)" in said
+    assert "after step 3 the run continued with another code (x -> y)" in said
     edit(a / "environment.json", lambda about: about.update(lost=[]))
     (a / "config.yaml").write_text(
         (a / "config.yaml").read_text().replace("deterministic: true", "deterministic: false")
@@ -204,8 +209,8 @@ def test_what_cannot_be_compared_is_refused_before_a_process_starts(a, verify):
 
 
 def test_train_py_composes_exactly_a_runs_configuration_again(tmp_path):
-    """What no file of conf/ says, too: tables, numbers that decimal fractions do not hold, null, text that
-    YAML might read otherwise.
+    """Also values that no file of conf/ has: tables, numbers without an exact decimal form, null, text that
+    YAML could misread.
     """
     given = [
         "model=swin_t",
@@ -242,7 +247,7 @@ def test_checkpoints_are_compared_by_hash_and_then_by_tensor(tmp_path):
     a, b = torch.tensor([1.0, float("nan")]), torch.arange(3.0)
     one = checkpoint("one", a=a, b10=b, b9=b)
     assert first_difference.checkpoints(one, checkpoint("same", a=a, b10=b, b9=b)) is None
-    assert "b9 is in" in first_difference.checkpoints(one, checkpoint("less", a=a, b10=b))
+    assert "b9 exists only in" in first_difference.checkpoints(one, checkpoint("less", a=a, b10=b))
     assert "b9 is torch.float32 (3,) and torch.float64 (3,)" in first_difference.checkpoints(
         one, checkpoint("type", a=a, b10=b + 1, b9=b.double())
     )

@@ -1,5 +1,5 @@
-"""Weights of other code in our models: the same function, every key accounted for, the head by its rule,
-positions resampled.
+"""Weights of other code in our models: the same function, a report of every key, the rules for the head,
+resampled positions.
 """
 
 import importlib.resources
@@ -26,7 +26,7 @@ def classes_called(count):
 
 
 def small(classes=4):
-    """timm's smallest ConvNeXt, with weights that all count."""
+    """timm's smallest ConvNeXt, with weights that all have an effect."""
     net = timm.create_model("test_convnext", num_classes=classes).eval()
     drop_path.replace(net)
     scrambled(net, classes)
@@ -42,7 +42,7 @@ def scrambled(net, seed=0):
 
 
 def save(net, path="w.safetensors", **changed):
-    """The weights of a net, or those with some changed; None takes one away."""
+    """Save the weights of a net, with some changed; None removes one."""
     tensors = {**net.state_dict(), **changed}
     safetensors.torch.save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path
@@ -97,7 +97,7 @@ def test_official_weights_give_the_official_logits(size, classes, pixels):
         net = table.MODELS[f"convnext_{size}"].build(
             Model("", size, drop_path=0.0, layer_scale=layer_scale), classes
         )
-    net = net.to_empty(device="cpu").eval()  # whatever is not loaded stays undefined
+    net = net.to_empty(device="cpu").eval()  # weights that are not loaded stay undefined
     origin = load.load(net, "official.pth", True, "keep", classes_called(classes))
     images = torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_nothing_partial_without_being_told():
         "of another shape stem.1.weight (5,) for (24,)",
     ):
         assert line in said
-    assert f"init_strict=false to load the {total} that fit" in said
+    assert f"init_strict=false to load only the {total} that fit" in said
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
     origin = load.load(net, path, False, "keep", classes_called(4))
@@ -234,7 +234,7 @@ def test_another_architecture_is_refused_with_the_first_keys():
     assert "unexpected       conv1.weight, bn1.weight" in said
     assert "missing          stem.0.weight, stem.0.bias" in said
     timm.models.save_for_hf(timm.create_model("test_vit"), "vit", safe_serialization=True)
-    assert "the weights are of test_vit" in stopped(small(), "vit", True, "auto", classes_called(4))
+    assert "these weights are of test_vit" in stopped(small(), "vit", True, "auto", classes_called(4))
     save(small(), "convnext.safetensors")
     assert "0 loaded" in stopped(
         timm.create_model("test_vit"), "convnext.safetensors", True, "auto", classes_called(1000)
@@ -271,37 +271,36 @@ def test_batch_norms_counter_may_be_absent():
 # ---- the head ----
 
 
-def test_a_head_for_other_classes_starts_afresh():
+def test_a_head_for_other_classes_keeps_its_initial_weights():
     source, net = small(6), scrambled(small(4), 9)
     fresh = net.head.fc.weight.detach().clone()
     origin = load.load(net, save(source), True, "auto", classes_called(4))
     assert torch.equal(net.head.fc.weight, fresh)
     assert same(net, source, ("head.fc",))
-    assert origin["head"].startswith("fresh, 4 classes; the 6 classes of the weights are others")
+    assert origin["head"].startswith("fresh, 4 classes; the 6 classes of the file are different ones")
 
 
-def test_the_same_number_of_other_classes_starts_afresh_and_is_said():
+def test_a_head_for_as_many_other_classes_keeps_its_initial_weights_and_is_reported():
     source, net = small(4), scrambled(small(4), 9)
     fresh = net.head.fc.weight.detach().clone()
     origin = load.load(net, save(source), True, "auto", classes_called(4))
     assert torch.equal(net.head.fc.weight, fresh)
     assert (
-        "the names of the 4 classes of the weights are unknown: init_head=keep would take them by position"
-        in origin["head"]
+        "the file does not name its 4 classes; init_head=keep would load them by position" in origin["head"]
     )
     load.load(net, "w.safetensors", True, "keep", classes_called(4))
     assert same(net, source)
 
 
 def test_a_head_for_the_same_classes_is_kept():
-    """A file of 1000 rows is taken for ImageNet's; a folder of timm says itself."""
+    """A file with 1000 rows is assumed to be ImageNet's; a timm folder names its classes."""
     source, net = small(1000), scrambled(small(1000), 9)
     synsets = (
         importlib.resources.files("timm.data._info").joinpath("imagenet_synsets.txt").read_text().split()
     )
     origin = load.load(net, save(source), True, "auto", synsets)
     assert same(net, source)
-    assert origin["head"] == "kept, 1000 classes; taken for ImageNet's 1000 synsets by their number"
+    assert origin["head"] == "kept, 1000 classes; assumed to be ImageNet's 1000 synsets, from their number"
     net = scrambled(small(1000), 9)
     load.load(net, "w.safetensors", True, "auto", synsets[::-1])
     assert not torch.equal(net.head.fc.weight, source.head.fc.weight)
@@ -315,7 +314,7 @@ def test_a_head_for_the_same_classes_is_kept():
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_22k_head_is_mapped_by_synset(reverse):
-    """Never by position: the classes of the data in another order get their own rows.
+    """Not by position: if the data have another order of classes, each class still gets its own row.
 
     IN-22K has no n04399382.
     """
@@ -339,24 +338,24 @@ def test_a_22k_head_is_mapped_by_synset(reverse):
             assert net.head.fc.bias[row] == -large.index(label)
     assert (
         origin["head"]
-        == "mapped by name, 999 of 1000 classes from 21841; fresh rows for n04399382; taken for ImageNet's"
-        " 21841 synsets by their number"
+        == "mapped by name, 999 of 1000 classes from 21841; initial weights for n04399382; assumed to be"
+        " ImageNet's 21841 synsets, from their number"
     )
 
 
 def test_what_a_head_cannot_do_is_refused():
     path = save(small(6))
-    assert "init_head=keep with a head of 6 classes for data of 4" in stopped(
+    assert "init_head=keep, but the head has 6 classes and the data 4" in stopped(
         small(4), path, True, "keep", classes_called(4)
     )
     assert "whose names are unknown" in stopped(small(4), path, True, "mapped", classes_called(4))
     path = save(small(1000))
     assert "none of which has the name" in stopped(small(4), path, True, "mapped", classes_called(4))
     path = save(small(4), **{"head.fc.weight": None, "head.fc.bias": None})
-    assert "no head of this width" in stopped(small(4), path, True, "keep", classes_called(4))
+    assert "no head of the model's width" in stopped(small(4), path, True, "keep", classes_called(4))
     assert (
         load.load(small(4), path, True, "auto", classes_called(4))["head"]
-        == "fresh, 4 classes; the weights have no whole one"
+        == "fresh, 4 classes; the file has no complete head"
     )
     path = save(small(4), **{"head.fc.bias": None})
     assert "1 missing" in stopped(small(4), path, True, "auto", classes_called(4))

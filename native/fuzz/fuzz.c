@@ -1,8 +1,8 @@
-/* A coverage-guided fuzzer of all that reads hostile bytes: the decoder and, on whatever it gives, the resize
-   and the transform.
+/* A coverage-guided fuzzer for everything that reads untrusted bytes: the decoder, and with its output the
+   resize and the affine transform.
 
-   The first bytes of an input say box, size and matrix; the rest is the file. README.md has the commands.
-   With -DTHREADS it is a program of its own that decodes the files of a folder in four threads at once, for
+   The first bytes of an input are box, size and matrix; the rest is the file. README.md has the commands.
+   With -DTHREADS it becomes a program that decodes the files of a folder in four threads at once, for
    ThreadSanitizer. */
 
 #include <stdlib.h>
@@ -29,7 +29,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   if (size < HEAD || size > LONGEST) return 0;
   uint16_t numbers[HEAD / 2];
   memcpy(numbers, data, HEAD);
-  /* Mostly boxes within small images; now and then any at all. */
+  /* Mostly boxes inside small images, and sometimes any box. */
   uint32_t mask = numbers[0] & 0x8000 ? 0xFFFF : 0x3F;
   struct box box = {numbers[0] & mask, numbers[1] & mask, (numbers[0] & mask) + (numbers[2] & mask),
                     (numbers[1] & mask) + (numbers[3] & mask)};
@@ -37,7 +37,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   struct how how = {numbers[6] & 1 ? BICUBIC : BILINEAR, numbers[6] >> 1 & 1,
                     simd() && (numbers[6] >> 2 & 1)};
 
-  uint8_t *file = malloc(size - HEAD + 1); /* of exactly this size, so that a byte too far is noticed */
+  uint8_t *file = malloc(size - HEAD + 1); /* of exactly this size, to detect reads after its end */
   memcpy(file, data + HEAD, size - HEAD);
   size_t length = 4 * (size_t)width * height;
   uint8_t *pixels = malloc(length + 1), *again = malloc(length + 1), *moved = malloc(length + 1);
@@ -51,7 +51,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     double a[6];
     for (int i = 0; i < 6; i++) a[i] = ((int16_t)numbers[i]) / (i % 3 == 2 ? 100.0 : 10000.0);
     affine(pixels, width, height, a, 0xFF102030, how, moved);
-    if (numbers[7] & 1) { /* a matrix that is no matrix */
+    if (numbers[7] & 1) { /* sometimes a matrix of random bits */
       memcpy(a, data, sizeof a < size ? sizeof a : size);
       affine(pixels, width, height, a, 0xFF102030, how, moved);
     }

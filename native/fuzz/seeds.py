@@ -1,4 +1,7 @@
-"""Small JPEGs of every kind, as seeds: python native/fuzz/seeds.py FOLDER [whole|truncated|flipped]"""
+"""Writes small JPEGs of every kind as seeds for the fuzzer.
+
+python native/fuzz/seeds.py FOLDER [whole|truncated|flipped]
+"""
 
 import io
 import random

@@ -1,3 +1,3 @@
-"""reconverge: train ImageNet classifiers so that the same command gives the same model, and can prove it."""
+"""reconverge: train image classifiers so that the same command gives the same model, bit for bit."""
 
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
-"""What train.py needs before its loop, in the order in which it comes to be: the machine, the model, where it
-starts, the feed. Each refuses what cannot be; only then is the run's folder changed.
+"""Builds what train.py needs before its loop, in this order: the machine, the model, its weights, the feed.
+
+Each part checks its settings first. The run's folder is changed only after that.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,16 +40,16 @@ class Machine(NamedTuple):
     world: World
     mine: range  # the microbatches of a step that this rank takes
     passes: Passes
-    workers: int  # processes that load images
-    decoder: str  # which libraries decode them, in words
+    workers: int  # data worker processes
+    decoder: str  # the libraries that decode images, as a text
 
 
 class Model(NamedTuple):
-    """The raw weights, which are trained, and what goes with them."""
+    """The model with its raw weights, and the EMA, optimizer and gradients that belong to it."""
 
     net: nn.Module
-    masked: Callable[[Tensor, Tensor], Tensor]  # images, masks of stochastic depth -> logits; maybe compiled
-    rates: list[float]  # of stochastic depth, by block
+    masked: Callable[[Tensor, Tensor], Tensor]  # images, stochastic depth masks -> logits; maybe compiled
+    rates: list[float]  # stochastic depth rate of each block
     ema: Ema | None
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
@@ -59,7 +60,7 @@ class Model(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    batches: Iterator[Batch]  # a microbatch each: uint8 images, on the device
+    batches: Iterator[Batch]  # one microbatch at a time: uint8 images, on the device
     normalise: Normalise
     mix: Mix
 
@@ -71,7 +72,7 @@ class Training(NamedTuple):
     inputs: Inputs
     model: Model
     statistics: RunningStatistics
-    start: int  # the step after which it goes on
+    start: int  # steps that are already done; 0 for a new run
     log: Log
     milestones: Milestones
 
@@ -100,7 +101,7 @@ def training(cfg: Train, run: Run, data: Datasets) -> Training:
 
 
 def model(cfg: Train, world: World, passes: Passes, classes: int) -> Model:
-    """With initial weights, on the device. Errors: Stop(USAGE)."""
+    """The model with initial weights, on the device. Errors: Stop(USAGE)."""
     net = world.place(create.model(cfg.model, classes, cfg.seed), cfg.channels_last)
     create.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
     refuse_other_passes(net, cfg.microbatch, cfg.forward_images)
@@ -114,13 +115,13 @@ def model(cfg: Train, world: World, passes: Passes, classes: int) -> Model:
 
 
 def augmented(cfg: Train, source: Source) -> Images:
-    """The training images as data workers make them."""
+    """The training images as data workers load and augment them."""
     transform = transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode)
     return Images(source, transform, cfg.seed, cfg.data.on_bad_image)
 
 
 def _machine(cfg: Train, run: Run) -> Machine:
-    """Ranks, device, threads, decoder: the same as when the run began, where they decide its bits."""
+    """Ranks, device, threads, decoder. Those that decide the bits are recorded, and may not change later."""
     tree = cfg.reduce == "tree"
     mine = ranks.block(cfg.batch // cfg.microbatch, launcher.HERE.rank, launcher.HERE.size, tree)
     passes = Passes(len(mine), cfg.microbatch, cfg.forward_images, tree)
@@ -129,15 +130,13 @@ def _machine(cfg: Train, run: Run) -> Machine:
     run.fact("versions", world.agree("versions", environment.decisive_versions()))
     workers = default_workers(world.device) if cfg.workers is None else cfg.workers
     threads = cfg.threads or run.recorded("threads") or default_threads(world.device, workers)
-    world.set_threads(
-        min(world.gather_objects(threads))
-    )  # unless somebody says, of the host with fewest cores
+    world.set_threads(min(world.gather_objects(threads)))  # equal on all ranks: the fewest of any host
     run.fact("threads", world.threads)
     run.fact("hardware", world.all_of(world.hardware()))
     run.fact("ranks", "a power of two" if tree else world.size, free=True)
     run.fact("forward_images", cfg.forward_images or cfg.microbatch, free=True)
     decoder = world.all_of(native.choose(cfg.data.native))
-    # Exact decoding has the same pixels with native/ and without.
+    # Exact decoding gives the same pixels with and without native/.
     first = "native" if native.chosen() else "torch"
     pixels = f"fast, {first} first" if cfg.data.decode == "fast" else "exact"
     run.fact("pixels", world.agree("pixels", pixels))
@@ -145,13 +144,13 @@ def _machine(cfg: Train, run: Run) -> Machine:
 
 
 def _start(cfg: Train, run: Run, world: World, made: Model, classes: list[str]) -> int:
-    """The step to go on after, with its weights: of the run's own newest valid checkpoint; else 0, with the
-    weights of init=, else from scratch.
+    """Load the first of these that exists: the run's newest valid checkpoint, the weights of init=. Otherwise
+    keep the random initial weights. Returns the number of steps that are done.
     """
     state = made.state()
     start, skipped = state.restore(run.checkpoints)
     for reason in skipped:
-        terminal.say(f"skipped a damaged checkpoint: {reason}")
+        terminal.say(f"skipped a damaged checkpoint: {reason}")  # selftest looks for this text
     if start == 0 and (init := cfg.init) is not None:
         loaded = ranks.from_rank_0(lambda: load.load(made.net, init, cfg.init_strict, cfg.init_head, classes))
         run.fact("init", loaded)
@@ -162,7 +161,7 @@ def _start(cfg: Train, run: Run, world: World, made: Model, classes: list[str]) 
 
 
 def _introduce(cfg: Train, run: Run, machine: Machine, made: Model, data: Datasets) -> None:
-    """The start panel."""
+    """Print the start panel."""
     images = panel.images(cfg, data.training, data.validation)
     rows = panel.job(cfg, data.clock, made.net, made.optimizer.param_groups, images)
     rows |= panel.origin(cfg, run)
@@ -172,7 +171,7 @@ def _introduce(cfg: Train, run: Run, machine: Machine, made: Model, data: Datase
 
 
 def _feed(cfg: Train, run: Run, machine: Machine, data: Datasets, start: int) -> Feed:
-    """Of the microbatches after step `start` that this rank takes."""
+    """Loads the microbatches of this rank, for all steps after step `start`."""
     world, order = machine.world, data.order
     microbatches = order.steps(start, data.clock.end, world.rank, world.size)
     if cfg.data.stage is not None:

@@ -1,6 +1,4 @@
-"""Ranks that die, stop or are told to: each with its exit code and words, and a run that goes on with the
-same bits.
-"""
+"""Ranks that die, hang or are stopped: the exit code, the message, and a resumed run with the same bits."""
 
 import json
 import os
@@ -48,7 +46,7 @@ def reached(run, step, process, seconds=120):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, digits, cache):
-    """The bits of the same job, uninterrupted, and by one rank: by tree they are the same."""
+    """The bits of the same job without interruption and with one rank; reduce=tree gives the same."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained(folder, cache, f"data.root={digits}", *ALONE, *LONG, "run=whole").parent)
@@ -79,7 +77,7 @@ def test_a_killed_rank_ends_the_others_with_its_name(launch, train, whole):
 
 
 def test_a_rank_that_stands_still_is_named_after_the_timeout(launch, train, whole):
-    """SIGSTOP, as of a host that hangs: the other one says who, where it stood, and ends."""
+    """SIGSTOP imitates a host that hangs. The other rank names it, prints a traceback, and ends."""
     process = launch(2, *LONG, "run=a", "world_timeout=0.1", real=True)
     reached("a", 3, process)
     stopped = workers_of(process)[1]
@@ -99,7 +97,9 @@ def test_a_rank_that_stands_still_is_named_after_the_timeout(launch, train, whol
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch, train, whole):
-    """75 in status.json; 0 to torchrun, which would else start the ranks again. To all ranks: test_launch."""
+    """status.json has 75; torchrun gets 0, because it would restart the ranks otherwise. To all ranks:
+    test_launch.
+    """
     process = launch(2, *LONG, "run=a", options=["--max-restarts=2"])
     reached("a", 2 + random.randrange(5), process)
     os.kill(workers_of(process)[1], signal.SIGUSR1)
@@ -112,7 +112,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(launch, train, whole):
 
 
 def test_what_one_rank_cannot_read_is_what_the_run_says(torchrun, digits, tmp_path):
-    """Rank 1 meets a broken image; rank 0, which does not, ends with its reason and code."""
+    """Rank 1 finds a damaged image; rank 0 ends with the same reason and exit code."""
     import shutil
 
     from reconverge.data.order import Order
@@ -140,7 +140,7 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_with_its_step(torchrun):
 
 
 def test_ranks_that_never_come_are_waited_for_no_longer_than_asked(start, monkeypatch):
-    """A rank alone, whose other never starts."""
+    """A single rank; the other one never starts."""
     rank = {
         "RANK": "0",
         "WORLD_SIZE": "2",
@@ -153,5 +153,5 @@ def test_ranks_that_never_come_are_waited_for_no_longer_than_asked(start, monkey
     process = start("run=a", "world_timeout=0.05", **rank)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 69, said
-    assert "did not find the others at 127.0.0.1:29741 within 0.05 minutes" in said
+    assert "did not find the other ranks at 127.0.0.1:29741 within 0.05 minutes" in said
     assert time.monotonic() - began < 90

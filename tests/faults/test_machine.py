@@ -1,6 +1,6 @@
-"""What a machine does to a run: clocks that jump, folders that cannot be read or written. Faults that other
-files hold: full disk (test_train, test_checkpoint), two runs in one folder (test_resume, test_lock), what
-could run code (test_checkpoint), a tracker's dead server (test_tracker), changed configuration, data, code,
+"""Faults of a machine: clocks that jump, folders that cannot be read or written. Other files test other
+faults: full disk (test_train, test_checkpoint), two runs in one folder (test_resume, test_lock), what could
+run code (test_checkpoint), a tracker's dead server (test_tracker), changed configuration, data, code,
 versions and threads (test_resume), damaged data (test_shards).
 """
 
@@ -20,7 +20,7 @@ KINDS = ("model", "ema", "optimizer")
 
 @pytest.mark.parametrize("hours", [-48, 48])
 def test_a_clock_that_jumps_changes_nothing(train, monkeypatch, hours):
-    """From one step to the next, and between two starts: times are noted, and nothing is decided by them."""
+    """Between two steps and between two starts. Times are recorded, but decide nothing."""
     settings = ["steps=4", "save_every=2", "log_every=1", "evaluate_every=0"]
     assert train("run=whole", *settings) == 0
     really, steps = time.time, []
@@ -38,8 +38,8 @@ def test_a_clock_that_jumps_changes_nothing(train, monkeypatch, hours):
 
 @pytest.mark.parametrize("seconds", [-100_000, 100_000])
 def test_a_lock_written_under_another_clock_is_judged_by_the_file_systems(tmp_path, seconds):
-    """A live holder on another host, whose clock is wrong by a day: heartbeats are compared with a file made
-    now in the same folder.
+    """The lock's holder is on another host, whose clock is wrong by a day. Its heartbeat is compared with a
+    new file in the same folder.
     """
     from reconverge.base.errors import Exit, Stop
     from reconverge.base.lock import Lock
@@ -56,7 +56,7 @@ def test_a_lock_written_under_another_clock_is_judged_by_the_file_systems(tmp_pa
 
 
 def as_nobody(command, folder, **environment):
-    """A user without rights of its own: root may read everything."""
+    """A user without special rights, because root may read everything."""
     return subprocess.run(
         ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command],
         cwd=folder,
@@ -116,7 +116,7 @@ def test_a_killed_data_worker_stops_with_its_code_and_the_run_goes_on(start, tra
     workers = [int(pid) for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(workers[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 71, said  # what kills workers is, mostly, a lack of memory
+    assert process.returncode == 71, said  # workers are mostly killed because memory is short
     assert "a data worker died" in said
     assert train("run=a", *settings) == 0
     assert train("run=whole", *settings) == 0
@@ -130,9 +130,7 @@ def test_a_killed_data_worker_stops_with_its_code_and_the_run_goes_on(start, tra
     ids=repr,
 )
 def test_a_data_worker_killed_while_it_hands_a_batch_over_is_told_as_such(fault):
-    """What Python's connections say then: torch leaves that as it is while it does not know yet that the
-    worker is dead.
-    """
+    """Python's connections raise this error; torch passes it on until it knows that the worker is dead."""
     import torch
 
     from reconverge.base.errors import Exit, explain

@@ -1,7 +1,7 @@
-"""All randomness starts here: a draw is a function of its key, and nothing random is ever saved.
+"""All random numbers start here: they are a function of a key, so no generator state is ever saved.
 
-A key is a tuple such as (seed, "mix", step, microbatch). Three forms are offered: `uniform` numbers,
-a torch `generator`, and, for libraries that only know the global generators, a `scope` around one call.
+A key is a tuple such as (seed, "mix", step, microbatch). A key gives `uniform` numbers, a torch `generator`,
+or a `scope`: for libraries that only use the global generators, it seeds these for one call.
 """
 
 import random
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.random import mtrand
 
-if TYPE_CHECKING:  # it takes seconds, and keys alone do without it
+if TYPE_CHECKING:  # importing torch takes seconds, and keys do not need it
     import torch
 
 
 def key(*parts: int | str) -> int:
-    """64-bit key of its parts. Equal parts give equal keys on every machine and in every version."""
+    """A 64-bit hash of the parts. Equal parts give equal keys on every machine and in every version."""
     text = "/".join(part if isinstance(part, str) else str(int(part)) for part in parts)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -26,32 +26,32 @@ def key(*parts: int | str) -> int:
 def uniform(shape: tuple[int, ...], *parts: int | str) -> np.ndarray:
     """float64 numbers in [0, 1), of `shape`.
 
-    Philox's raw stream is fixed for all versions of numpy; its distributions are not.
+    numpy keeps Philox's raw stream the same in all its versions, but not its distributions.
     """
     raw = np.random.Philox(key=key(*parts)).random_raw(int(np.prod(shape)))
     return ((raw >> np.uint64(11)) * 2.0**-53).reshape(shape)
 
 
 def generator(*parts: int | str) -> "torch.Generator":
-    """A CPU generator of torch. It keeps the low 32 bits of a seed, which is why the key is a hash."""
+    """A CPU generator of torch. torch uses only the low 32 bits of a seed, so the key must be a hash."""
     import torch
 
     return torch.Generator().manual_seed(key(*parts))
 
 
-# Takes the place of numpy's global generator in a scope: saving and restoring that one's state would take
-# longer than all of the rest.
+# Replaces numpy's global generator inside a scope. Saving and restoring the state of the global generator
+# would take longer than everything else in the scope.
 _stand_in = np.random.MT19937(0)
 
 
 @contextmanager
 def scope(*parts: int | str) -> Iterator[None]:
-    """Seed the global generators of python, numpy and torch (CPU) for the draws of one library call; put them
-    back after it.
+    """Seed the global generators of python, numpy and torch (CPU) for one library call, and restore them
+    after it.
 
-    Each has a key of its own: seeded alike, python and numpy are the same generator, and what a library draws
-    from one would repeat what it draws from the other. Without CUDA's: nothing here draws random numbers on a
-    GPU.
+    Each generator gets its own seed. python and numpy use the same algorithm: with one seed for both, a
+    library would draw the same numbers twice. The CUDA generator is left alone, because nothing here draws
+    random numbers on a GPU.
     """
     import torch
 

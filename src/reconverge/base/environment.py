@@ -1,4 +1,4 @@
-"""What a run's bits hang on beside its configuration: versions, code, git, hardware. Imports no torch."""
+"""What decides the bits of a run besides its configuration: versions, code, hardware. Imports no torch."""
 
 import os
 import platform
@@ -12,10 +12,10 @@ from typing import Any
 import reconverge
 from reconverge.base import launcher
 
-DECISIVE = ("torch", "torchvision", "timm", "numpy", "pillow")  # another version may compute other bits
+DECISIVE = ("torch", "torchvision", "timm", "numpy", "pillow")  # another version may give different bits
 PACKAGES = (*DECISIVE, "safetensors", "torchmetrics", "hydra-core", "omegaconf")
 ROOT = Path(__file__).parents[3]
-# The rooms of the package, and the modules beside them, that the step is made of.
+# The folders and modules of the package that a training step runs.
 DECIDES = ("base", "config", "distributed", "data", "models", "training", "run", "weights", "build",
     "milestones")  # fmt: skip
 
@@ -37,14 +37,14 @@ def in_words() -> str:
 
 
 def decisive_versions() -> dict[str, str]:
-    """Of the packages another version of which may compute other bits."""
+    """Versions of the packages in DECISIVE."""
     return {name: text for name, text in versions().items() if name in DECISIVE}
 
 
 def code_hash() -> str:
-    """sha256 over the code that decides the bits: train.py, what of the package is in DECIDES, and native/.
+    """sha256 of the code that decides the bits: train.py, the parts of the package in DECIDES, and native/.
 
-    The other rooms of the package only look at a run, or start one: they may change while it trains.
+    The other folders of the package only read a run, or start one, so they may change while it trains.
     """
     package = ROOT / "src" / "reconverge"
     modules = [path for part in DECIDES for path in (package / part).rglob("*.py")]
@@ -57,7 +57,7 @@ def code_hash() -> str:
 
 
 def git() -> dict[str, str] | None:
-    """Commit, and hash of what differs from it; None outside a checkout."""
+    """The commit, and the sha256 of uncommitted changes ("" if there are none); None outside a checkout."""
 
     def ask(*command: str) -> str:
         return subprocess.run(
@@ -77,7 +77,7 @@ def git() -> dict[str, str] | None:
 
 
 def host() -> dict[str, Any]:
-    """Of this start: who runs it and where."""
+    """The host, process and scheduler job of this start."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),

@@ -1,4 +1,4 @@
-"""The one exception that a person is meant to read, and the exit codes of every command."""
+"""The exception whose text is written for the user, and the exit codes of every command."""
 
 import errno
 import os
@@ -14,27 +14,27 @@ from reconverge.base import streams
 
 class Exit(IntEnum):
     DONE = 0
-    BUG = 1  # or: a check found a difference
+    BUG = 1  # also: a check found a difference
     USAGE = 2
-    DAMAGED = 65  # data or checkpoint
-    MISSING = 66
-    LOST = 69  # a rank or a node; run again
-    NOT_FINITE = 70
+    DAMAGED = 65  # damaged data or checkpoint
+    MISSING = 66  # missing input file or folder
+    LOST = 69  # a rank or a node was lost; run the same command again to continue
+    NOT_FINITE = 70  # the loss is not finite
     OUT_OF_MEMORY = 71
-    IN_USE = 73
-    DISK = 74  # full, or failing
-    PREEMPTED = 75  # run again to go on
+    IN_USE = 73  # another process uses the run's folder
+    DISK = 74  # the disk is full or fails
+    PREEMPTED = 75  # stopped by a signal; run the same command again to continue
     PERMISSION = 77
-    NOT_COMPARABLE = 78  # changed configuration, code, data or versions
+    NOT_COMPARABLE = 78  # configuration, code, data, versions or hardware have changed
 
 
 class Stop(Exception):
     """Ends the command with `code` and three lines: what was given, what is allowed, what to change."""
 
     def __init__(self, code: Exit, given: str, allowed: str, change: str):
-        super().__init__(code, given, allowed, change)  # all of them, so that it can cross from a data worker
+        super().__init__(code, given, allowed, change)  # all four, so that a data worker can pickle it
         self.code = code
-        self.told = False  # where a person reads it: by another rank, or in a file
+        self.told = False  # another rank, or a file, already shows it to the user
 
     def __str__(self) -> str:
         _, given, allowed, change = self.args
@@ -45,49 +45,49 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, 
 
 
 def explain(error: BaseException) -> Stop | None:
-    """The Stop that an exception of Python, Pillow or torch stands for; None for a bug of ours."""
+    """The Stop that explains an exception of Python, Pillow or torch; None for a bug in this code."""
     if isinstance(error, Stop):
         return error
     if isinstance(error, KeyboardInterrupt):
         return Stop(
             Exit.PREEMPTED,
             "Ctrl-C",
-            "what was saved before stays (train.py finishes and saves its step after the first one)",
-            "run the same command again: it goes on from there",
+            "one Ctrl-C, after which train.py finishes its step and saves a checkpoint",
+            "run the same command again to continue from the last checkpoint",
         )
     if isinstance(error, PermissionError):
         return Stop(
             Exit.PERMISSION,
             str(error),
-            "files that this user may read, and a run folder that it may write",
-            "the permissions, or data.root=, or the working folder",
+            "files that this user may read, and a run folder that this user may write",
+            "change the permissions, use another data.root=, or start in another working folder",
         )
     if isinstance(error, FileNotFoundError):
-        return Stop(Exit.MISSING, str(error), "files that exist", "the path")
+        return Stop(Exit.MISSING, str(error), "files that exist", "correct the path")
     if isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
         return Stop(
             Exit.MISSING,
             str(error),
-            "a folder where a folder is wanted, a file where a file is",
-            "the path, or what stands in its way",
+            "a folder where a folder is expected, and a file where a file is expected",
+            "correct the path, or move away the file or folder that is there",
         )
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return Stop(
             Exit.DISK,
             str(error),
-            "a disk with free space that can be written",
-            "free some space and run the same command again: the last good checkpoint is kept",
+            "a writable disk with free space",
+            "free some space, then run the same command again to continue from the last good checkpoint",
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        # Torch raises it wherever the main process is just then: while it waits for a batch, as the cause of
-        # another that no longer tells the signal.
+        # torch raises this error at any point of the main process. While that waits for a batch, torch wraps
+        # it in a second error without the name of the signal.
         cause = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error
         said = str(cause).splitlines()[0]
         return Stop(
             Exit.OUT_OF_MEMORY if "Killed" in said else Exit.BUG,
             f"a data worker died: {said}",
-            "workers with enough memory, shared memory and no signals",
-            "run the same command again; fewer workers= if memory was short",
+            "data workers that have enough memory and shared memory, and that nobody kills",
+            "run the same command again; if memory was short, with fewer workers=",
         )
     # torch.OutOfMemoryError on a GPU; a plain RuntimeError from torch's CPU allocator.
     if (
@@ -99,20 +99,21 @@ def explain(error: BaseException) -> Stop | None:
             Exit.OUT_OF_MEMORY,
             str(error).splitlines()[0] if str(error) else "out of memory",
             "a forward pass of one microbatch that fits the device's memory",
-            "checkpointing=true (stores about half the activations), or precision=bf16; "
-            "a smaller microbatch= changes Mixup and needs a run of its own",
+            "checkpointing=true (stores about half the activations), precision=bf16, or a smaller"
+            " forward_images=; a smaller microbatch= also helps, but it changes Mixup and needs a new run",
         )
     return None
 
 
 def reason(error: Exception) -> str:
-    """What a library said, without the address of the object it said it of."""
+    """The text of a library's error, without the address of a BytesIO object."""
     return re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
 
 
 def exit_code(job: Callable[[], int]) -> int:
-    """Run a command; print what stopped it and return the exit code, which is also left in the file
-    RECONVERGE_EXIT_FILE, if it names one.
+    """Run a command, print the error that stopped it, and return the exit code.
+
+    The code is also written to the file that the environment variable RECONVERGE_EXIT_FILE names, if any.
     """
     streams.secure()
     try:
@@ -120,14 +121,13 @@ def exit_code(job: Callable[[], int]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         stop = explain(error)
         code = stop.code if stop else Exit.BUG
-        if stop is None or code == Exit.LOST:  # where it stood says what it waited for
+        if stop is None or code == Exit.LOST:  # the traceback shows what this rank was waiting for
             traceback.print_exc()
         if stop and not stop.told:
             print(f"reconverge stopped (exit {code}):\n{stop}", file=sys.stderr)
-    if left := os.environ.get(
-        "RECONVERGE_EXIT_FILE"
-    ):  # torchrun makes 1 of every failure: launch/local.sh reads it here
+    # torchrun itself returns 1 for every failure; launch/local.sh reads the real code from this file.
+    if left := os.environ.get("RECONVERGE_EXIT_FILE"):
         Path(left).write_text(str(int(code)))
-    # torchrun starts workers again that end with anything but 0. status.json has the 75, and launch/local.sh
+    # torchrun restarts workers that end with anything but 0. status.json has the 75, and launch/local.sh
     # returns it.
     return Exit.DONE if code == Exit.PREEMPTED and "TORCHELASTIC_RUN_ID" in os.environ else code

@@ -1,5 +1,5 @@
-"""Files: read by position, patiently where a disk or network fails for a moment, replaced whole, and grown by
-lines of JSON. Imports no torch.
+"""Files: reading by position, retries after short faults, atomic replacement, and lines of JSON. Imports no
+torch.
 """
 
 import errno
@@ -26,15 +26,15 @@ PASSING = {
     errno.ENETDOWN,
     errno.EHOSTDOWN,
 }
-WAITS = (0.1, 1.0, 5.0)  # seconds before each further try
+WAITS = (0.1, 1.0, 5.0)  # seconds before each retry
 
 Result = TypeVar("Result")
 
 
 def patiently(job: Callable[[], Result], where: Callable[[], str]) -> Result:
-    """What `job` returns; faults of disk or network are tried again, and told with `where`.
+    """What `job` returns. Faults of the disk or network are retried, and printed with the text of `where`.
 
-    Errors: Stop(DISK) where they last.
+    Errors: Stop(DISK) if the last retry fails too.
     """
     for wait in WAITS:
         try:
@@ -52,16 +52,15 @@ def patiently(job: Callable[[], Result], where: Callable[[], str]) -> Result:
         raise Stop(
             Exit.DISK,
             f"{where()}: {error.strerror}, {len(WAITS) + 1} times in {sum(WAITS):.0f} s",
-            "a disk or network that answers",
-            "see to it, then run the same command again: it goes on from the last checkpoint",
+            "a disk and a network that work",
+            "check the disk or network, then run the same command again to continue from the last checkpoint",
         ) from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Put a file in the place of `path` once it is on the disk: whatever is killed meanwhile, the old file or
-    the new one is there.
+    """Replace the file `path` atomically: if the process is killed, the old or the new file is there, whole.
 
-    Errors: OSError; no part of the new file is left then.
+    Errors: OSError; then no part of the new file is left.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -79,7 +78,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal."""
     digest = sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -88,8 +87,8 @@ def sha256_of(path: Path) -> str:
 
 
 class ByPosition:
-    """An open file that has no position of its own, so that forked processes may share it; closed when it is
-    forgotten.
+    """An open file that is read at given positions, so that forked processes may share it. Closed when the
+    object is deleted.
     """
 
     def __init__(self, path: Path):
@@ -107,7 +106,7 @@ class ByPosition:
 
 
 def json_line(values: dict[str, Any]) -> str:
-    """With null for a number that is not finite, as fp16 has them: JSON knows no other."""
+    """One line of JSON. JSON has no infinity and NaN, which fp16 can produce, so they are written as null."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()
@@ -116,6 +115,6 @@ def json_line(values: dict[str, Any]) -> str:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line of a file, none if there is no file; a last one that a kill cut short is left out."""
+    """Every complete line of a file, or none if there is no file. A kill may have cut the last line short."""
     text = path.read_text().split("\n") if path.exists() else []
     return [json.loads(line) for line in text[:-1]]

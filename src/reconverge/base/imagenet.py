@@ -1,7 +1,4 @@
-"""ImageNet: how many images were published, and its classes, by the lists that timm carries.
-
-Imports no torch by itself.
-"""
+"""ImageNet: the published numbers of images, and the classes from timm's lists. Imports no torch itself."""
 
 import re
 from typing import NamedTuple
@@ -9,7 +6,7 @@ from typing import NamedTuple
 
 class DataSet(NamedTuple):
     training: int  # images
-    validation: int  # images; 0: none were published
+    validation: int  # images; 0: no validation images were published
     classes: int
 
 
@@ -18,15 +15,15 @@ DATASETS = {"imagenet1k": DataSet(1_281_167, 50_000, 1_000), "imagenet22k": Data
 
 
 def imagenet1k() -> list[str]:
-    """The 1,000 synsets, sorted, which is the order of every published head."""
-    from timm.data import ImageNetInfo  # here and below: seconds that not every command needs
+    """The 1,000 synsets, sorted: the order of classes in every published head."""
+    from timm.data import ImageNetInfo  # imported here and below: it takes seconds
 
     return sorted(ImageNetInfo("imagenet-1k").label_names())
 
 
 def of_head(rows: int) -> list[str] | None:
-    """Synsets in the order of a published head of so many rows: 1000, 21841 (fall 2011) and others of
-    ImageNet's; None for other numbers.
+    """Synsets in the order of a published head with `rows` rows: 1000, 21841 (fall 2011) or another subset
+    of ImageNet that timm knows; None for other numbers.
     """
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
@@ -35,15 +32,13 @@ def of_head(rows: int) -> list[str] | None:
 
 
 def described(classes: list[str]) -> list[dict[str, str]]:
-    """Synset and name of each class; a class that is no synset is its own name."""
+    """Synset and name of each class; a class that is not a synset is its own name."""
     names: dict[str, str] = {}
     if all(re.fullmatch(r"n\d{8}", name) for name in classes):
         from timm.data import ImageNetInfo
 
-        for info in (
-            ImageNetInfo("imagenet-22k"),
-            ImageNetInfo("imagenet-1k"),
-        ):  # one synset of the second is not in the first
+        # One synset of ImageNet-1K is not in ImageNet-22K.
+        for info in (ImageNetInfo("imagenet-22k"), ImageNetInfo("imagenet-1k")):
             names |= {
                 name: info.label_name_to_description(name) for name in set(classes) & set(info.label_names())
             }

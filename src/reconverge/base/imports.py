@@ -1,4 +1,4 @@
-"""What libraries import only because it is there, and that takes long."""
+"""Avoids slow imports that a library makes only because an optional package is installed."""
 
 import sys
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def without(name: str) -> Iterator[None]:
-    """Imports within find no module `name`, unless it was imported before; afterwards it can be imported."""
+    """Inside, importing `name` fails unless it was imported before; afterwards it can be imported again."""
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = None  # type: ignore[assignment]  # the import system's own sign for this
+    sys.modules[name] = None  # type: ignore[assignment]  # None makes the import system raise ImportError
     try:
         yield
     finally:

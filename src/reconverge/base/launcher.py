@@ -1,5 +1,5 @@
-"""Which of a run's processes this one is, by the word of whoever started it: torchrun, srun (one task a GPU),
-or nobody; how many cores it has, and what the scheduler calls its job. Imports no torch.
+"""The rank of this process, from the variables of torchrun or srun (one task per GPU); the cores that it may
+use; and the scheduler's name of the job. Imports no torch.
 """
 
 import atexit
@@ -15,12 +15,12 @@ class Place(NamedTuple):
     size: int = 1
     local_rank: int = 0  # on this host
     local_size: int = 1
-    launcher: str = ""  # torchrun, srun, or nobody
+    launcher: str = ""  # torchrun, srun, or "" for a process that was started directly
 
 
 def place(environment: Mapping[str, str]) -> Place:
-    """RANK and its kin are what torchrun gives, and count before what Slurm says: under srun torchrun, a task
-    is a node.
+    """RANK and WORLD_SIZE come from torchrun and win over Slurm's variables: with `srun torchrun`, a Slurm
+    task is a node, not a rank.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -28,7 +28,7 @@ def place(environment: Mapping[str, str]) -> Place:
             int(environment.get(name, default)) for name, default in zip(names, "0101", strict=True)
         )
         return Place(rank, size, local, local_size, "torchrun")
-    # Slurm sets it in a step alone: the script around it is one process.
+    # Slurm sets this variable only inside a job step. The batch script around it is one process.
     size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if size > 1:
         tasks = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[int(environment["SLURM_NODEID"])]
@@ -37,7 +37,7 @@ def place(environment: Mapping[str, str]) -> Place:
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Slurm's "2(x3),1" is 2, 2, 2, 1."""
+    """Slurm writes "2(x3),1" for 2, 2, 2, 1."""
     groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(tasks) for tasks, times in groups for _ in range(int(times or 1))]
 
@@ -46,7 +46,7 @@ HERE = place(os.environ)
 
 
 def cores() -> int:
-    """Cores that this process may use, of those that the ranks of its host share."""
+    """Cores that this process may use: an equal part of those that the ranks of its host share."""
     if HERE.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ:
         return int(os.environ["SLURM_CPUS_PER_TASK"])
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -54,8 +54,8 @@ def cores() -> int:
 
 
 def job() -> str | None:
-    """What a scheduler calls this job, before and after it was requeued."""
-    torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" where nobody named it
+    """The scheduler's name of this job, which stays the same when the job is requeued."""
+    torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" without torchrun --rdzv-id
     return os.environ.get("SLURM_JOB_ID") or (None if torchrun == "none" else f"torchrun {torchrun}")
 
 

@@ -1,4 +1,6 @@
-"""One process a run folder: a lock that says who holds it, and whose heartbeat says that the holder lives."""
+"""The lock of a run's folder, for one process at a time. It names its holder; a heartbeat shows that the
+holder is alive.
+"""
 
 import fcntl
 import json
@@ -19,7 +21,7 @@ INTERVAL = 10.0  # seconds between two heartbeats; after five without one the ho
 
 
 class Lock:
-    """Taken when made. `takeover` says, in a sentence, whose dead lock was taken over, if one was.
+    """Creating the object takes the lock. `takeover` tells from which dead process it was taken over, if any.
 
     Errors: Stop(IN_USE).
     """
@@ -45,19 +47,18 @@ class Lock:
 
     @contextmanager
     def _alone(self) -> Iterator[TextIO]:
-        """The lock's file, made if there is none, while no other process reads or writes it."""
+        """The lock's file, created if needed, while no other process reads or writes it."""
         while True:
             with open(self.path, "a+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if (
-                    self.path.exists() and os.fstat(file.fileno()).st_ino == self.path.stat().st_ino
-                ):  # not removed meanwhile
+                # The file may have been removed before flock returned: then try again with a new one.
+                if self.path.exists() and os.fstat(file.fileno()).st_ino == self.path.stat().st_ino:
                     file.seek(0)
                     yield file
                     return
 
     def check(self) -> None:
-        """Before anything is written that matters: a process that was stopped for long may have lost its run.
+        """To be called before each important write: a process that was suspended may have lost the lock.
 
         Errors: Stop(IN_USE).
         """
@@ -66,18 +67,18 @@ class Lock:
         except FileNotFoundError:
             raise Stop(
                 Exit.IN_USE,
-                f"{self.path} is gone",
-                "a run folder that nobody removes while it trains",
-                "the same command starts anew",
+                f"{self.path} was removed while the run was training",
+                "a run folder that nobody removes or renames during training",
+                "run the same command again to start from the beginning",
             ) from None
         except ValueError:
-            holder = {}  # another process writes its name there just now
+            holder = {}  # another process is writing its name there at this moment
         if holder.get("id") != self._mine["id"]:
             raise Stop(
                 Exit.IN_USE,
-                f"{self.path.parent} was taken over by {_name(holder)} while this process did not answer",
-                "one process a run",
-                "nothing: the other one goes on",
+                f"{self.path.parent} was taken over by {_name(holder)} while this process was suspended",
+                "one process for each run",
+                "nothing; the other process continues the run",
             )
 
     def release(self) -> None:
@@ -94,26 +95,26 @@ class Lock:
             try:
                 os.utime(self.path)
             except OSError:
-                pass  # the folder is gone or its disk is: whoever writes next will say so
+                pass  # the folder or its disk is gone: the next write will report it
 
 
 def _judge(holder: dict, mine: dict, path: Path) -> str:
     """Why the lock of `holder` may be taken over. Errors: Stop(IN_USE)."""
     name = _name(holder)
     if holder["host"] == mine["host"]:
-        # Start times tell a process from a later one of the same number. A live one of the same job is a
-        # second task of it, not the first one requeued.
+        # The start time tells a process from a later one with the same number. A live process with the same
+        # job is a second task of that job, not the requeued first one.
         if _started(holder["pid"]) != holder["started"]:
             return f"took over from {name}, which is dead"
     elif mine["job"] and holder["job"] == mine["job"]:
-        return f"took over from {name}: this same job, requeued"
+        return f"took over from {name}: the same job, which was requeued"
     elif (age := _age(path)) > 5 * INTERVAL:
         return f"took over from {name}, whose last heartbeat is {age:.0f} s old"
     raise Stop(
         Exit.IN_USE,
         f"{path.parent} is in use by {name}",
-        "one process a run",
-        "wait for it, stop it, or choose another run=NAME",
+        "one process for each run",
+        "wait for that process, stop it, or choose another run=NAME",
     )
 
 
@@ -123,7 +124,7 @@ def _name(holder: dict) -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host began, as the kernel counts; None if there is none."""
+    """The start time of a process of this host, in the kernel's units; None if the process does not exist."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if stat[0] in "ZX" else stat[19]  # a zombie is dead
@@ -140,7 +141,7 @@ def _started(pid: int) -> str | None:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the last heartbeat, by the clock of the file system: the clocks of hosts may differ."""
+    """Seconds since the last heartbeat, by the clock of the file system, since hosts' clocks may differ."""
     probe = path.with_name(f".clock-{uuid.uuid4().hex}")
     try:
         probe.touch()

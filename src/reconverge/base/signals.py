@@ -1,4 +1,4 @@
-"""What a scheduler or a person says while a run trains: a flag, which the loop looks at between steps."""
+"""Signals from a scheduler or a user during training set a flag, which the loop reads between steps."""
 
 import math
 import signal
@@ -8,7 +8,7 @@ from typing import Any
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-_came: dict[int, float] = {}  # number -> when it first came, by time.monotonic
+_came: dict[int, float] = {}  # signal number -> time.monotonic() when it first arrived
 _said: list[str] = []
 
 
@@ -23,10 +23,10 @@ def catch() -> None:
 
 
 def _note(number: int, frame: Any) -> None:
-    """Raises the flag, and does nothing that could fail: a reader of stderr may have gone by the same signal.
+    """Set the flag, and do nothing that can fail: the same signal may have ended the reader of stderr.
 
-    A scheduler may send one signal several times at once; a person who presses Ctrl-C again after seconds
-    means it.
+    A second Ctrl-C stops at once, but only more than 2 s after the first one: a scheduler may send a
+    signal several times together.
     """
     if number == signal.SIGINT and time.monotonic() - _came.get(number, math.inf) > 2:
         raise KeyboardInterrupt

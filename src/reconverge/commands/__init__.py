@@ -1,4 +1,4 @@
-"""reconverge COMMAND: one file a command, thin over the parts."""
+"""reconverge COMMAND: one file for each command; each calls the other parts of the package."""
 
 import argparse
 import sys
@@ -8,16 +8,16 @@ from reconverge.base import environment
 from reconverge.base.errors import exit_code
 
 COMMANDS = {
-    "prepare": "from what people download to verified shards",
-    "check": "read every byte of prepared shards, name each fault",
-    "verify": "train some steps of a run again, and compare them bit by bit",
-    "selftest": "try the promises on this machine, in a few minutes",
-    "batch": "the images of one step of a run, with their keys",
-    "bench": "measure the loader, or a model, by itself",
-    "report": "one page of one or several runs: results, curves, predictions, environment",
-    "export": "a run's model as timm, ONNX and torch.export load it",
-    "plan": "what a training will be, without training",
-    "models": "the table of models: counted and published size, accuracy, recipes",
+    "prepare": "convert downloaded archives or class folders into verified shards",
+    "check": "read every byte of prepared shards and list each fault",
+    "verify": "train some steps of a run again and compare them bit by bit",
+    "selftest": "test reproducibility (R1 to R4) on this machine, in a few minutes",
+    "batch": "list the images of one step of a run, with their random keys",
+    "bench": "measure the speed of the data loader or of a model alone",
+    "report": "write one HTML page about one or several runs: results, curves, predictions, environment",
+    "export": "write a run's model for timm, ONNX, torch.export or as safetensors",
+    "plan": "print the schedule, cost and memory of a training without training",
+    "models": "print the table of models: parameters, multiply-adds, published accuracy, recipes",
 }
 
 
@@ -27,22 +27,20 @@ def main() -> None:
 
 
 def parsed(given: list[str]) -> argparse.Namespace:
-    """What a command line says. Ends the process (exit 2) where argparse does not understand it."""
+    """The parsed command line. Ends the process (exit 2) if argparse rejects it."""
     parser = argparse.ArgumentParser(
         prog="reconverge",
-        description="Everything but training and evaluating, which are python train.py and python eval.py.",
+        description="Commands around training. To train: python train.py; to evaluate: python eval.py.",
     )
     parser.add_argument("--version", action="version", version=environment.in_words())
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, help in COMMANDS.items():
-        command = import_module(
-            f"reconverge.commands.{name}"
-        )  # light: what takes seconds to import, a command imports as it runs
+        # Importing a command is fast: it imports slow libraries only when it runs.
+        command = import_module(f"reconverge.commands.{name}")
         command.add_arguments(subparsers.add_parser(name, help=help, description=command.__doc__))
     arguments, rest = parser.parse_known_args(given)
-    if hasattr(
-        arguments, "overrides"
-    ):  # key=value may stand on both sides of an option; argparse takes one block of them
+    # key=value may stand before and after an option, but argparse accepts only one block of them.
+    if hasattr(arguments, "overrides"):
         arguments.overrides += [argument for argument in rest if not argument.startswith("-")]
         rest = [argument for argument in rest if argument.startswith("-")]
     if rest:

@@ -1,5 +1,5 @@
-"""Print, and with --show draw, exactly the images of one step of a run, with the keys of their augmentation
-and mixing.
+"""List exactly the images of one training step of a run, with the random keys of their augmentation and
+mixing. --show also draws them.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from reconverge.run.reader import Opened
 from reconverge.training import datasets
 from reconverge.training.datasets import Datasets
 
-DRAWN = 256  # images, at most, of one picture
+DRAWN = 256  # images in one picture at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,11 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         required=True,
         metavar="N",
-        help="from 0; what metrics.jsonl calls step N + 1 is the state after it",
+        help="number of the step, as in the log and metrics.jsonl; the first step is 1",
     )
-    parser.add_argument("--microbatch", type=int, metavar="M", help="this one alone")
     parser.add_argument(
-        "--show", action="store_true", help=f"draw them as the model sees them, {DRAWN} at most"
+        "--microbatch",
+        type=int,
+        metavar="M",
+        help="only this microbatch of the step, counted from 0 (default: all of them)",
+    )
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help=f"draw the images as the model sees them, {DRAWN} at most, into RUN/batch-STEP.png",
     )
 
 
@@ -38,23 +45,24 @@ def main(arguments: argparse.Namespace) -> int:
     cfg, data = run.cfg, datasets.opened(run.cfg)
     _refuse_other_data(run, data)
     training, clock, order = data.training, data.clock, data.order
-    for name, value, end in (
-        ("step", arguments.step, clock.total),
-        ("microbatch", arguments.microbatch or 0, clock.microbatches),
+    for name, value, first, last, counted in (
+        ("step", arguments.step, 1, clock.total, "steps are counted from 1, as in the log"),
+        ("microbatch", arguments.microbatch or 0, 0, clock.microbatches - 1, "counted from 0"),
     ):
-        if not 0 <= value < end:
-            raise Stop(
-                Exit.USAGE, f"--{name} {value}", f"0 to {end - 1}", f"--{name} {min(max(value, 0), end - 1)}"
-            )
+        if not first <= value <= last:
+            allowed = f"{first} to {last}; {counted}"
+            raise Stop(Exit.USAGE, f"--{name} {value}", allowed, f"--{name} {min(max(value, first), last)}")
 
     from reconverge import build
+
+    step = arguments.step - 1  # random keys and the order count steps from 0
 
     native.choose(cfg.data.native)
     numbers = range(clock.microbatches) if arguments.microbatch is None else [arguments.microbatch]
     images = build.augmented(cfg, training)
     for number in numbers:
-        microbatch = order.microbatch(arguments.step, number)
-        mixing = "/".join(map(str, (cfg.seed, "mix", arguments.step, number)))
+        microbatch = order.microbatch(step, number)
+        mixing = "/".join(map(str, (cfg.seed, "mix", step, number)))
         say(
             f"step {arguments.step}, epoch {microbatch.epoch}, microbatch {number} of {clock.microbatches};"
             f" mixing key {mixing}"
@@ -67,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
             name = training.classes[label]
             say(f"  sample {sample:<8} class {label} {name}  {said}  {training.where(sample)}")
     if arguments.show:
-        _show(run, arguments.step, numbers, images, order)
+        _show(run, step, numbers, images, order)
     return Exit.DONE
 
 
@@ -76,14 +84,15 @@ def _refuse_other_data(run: Opened, data: Datasets) -> None:
     if any(recorded[split] != now[split] for split in ("train", "val")):
         raise Stop(
             Exit.NOT_COMPARABLE,
-            f"{run.cfg.data.root or run.cfg.data.name} is not the data that {run.folder} was trained on",
-            "the same images: others have other sample ids",
-            "put them back",
+            f"the images in {run.cfg.data.root or run.cfg.data.name} are not those that {run.folder} was"
+            " trained on",
+            "the same images as in training; with other images, the sample ids mean different images",
+            "restore the images that the run was trained on",
         )
 
 
 def _show(run: Opened, step: int, numbers: range | list[int], images: Any, order: Any) -> None:
-    """`images` and `order` are the loader's Images and the run's Order."""
+    """Draw the microbatches `numbers` of `step` (from 0). `images`: loader.Images; `order`: order.Order."""
     import torch
 
     from reconverge.data.mix import Mix, Normalise
@@ -99,9 +108,9 @@ def _show(run: Opened, step: int, numbers: range | list[int], images: Any, order
         batch, _ = loaded
         drawn.append(mix(normalise(batch.images), batch.labels, (cfg.seed, step, number)))
     pixels, targets = (torch.cat(parts)[:DRAWN] for parts in zip(*drawn, strict=True))
-    path = run.folder / f"batch-{step:08d}.png"
+    path = run.folder / f"batch-{step + 1:08d}.png"
     last = f" to {numbers[len(drawn) - 1]}" if len(drawn) > 1 else ""
     which = f"microbatch{'es' * bool(last)} {numbers[0]}{last}"
-    title = f"step {step}, {which}, augmented and mixed, as the model sees it"
+    title = f"step {step + 1}, {which}, augmented and mixed, as the model sees it"
     pictures.seen(path, pixels, targets, run.classes, cfg.data, title)
-    say(f"{len(pixels)} of {len(numbers) * cfg.microbatch} images drawn: {path}")
+    say(f"drew {len(pixels)} of {len(numbers) * cfg.microbatch} images: {path}")

@@ -1,4 +1,4 @@
-"""Read every byte of a data set and name each fault by shard, key and offset."""
+"""Read every byte of a prepared data set, and list each fault with its shard, key and byte offset."""
 
 import argparse
 import os
@@ -12,9 +12,9 @@ from reconverge.base.terminal import Meter, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that reconverge prepare made")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder written by reconverge prepare")
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="shards that are read at a time (default: the cores)"
+        "--jobs", type=int, metavar="N", help="shards to read in parallel (default: the number of cores)"
     )
 
 
@@ -42,21 +42,18 @@ def main(arguments: argparse.Namespace) -> int:
     if faults:
         raise Stop(
             min(code for code, _ in faults),
-            f"{len(faults)} faults in {root}",
-            "every byte as it was prepared",
-            "copy these shards again, or prepare anew",
+            f"{len(faults)} fault{'s' * (len(faults) > 1)} in {root}, listed above",
+            "a data set in which every byte is as reconverge prepare wrote it",
+            "copy these shards again, or prepare the data set again",
         )
-    say(f"{root}: every byte is as it was prepared")
+    say(f"{root}: no fault; every byte is as reconverge prepare wrote it")
     return Exit.DONE
 
 
 def _faults(
     root: Path, about: dict[str, Any], split: str, number: int, meter: Meter
 ) -> list[tuple[Exit, str]]:
-    """What is wrong with one shard.
-
-    A digest that is right says that nothing is; else each image is looked at.
-    """
+    """The faults of one shard. Its images are checked one by one only if the sha256 of the shard is wrong."""
     import xxhash
 
     from reconverge.base import files
@@ -78,7 +75,7 @@ def _faults(
             file.seek(int(row["offset"]))
             data = file.read(int(row["size"]))
             if len(data) != row["size"] or xxhash.xxh3_64_intdigest(data) != row["checksum"]:
-                what = "is cut off" if len(data) != row["size"] else "has other bytes"
+                what = "is cut off" if len(data) != row["size"] else "has changed bytes"
                 found.append(
                     (Exit.DAMAGED, f"{path}: {os.fsdecode(row['key'])} at byte {row['offset']} {what}")
                 )
@@ -88,6 +85,4 @@ def _faults(
                 pass
         except Stop as stop:
             found.append((stop.code, str(stop.args[1])))
-    return found or [
-        (Exit.DAMAGED, f"{path}: a header, a label or padding is not as it was prepared (sha256)")
-    ]
+    return found or [(Exit.DAMAGED, f"{path}: a tar header, a label or padding has changed (wrong sha256)")]

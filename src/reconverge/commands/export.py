@@ -1,4 +1,4 @@
-"""Write a run's model as other tools load it, with an example and its logits; or check such a folder."""
+"""Write a run's model in a format for other tools, with an example and its logits; or check an export."""
 
 import argparse
 from pathlib import Path
@@ -15,28 +15,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         type=Path,
         metavar="RUN",
-        help="runs/NAME or a checkpoint of it; with --check a folder that was exported",
+        help="runs/NAME or one of its checkpoints; with --check: the folder of an export",
     )
-    parser.add_argument("--to", choices=FORMS, help="timm: a folder for timm.create_model; pt2: torch.export")
+    parser.add_argument(
+        "--to",
+        choices=FORMS,
+        help="the format; timm: a folder for timm.create_model; pt2: a file for torch.export.load",
+    )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="verify an export: its files, and its logits by the tool that loads it",
+        help="check an export: the hashes of its files, and the logits of the example",
     )
     parser.add_argument(
-        "--weights", choices=("raw", "ema"), help="default: the EMA's where the run keeps one"
+        "--weights", choices=("raw", "ema"), help="default: ema if the run keeps EMA weights, else raw"
     )
     parser.add_argument(
         "--best",
         action="store_true",
-        help="of the checkpoint with the best top-1 of these weights, in place of the newest",
+        help="export the checkpoint with the best top-1 of these weights instead of the newest one",
     )
     parser.add_argument(
-        "--average", type=int, default=1, metavar="N", help="the mean of the newest N checkpoints"
+        "--average",
+        type=int,
+        default=1,
+        metavar="N",
+        help="export the mean of the weights of the newest N checkpoints (default: 1)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export-FORM")
     parser.add_argument(
-        "--license", default="other", metavar="ID", help="for the model card (default: other)"
+        "--out", type=Path, metavar="DIR", help="folder of the export (default: RUN/export-FORMAT)"
+    )
+    parser.add_argument(
+        "--license", default="other", metavar="ID", help="license in the model card (default: other)"
     )
 
 
@@ -45,20 +55,20 @@ def main(arguments: argparse.Namespace) -> int:
         raise Stop(
             Exit.USAGE,
             "both --to and --check" if arguments.check else "neither --to nor --check",
-            "one of them",
-            f"--to {FORMS[0]}",
+            "exactly one of --to and --check",
+            f"--to {FORMS[0]} to write an export, or --check to check one",
         )
     if arguments.average < 1 or (arguments.best and arguments.average > 1):
         raise Stop(
             Exit.USAGE,
             f"--average {arguments.average}{' --best' * arguments.best}",
-            "1 or more; of --best there is one",
-            "--average 5",
+            "--average 1 or more, and without --best, which is a single checkpoint",
+            "--average 5, or --best alone",
         )
     if arguments.check:
         from reconverge.evaluation.export import check
 
-        say(f"{arguments.path}: every file as it was written; logits of the example: {check(arguments.path)}")
+        say(f"{arguments.path}: all files are unchanged; logits of the example: {check(arguments.path)}")
         return Exit.DONE
 
     of = opened(arguments.path)
@@ -66,9 +76,9 @@ def main(arguments: argparse.Namespace) -> int:
     if folder.exists() and any(folder.iterdir()) and not (folder / "export.json").exists():
         raise Stop(
             Exit.USAGE,
-            f"{folder} holds other files",
-            "a new folder, an empty one, or one of an earlier export",
-            "another --out",
+            f"{folder} contains files that are not an export",
+            "a new folder, an empty folder, or the folder of an earlier export",
+            "choose another --out",
         )
 
     from reconverge.evaluation import export

@@ -1,5 +1,5 @@
-"""What a training will be, without training: batch, worlds, steps, learning rates, layers, memory,
-operations, hours, and what departs from the published recipe. The arguments are train.py's.
+"""Print what a training would do, without training: batch, steps, learning rates, layers, possible numbers of
+ranks, FLOPs, memory, hours, and what differs from the published recipe. It takes the settings of train.py.
 """
 
 import argparse
@@ -28,35 +28,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="as for train.py: model=NAME recipe=NAME data=NAME ...",
+        help="settings as for train.py: model=NAME recipe=NAME data=NAME ...",
     )
     parser.add_argument(
-        "--world", type=int, default=1, metavar="N", help="ranks that share each step; one a GPU"
+        "--ranks",
+        "--world",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of ranks, which is the number of GPUs (default: 1); --world means the same",
     )
     parser.add_argument(
         "--images-per-second",
         type=float,
         metavar="X",
-        help="of one rank, as a run prints it; else no hours are given",
+        help="training speed of one rank, as a run prints it; needed to estimate the hours",
     )
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="where to draw the schedule; plan-MODEL-RECIPE.png"
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="file for the picture of the schedule (default: plan-MODEL-RECIPE.png)",
     )
 
 
 def main(arguments: argparse.Namespace) -> int:
     cfg = compose.of_training(arguments.overrides)
-    # Images need not be here yet.
+    # A plan does not need the images: data.root may be missing.
     rules.check(replace(cfg, data=replace(cfg.data, root=cfg.data.root or ".")))
     picture = arguments.picture or Path(f"plan-{cfg.model.name}-{cfg.recipe.name}.png")
     speed = arguments.images_per_second
     if speed is not None and not 0 < speed < float("inf"):
-        raise Stop(Exit.USAGE, f"--images-per-second {speed:g}", "more than 0", "what a run prints")
+        raise Stop(
+            Exit.USAGE,
+            f"--images-per-second {speed:g}",
+            "a number more than 0",
+            "--images-per-second 400, or the speed that a run prints",
+        )
     if picture.suffix not in PICTURES or not picture.parent.is_dir():
         raise Stop(
             Exit.USAGE,
             f"--picture {picture}",
-            f"a file in a folder that exists, ending in {', '.join(PICTURES)}",
+            f"a file in a folder that exists, with the suffix {', '.join(PICTURES)}",
             "--picture plan.png",
         )
 
@@ -68,8 +81,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     images, classes, data = _images(cfg, arguments.overrides)
     clock = Clock.of(cfg, images)
-    world, tree = arguments.world, cfg.reduce == "tree"
-    passes = Passes(len(block(clock.microbatches, 0, world, tree)), cfg.microbatch, cfg.forward_images, tree)
+    ranks, tree = arguments.ranks, cfg.reduce == "tree"
+    passes = Passes(len(block(clock.microbatches, 0, ranks, tree)), cfg.microbatch, cfg.forward_images, tree)
     net = create.on_meta(cfg.model, classes)
     create.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
     groups = optim.parameter_groups(net, cfg.optim)
@@ -80,10 +93,10 @@ def main(arguments: argparse.Namespace) -> int:
     sizes = [f"{size} x {clock.microbatches // size}" for size in worlds(clock.microbatches, tree)]
     rates = [f"{step + 1}: {rate(step):.4g} ({what})" for step, what in _key_steps(clock)]
     rows = panel.job(cfg, clock, net, groups, data) | {
-        "worlds": f"{'; '.join(sizes)}  (ranks x microbatches of a rank)",
+        "ranks": f"{ranks}; possible (ranks x microbatches of each rank): {', '.join(sizes)}",
         "lr at steps": "; ".join(rates),
-        **_cost(cfg, net, passes, world, classes, cfg.batch * clock.end),
-        "time": _time(speed, world, cfg.batch * clock.end),
+        **_cost(cfg, net, passes, ranks, classes, cfg.batch * clock.end),
+        "time": _time(speed, ranks, cfg.batch * clock.end),
         "picture": str(picture),
     }
     steps = _spread(clock.total, 2000)
@@ -95,36 +108,39 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _cost(
-    cfg: Train, net: "nn.Module", passes: "Passes", world: int, classes: int, images: int
+    cfg: Train, net: "nn.Module", passes: "Passes", ranks: int, classes: int, images: int
 ) -> dict[str, str]:
-    """Operations and memory of training `net`, which is on the meta device and becomes unusable."""
+    """FLOPs and memory of training `net` on `images` images.
+
+    `net` is on the meta device and cannot be used afterwards.
+    """
     from reconverge.distributed.world import DTYPES
     from reconverge.models import cost
     from reconverge.training.gradients import copies
 
-    operations = cost.operations(net, cfg.augment.size) * images
+    flops = cost.operations(net, cfg.augment.size) * images
     if cfg.checkpointing:
         net.set_grad_checkpointing()  # type: ignore[operator]
     dtype, ema = DTYPES[cfg.precision], cfg.ema.decay is not None
-    # A sum over ranks needs room for a partner's, which a sum over leaves has left.
-    gradients = max(copies(passes.leaves), min(world, 2)) if passes.tree else 1
+    # Adding gradients of two ranks needs two copies; a rank with several leaves has had these already.
+    gradients = max(copies(passes.leaves), min(ranks, 2)) if passes.tree else 1
     memory = cost.memory(net, passes.images, cfg.augment.size, classes, dtype, ema, gradients)
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory._asdict().items() if size)
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory._asdict().items() if size).replace(
+        "ema", "EMA"
+    )
     return {
-        "operations": (
-            f"{operations:.4g} floating-point operations: forward and backward of {images:,} images at"
-            f" {cfg.augment.size} px"
+        "FLOPs": (
+            f"{flops:.4g} for {images:,} images of {cfg.augment.size} px (a multiply-add counts as 2,"
+            " forward and backward as 3 forward passes)"
         ),
-        "memory": (
-            f"{memory.total / 1e9:.2f} GB a rank, and what kernels and the device take for themselves:"
-            f" {parts}"
-        ),
+        "memory": f"{memory.total / 1e9:.2f} GB for each rank: {parts}; CUDA and its kernels need more",
     }
 
 
 def _images(cfg: Train, overrides: Sequence[str]) -> tuple[int, int, str]:
-    """Training images, classes, and both in words: those of the data if it was named and can be opened, else
-    the published ones.
+    """Numbers of training images and classes, and a text about them.
+
+    They come from the data if data= was given and it can be opened, and else from the published data set.
     """
     from reconverge.data import sources
     from reconverge.report import panel
@@ -159,20 +175,20 @@ def _key_steps(clock: Clock) -> list[tuple[int, str]]:
     return sorted(found.items())
 
 
-def _time(speed: float | None, world: int, images: int) -> str:
+def _time(speed: float | None, ranks: int, images: int) -> str:
     if speed is None:
         return (
-            "not estimated: --images-per-second X, of one rank (python train.py ... debug=synthetic"
-            " measures it)"
+            "not estimated: add --images-per-second X, the speed of one rank (python train.py ..."
+            " debug=synthetic measures it)"
         )
-    hours = images / (speed * world) / 3600
+    hours = images / (speed * ranks) / 3600
     return (
-        f"{hours:.3g} hours on {world} ranks of {speed:g} images/s, {hours * world:.3g} GPU-hours, without"
-        " evaluation"
+        f"{hours:.3g} hours on {ranks} rank{'s' * (ranks > 1)} of {speed:g} images/s each,"
+        f" {hours * ranks:.3g} GPU-hours, without evaluation"
     )
 
 
 def _spread(total: int, most: int) -> Sequence[int]:
-    """Up to about `most` of the steps 0..total-1, the last among them."""
+    """About `most` evenly spaced steps of 0..total-1, with the last step."""
     steps = list(range(0, total, max(1, total // most)))
     return steps if steps[-1] == total - 1 else [*steps, total - 1]

@@ -1,4 +1,6 @@
-"""Make a data set of shards from what people download; interrupted, the same command goes on."""
+"""Convert downloaded archives or class folders into a data set of shards. If it is interrupted, run the same
+command again to continue.
+"""
 
 import argparse
 import json
@@ -8,50 +10,58 @@ from reconverge.base.errors import Exit, Stop
 from reconverge.base.launcher import cores
 from reconverge.base.terminal import say
 
+RANGES = {
+    "jobs": "1 or more",
+    "hold-out": "0 or more, and less than 100 (percent)",
+    "resize": "16 or more (pixels)",
+    "quality": "1 to 100",
+    "shard-mb": "more than 0",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         type=Path,
         metavar="SOURCE",
-        help="an archive, or the folder where the archives or class folders are",
+        help="an archive, or the folder that contains the archives or the class folders",
     )
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the new data set")
     parser.add_argument(
         "--as",
         dest="dataset",
         choices=("imagenet1k", "imagenet22k", "folder"),
-        help="what it is, where the form does not tell",
+        help="the kind of data set, needed only if the layout of SOURCE fits more than one",
     )
     parser.add_argument(
         "--jobs",
         type=int,
         metavar="N",
-        help="images that are decoded and examined at a time (default: the cores)",
+        help="images to decode and check in parallel (default: the number of cores)",
     )
     parser.add_argument(
         "--hold-out",
         type=float,
         default=0.0,
         metavar="PERCENT",
-        help="validation images, of a set that has none (by key)",
+        help="use this share of the training images for validation, if the data set has no validation images",
     )
     parser.add_argument(
         "--drop-unreadable",
         action="store_true",
-        help="leave out what Pillow cannot decode, and say so in report.jsonl",
+        help="leave out images that Pillow cannot decode, and list them in report.jsonl",
     )
     parser.add_argument(
         "--resize",
         type=int,
         metavar="SHORT_SIDE",
-        help="a smaller, lossy copy: pixels of the shorter side at most",
+        help="shrink images whose shorter side has more than this many pixels; saved as JPEG, which is lossy",
     )
     parser.add_argument(
-        "--quality", type=int, default=90, metavar="Q", help="JPEG quality of the smaller copy (default: 90)"
+        "--quality", type=int, default=90, metavar="Q", help="JPEG quality with --resize (default: 90)"
     )
     parser.add_argument(
-        "--shard-mb", type=float, default=200.0, metavar="MB", help="size of a shard, about (default: 200)"
+        "--shard-mb", type=float, default=200.0, metavar="MB", help="approximate shard size (default: 200)"
     )
 
 
@@ -71,8 +81,8 @@ def main(arguments: argparse.Namespace) -> int:
             raise Stop(
                 Exit.USAGE,
                 f"--{name} {value}",
-                "jobs from 1, hold-out 0 to 100, resize from 16, quality 1 to 100, shard-mb above 0",
-                f"another --{name}",
+                RANGES[name],
+                f"choose another --{name}",
             )
     options = Options(
         arguments.shard_mb, arguments.hold_out, arguments.resize, arguments.quality, arguments.drop_unreadable
@@ -91,15 +101,13 @@ def main(arguments: argparse.Namespace) -> int:
         stays = (
             ""
             if unread == about["dropped"]
-            else " (training stops at one: --drop-unreadable, or data.on_bad_image=substitute)"
+            else " (training stops at an unreadable image: prepare with --drop-unreadable, or train with"
+            " data.on_bad_image=substitute)"
         )
         say(
-            f"{len(lines)} odd files, {unread} of them unreadable{stays}; {about['dropped']} dropped:"
-            " report.jsonl"
+            f"unusual files: {len(lines)}, of which unreadable: {unread}{stays}; left out:"
+            f" {about['dropped']}. All are listed in report.jsonl"
         )
-    say(
-        f"data=shards data.root={arguments.to}"
-        if about["dataset"] == "folder"
-        else f"data={about['dataset']} data.root={arguments.to}"
-    )
+    name = "shards" if about["dataset"] == "folder" else about["dataset"]
+    say(f"to train on it: python train.py data={name} data.root={arguments.to}")
     return Exit.DONE

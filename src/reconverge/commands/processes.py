@@ -1,4 +1,4 @@
-"""train.py as processes of its own, which a command starts, waits for and ends. Imports no torch."""
+"""Start train.py in its own processes, wait for it, and end it. Imports no torch."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 from reconverge.base.environment import ROOT
 from reconverge.base.errors import Exit, Stop
 
-PATIENCE = 60  # seconds in which a job that is told to stop saves its step
+PATIENCE = 60  # seconds that a job gets to save its step after SIGTERM, before SIGKILL
 
 
 def script() -> Path:
@@ -19,15 +19,15 @@ def script() -> Path:
     if not path.exists():
         raise Stop(
             Exit.MISSING,
-            f"no {path}",
-            "reconverge installed from its own folder",
-            "pip install -e that folder",
+            f"{path} does not exist",
+            "reconverge installed in editable mode from its repository",
+            "pip install -e PATH_OF_THE_REPOSITORY",
         )
     return path
 
 
 def command(script: Path, ranks: int) -> list[str]:
-    """What starts a script on so many ranks of this machine."""
+    """The command that runs a script on `ranks` ranks of this machine."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     )
@@ -36,9 +36,9 @@ def command(script: Path, ranks: int) -> list[str]:
 
 @contextmanager
 def started(command: list[str], log: Path, folder: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in `folder` (None: this one), whose words go to `log`.
+    """A process in `folder` (None: the current folder), whose output goes to the file `log`.
 
-    It ends with the context; a signal from the keyboard does not reach it.
+    It is ended when the context ends. Ctrl-C in the terminal does not reach it.
     """
     with open(log, "wb") as words:
         process = subprocess.Popen(
@@ -56,7 +56,7 @@ def started(command: list[str], log: Path, folder: Path | None = None) -> Iterat
 
 
 def last_words(log: Path, lines: int = 12) -> str:
-    """The end of what a job said, before torchrun's report of it."""
+    """The last lines that a job printed, before torchrun's own report of the failure."""
     said = takewhile(
         lambda line: "torch/distributed/elastic" not in line, log.read_text(errors="replace").splitlines()
     )

@@ -1,8 +1,8 @@
-"""Try the promises on this machine, with this installation: real processes train a small model on the bundled
-digits, are killed and resumed, on one rank and on many. On the CPU, or on every GPU that is visible. A few
-minutes; a table of what is kept.
+"""Test reproducibility (R1 to R4) on this machine, with this installation. Training processes train a small
+model on the bundled digits, are killed and resumed, with one rank and with several, on the CPU or on all
+visible GPUs. It takes a few minutes and prints one line for each check.
 
-Exit codes: 0 everything is kept, 1 something is not.
+Exit codes: 0 all checks passed, 1 a check failed.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from reconverge.commands import processes
 from reconverge.run import reader
 
 END = 12  # steps of each run
-PATIENCE = 300  # seconds for one of them
-# Everything that is drawn, a model with BatchNorm, a norm that is clipped. Eight microbatches, so that two
-# and four ranks add in other orders than one. The head begins with zeros: whatever the images, the first loss
-# is log(classes), if each of them counts once.
+PATIENCE = 300  # seconds for one run
+# The job uses every kind of random number, a model with BatchNorm, and a gradient norm that is clipped. With
+# eight microbatches, two and four ranks add gradients in another order than one rank. The head starts with
+# zeros, so the first loss is log(classes) for any images, if each image counts once.
 JOB = [
     "model=timm", "model.timm=test_resnet", "model.head_init_scale=0", "model.drop_path=0.1", "data=digits",
     "batch=64", "microbatch=8",
@@ -38,11 +38,11 @@ JOB = [
 
 
 class Broken(Exception):
-    """A promise that is not kept, in words."""
+    """A check that failed, with the reason as text."""
 
 
 class Lab:
-    """Trains in a folder of its own, each job once, and gives its run's folder."""
+    """Trains jobs in its own folder, each job once, and returns their run folders."""
 
     def __init__(self, folder: Path, gpus: int):
         self._folder, self._job = folder, [*JOB, f"data.cache={folder / 'cache'}"]
@@ -51,17 +51,17 @@ class Lab:
         self.usual_ranks = 2 ** (largest.bit_length() - 1)
         many = gpus if gpus > 1 else min(4, max(2, cores()))
         self.worlds = [ranks for ranks in (2, 4, 8) if ranks <= many]
-        self.many_device = "cuda" if gpus > 1 else "cpu"  # many ranks on one GPU are tried on the CPU
+        self.many_device = "cuda" if gpus > 1 else "cpu"  # with a single GPU, many ranks run on the CPU
 
     def usual(self, name: str = "") -> Path:
-        """As most runs are: all GPUs of the machine, or one process."""
+        """A run as most users start it: on all GPUs of the machine, or in one process on the CPU."""
         return self._trained("ddp", self.usual_ranks, self.device, name)
 
     def ddp(self, ranks: int) -> Path:
         return self._trained("ddp", ranks, self.many_device)
 
     def tree(self, ranks: int) -> Path:
-        """With workers where there are ranks."""
+        """A run with reduce=tree; runs with more than one rank also use data workers."""
         return self._trained("tree", ranks, self.many_device)
 
     def _trained(self, reduce: str, ranks: int, device: str, name: str = "") -> Path:
@@ -71,7 +71,7 @@ class Lab:
         return run
 
     def resumed(self, run: Path) -> Path:
-        """To its end, as usual() trains."""
+        """Continue a run to its end, on the ranks that usual() uses."""
         self.start(run.name, "ddp", self.usual_ranks, self.device)
         return run
 
@@ -82,7 +82,7 @@ class Lab:
             raise Broken(f"{name}: train.py ended with exit {code}:\n{self.words(name)}")
 
     def interrupted(self, name: str, number: signal.Signals) -> tuple[Path, int]:
-        """A usual run of which rank 0 got a signal after some steps, and its exit code."""
+        """A run as of usual() whose rank 0 got the signal after some steps, and its exit code."""
         run = self._run(name)
         for _attempt in range(3):
             shutil.rmtree(run, ignore_errors=True)
@@ -95,7 +95,7 @@ class Lab:
             if len(reader.record(run)) < END:
                 return run, code
         raise Broken(
-            f"{name}: trained {END} steps before the signal came, three times: is this machine busy?"
+            f"{name}: three times, all {END} steps were done before the signal arrived; is this machine busy?"
         )
 
     def _started(self, name: str, reduce: str, ranks: int, device: str) -> Any:
@@ -105,7 +105,7 @@ class Lab:
         return processes.started([*command, *arguments], self._folder / f"{name}.txt", self._folder)
 
     def words(self, name: str, lines: int = 12) -> str:
-        """The last of what a job said."""
+        """The last lines that a job printed."""
         return processes.last_words(self._folder / f"{name}.txt", lines)
 
     def _run(self, name: str) -> Path:
@@ -115,7 +115,7 @@ class Lab:
         return Path(shutil.copytree(run, self._run(name)))
 
 
-# ---- the promises ------------------------------------------------------------------------------------------
+# ---- the checks --------------------------------------------------------------------------------------------
 
 
 def rerun(lab: Lab) -> None:
@@ -130,34 +130,34 @@ def resume(lab: Lab) -> None:
 def preempted(lab: Lab) -> None:
     run, code = lab.interrupted("preempted", signal.SIGTERM)
     status = reader.status(run)
-    # torchrun would start again what ends with anything but 0.
+    # Under torchrun the exit code is 0, because torchrun would restart workers with any other.
     expected = Exit.PREEMPTED if lab.usual_ranks == 1 else Exit.DONE
     if (status["reason"], status["exit_code"], code) != ("preempted", Exit.PREEMPTED, expected):
         raise Broken(
-            f"after SIGTERM: exit {code}, and status.json says {status['reason']},"
+            f"after SIGTERM: exit code {code}, and status.json has reason {status['reason']} and exit code"
             f" {status['exit_code']}:\n{lab.words(run.name)}"
         )
     if not checkpoint(run, status["step"]).exists():
-        raise Broken(f"after SIGTERM, step {status['step']} is not saved")
+        raise Broken(f"after SIGTERM, there is no checkpoint of step {status['step']}")
     same(lab.usual(), lab.resumed(run))
 
 
 def damaged(lab: Lab) -> None:
     run = lab.copy(lab.usual(), "damaged")
-    (run / "status.json").unlink()  # as if it had been killed after its last step
+    (run / "status.json").unlink()  # as if the run had been killed after its last step
     path = checkpoint(run, END) / "model.safetensors"
     bytes_ = bytearray(path.read_bytes())
     bytes_[-1] ^= 1
     path.write_bytes(bytes_)
     lab.resumed(run)
     if f"skipped a damaged checkpoint: {checkpoint(run, END).name}" not in lab.words(run.name, 100):
-        raise Broken(f"a damaged checkpoint was not named:\n{lab.words(run.name)}")
+        raise Broken(f"the damaged checkpoint was not reported:\n{lab.words(run.name)}")
     same(lab.usual(), run)
 
 
 def data_elastic(lab: Lab) -> None:
-    """The same images in each step; the same mixing, if the gradients that begin from the same weights are
-    the same.
+    """Each step has the same images. The first gradient starts from equal weights, so if its norm is equal,
+    the mixing is the same too.
     """
     one, *others = [lab.tree(ranks) for ranks in (1, *lab.worlds)]
     for other in others:
@@ -166,8 +166,8 @@ def data_elastic(lab: Lab) -> None:
 
 
 def each_counts_once(lab: Lab) -> None:
-    """Each image once an epoch, by the order itself, which is tied to what was trained by the hash of the
-    first step's images.
+    """The order takes each image once in an epoch. The hash of the first step's images shows that training
+    used this order.
     """
     import numpy as np
     from xxhash import xxh3_64_hexdigest
@@ -184,21 +184,21 @@ def each_counts_once(lab: Lab) -> None:
         different = len(np.unique(np.concatenate(taken)))
         if not different == sum(map(len, taken)) == steps * cfg.batch:
             raise Broken(
-                f"an epoch of {steps} steps of {cfg.batch} images takes {different} different ones on {ranks}"
-                " ranks"
+                f"with {ranks} ranks, an epoch of {steps} steps of {cfg.batch} images has only {different}"
+                " different images"
             )
     images = build.augmented(cfg, data.training)
     loaded = [images[microbatch] for microbatch in order.steps(0, 1)]
     digests = [batch.digest for batch, _ in loaded]  # type: ignore[misc]
     expected, found = xxh3_64_hexdigest(np.array(digests).tobytes()), reader.record(run)[0]["images"]
     if found != expected:
-        raise Broken(f"the images of step 1 have the hash {found}, and those of its sample ids {expected}")
+        raise Broken(f"step 1 recorded the images' hash {found}; its sample ids give {expected}")
     for trained in (run, lab.tree(lab.worlds[0])):
         loss, log = reader.record(trained)[0]["loss"], math.log(len(data.training.classes))
         if abs(loss - log) > 1e-5:
             raise Broken(
-                f"{trained.name}: the first loss is {loss}, and of {cfg.batch} images it is log(classes) ="
-                f" {log}"
+                f"{trained.name}: the first loss is {loss}; if each of the {cfg.batch} images counts once, it"
+                f" is log(classes) = {log}"
             )
 
 
@@ -222,28 +222,28 @@ def batch_norm(lab: Lab) -> None:
         different = [name for name in names if not torch.equal(one[name], other[name])]
         if different:
             raise Broken(
-                f"{ranks} ranks have another {different[0]} than one ({len(different)} of {len(names)}"
-                " tensors differ)"
+                f"{different[0]} differs between {ranks} ranks and one rank ({len(different)} of {len(names)}"
+                " BatchNorm tensors differ)"
             )
 
 
 def gradients(lab: Lab) -> None:
     for ranks in lab.worlds:
         agree(lab.ddp(1), lab.ddp(ranks), "grad_norm", 1, within=1e-4)
-        # From weights that are no longer equal to the last bit.
+        # After step 1 the weights differ by rounding.
         agree(lab.ddp(1), lab.ddp(ranks), "grad_norm", 2, within=1e-2)
 
 
 CHECKS: dict[str, tuple[str, Callable[[Lab], None]]] = {
-    "R1": ("the same command twice: the same bits", rerun),
-    "R2": ("killed (kill -9) and resumed: the same bits", resume),
-    "R3": ("other numbers of ranks and workers: the same images and mixing", data_elastic),
-    "R4": ("other numbers of ranks with reduce=tree: the same bits", weight_elastic),
-    "samples": ("each image once an epoch, and each counts in the loss", each_counts_once),
-    "gradients": ("other numbers of ranks with reduce=ddp: the same gradient, clipped", gradients),
-    "batchnorm": ("running statistics follow microbatch 0, whatever the ranks", batch_norm),
-    "preemption": ("SIGTERM: the step is saved, exit 75; resumed: the same bits", preempted),
-    "damage": ("a damaged checkpoint is named and skipped: the same bits", damaged),
+    "R1": ("the same command twice gives the same bits", rerun),
+    "R2": ("a run that was killed (kill -9) and resumed gives the same bits", resume),
+    "R3": ("different numbers of ranks and workers give the same images and mixing", data_elastic),
+    "R4": ("different numbers of ranks with reduce=tree give the same bits", weight_elastic),
+    "samples": ("an epoch uses each image once, and each image counts in the loss", each_counts_once),
+    "gradients": ("different numbers of ranks with reduce=ddp give the same gradient norm", gradients),
+    "batchnorm": ("BatchNorm statistics are the same for any number of ranks", batch_norm),
+    "preemption": ("after SIGTERM the step is saved, exit code 75; resumed: the same bits", preempted),
+    "damage": ("a damaged checkpoint is reported and skipped: the same bits", damaged),
 }
 
 
@@ -253,7 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=CHECKS,
         metavar="NAME",
-        help=f"some of {', '.join(CHECKS)} (default: all)",
+        help=f"run only these checks: {', '.join(CHECKS)} (default: all)",
     )
 
 
@@ -264,8 +264,8 @@ def main(arguments: argparse.Namespace) -> int:
     lab = Lab(folder, torch.cuda.device_count())
     many = f"{', '.join(map(str, lab.worlds))} ranks on {lab.many_device}"
     say(
-        f"training in {folder}: {lab.usual_ranks} rank{'s' * (lab.usual_ranks > 1)} on {lab.device}; against"
-        f" one rank: {many}"
+        f"training in {folder} with {lab.usual_ranks} rank{'s' * (lab.usual_ranks > 1)} on {lab.device};"
+        f" one rank is compared with {many}"
     )
     broken = []
     try:
@@ -273,17 +273,17 @@ def main(arguments: argparse.Namespace) -> int:
             if fault := _fault(CHECKS[name][1], lab):
                 broken.append(name)
                 say("  " + fault.replace("\n", "\n  "))
-            say(f"{'BROKEN' if fault else 'kept':<8}{name:<12}{CHECKS[name][0]}")
+            say(f"{'FAILED' if fault else 'passed':<8}{name:<12}{CHECKS[name][0]}")
     finally:
         if not broken:
             shutil.rmtree(folder)
     if broken:
-        say(f"not kept on this machine: {', '.join(broken)}; the runs stay in {folder}")
+        say(f"failed on this machine: {', '.join(broken)}; the runs are kept in {folder}")
     return Exit.BUG if broken else Exit.DONE
 
 
 def _fault(check: Callable[[Lab], None], lab: Lab) -> str:
-    """What is wrong, in words; none is lost because the run of another check did not end."""
+    """Why the check failed, as text; "" if it passed. An error in one check does not stop the others."""
     try:
         check(lab)
     except Broken as broken:
@@ -297,7 +297,7 @@ def _fault(check: Callable[[Lab], None], lab: Lab) -> str:
 
 
 def same(one: Path, other: Path) -> None:
-    """Every step and the last checkpoint, bit for bit."""
+    """Compare every step's record and the last checkpoint bit for bit. Errors: Broken."""
     from reconverge.run import first_difference
 
     found = [
@@ -305,11 +305,11 @@ def same(one: Path, other: Path) -> None:
         first_difference.checkpoints(checkpoint(one, END), checkpoint(other, END)),
     ]
     if any(found):
-        raise Broken("\n".join([f"{one.name} and {other.name}", *(line for line in found if line)]))
+        raise Broken("\n".join([f"{one.name} and {other.name} differ:", *(line for line in found if line)]))
 
 
 def agree(one: Path, other: Path, key: str, last: int, within: float = 0.0) -> None:
-    """A value of each step up to `last`, relatively `within`."""
+    """Compare one value of each step up to `last`, with the relative tolerance `within`. Errors: Broken."""
     for mine, theirs in zip(reader.record(one)[:last], reader.record(other)[:last], strict=True):
         a, b = mine[key], theirs[key]
         if a != b and not (within and math.isclose(a, b, rel_tol=within)):

@@ -1,9 +1,9 @@
-"""Train some steps of a run again, from its start or from a kept checkpoint, and compare: each step's images,
-loss and gradient norm with the run's record, and the weights with its checkpoints, hash by hash. The run's
-folder is only read. To be started in the folder where the run was.
+"""Train some steps of a run again, from its start or from a kept checkpoint, and compare. Each step's images,
+loss and gradient norm are compared with the run's record.jsonl, and the weights with its checkpoints, by
+hash. The run's folder is only read. Start the command in the folder where the run was started.
 
-Exit codes: 0 the same, 1 different, 78 not comparable (another code, versions, hardware, threads, ranks or
-data).
+Exit codes: 0 the same, 1 different, 78 not comparable (code, versions, hardware, threads, ranks or data have
+changed).
 """
 
 import argparse
@@ -28,30 +28,32 @@ from reconverge.run.reader import Opened
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="to train again (default: 20)")
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="number of steps to train again (default: 20)"
+    )
     parser.add_argument(
         "--from",
         type=int,
         default=0,
         metavar="STEP",
         dest="start",
-        help="of a kept checkpoint (default: 0, the run's start)",
+        help="start after this step, which needs a kept checkpoint (default: 0, the start of the run)",
     )
     parser.add_argument(
         "--ranks",
         type=int,
         metavar="R",
-        help="processes (default: as recorded; with reduce=tree any give the same bits)",
+        help="number of ranks (default: as recorded; with reduce=tree any number gives the same bits)",
     )
     parser.add_argument(
         "--allow-env",
         action="store_true",
-        help="compare all the same where code, versions, hardware or data differ",
+        help="compare even if code, versions, hardware or data differ",
     )
 
 
 class Window(NamedTuple):
-    """Steps start+1..end, of which `kept` have a checkpoint."""
+    """Steps start+1..end; those in `kept` have a checkpoint."""
 
     start: int
     end: int
@@ -66,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
     if refused and not arguments.allow_env:
         raise refused
     if refused:
-        say(f"compared all the same: {refused.args[1]}")
+        say(f"comparing because of --allow-env, although: {refused.args[1]}")
     facts = recorded["facts"]
     ranks = arguments.ranks or (
         facts["ranks"] if isinstance(facts["ranks"], int) else recorded["starts"][-1]["ranks"]
@@ -91,27 +93,32 @@ def main(arguments: argparse.Namespace) -> int:
             shutil.rmtree(scratch)
     name = arguments.run
     if found:
-        say("\n".join([f"{name} is not what its steps give again ({scratch} is kept):", *found]))
+        say("\n".join([f"{name}: training again gave a different result ({scratch} is kept):", *found]))
         return Exit.BUG
     kept = (
-        f"; the checkpoints after steps {', '.join(map(str, window.kept))} too, hash by hash"
+        f"; the hashes of the checkpoints of steps {', '.join(map(str, window.kept))} are equal too"
         if window.kept
         else ""
     )
     say(
-        f"{name}: steps {window.start + 1} to {window.end} gave the same images, losses and gradient norms"
-        f" again, bit for bit{kept}"
+        f"{name}: training steps {window.start + 1} to {window.end} again gave the same images, losses and"
+        f" gradient norms, bit for bit{kept}"
     )
     return Exit.DONE
 
 
 def _window(folder: Path, start: int, steps: int) -> Window:
-    """Errors: Stop(USAGE, MISSING, DAMAGED) where there is nothing to compare with, or to start from."""
+    """Errors: Stop(USAGE, MISSING, DAMAGED) if there is nothing to compare with, or to start from."""
     from reconverge.run import checkpoint
 
     lines = reader.record(folder)
     if not lines:
-        raise Stop(Exit.MISSING, f"{folder} has recorded no step", "a run with a record.jsonl", "another run")
+        raise Stop(
+            Exit.MISSING,
+            f"{folder} has not recorded any step",
+            "a run with at least one step in record.jsonl",
+            "name another run, or train this one first",
+        )
     whole = [path for path in reader.checkpoints(folder / "checkpoints") if (path / "MANIFEST.json").exists()]
     kept = [reader.step_of(path) for path in whole]
     last = lines[-1]["step"]
@@ -120,34 +127,34 @@ def _window(folder: Path, start: int, steps: int) -> Window:
         nearest = min(starts, key=lambda step: abs(step - start))
         raise Stop(
             Exit.USAGE,
-            f"--from {start} --steps {steps} of {last} recorded steps",
-            f"one or more steps, from one of these: {', '.join(map(str, starts))}",
+            f"--from {start} --steps {steps}, in a run with {last} recorded steps",
+            f"--steps 1 or more, and --from one of these: {', '.join(map(str, starts))}",
             f"--from {nearest} --steps {max(1, min(steps, last - nearest))}",
         )
     if start and (fault := checkpoint.verify(_checkpoint(folder, start))):
         raise Stop(
             Exit.DAMAGED,
             f"{_checkpoint(folder, start)}: {fault}",
-            "a checkpoint that verifies",
-            "another --from",
+            "a checkpoint without damage",
+            "choose another --from",
         )
     end = min(start + steps, last)
     window = Window(start, end, [step for step in kept if start < step <= end])
     if not window.kept:
         later = next((step for step in kept if step > end), None)
-        advice = f"; --steps {later - start} reaches the next" if later else ""
-        say(f"no kept checkpoint among steps {start + 1} to {end}: only their records are compared{advice}")
+        advice = f"; --steps {later - start} would include the next checkpoint" if later else ""
+        say(f"steps {start + 1} to {end} have no kept checkpoint, so only their records are compared{advice}")
     return window
 
 
 def _refused(cfg: Train, recorded: dict[str, Any], window: Window) -> Stop | None:
-    """Why these steps of the run cannot be had again, as it says itself."""
+    """Why these steps cannot be repeated, by the run's own settings and records; None if they can."""
     if not cfg.deterministic:
         return Stop(
             Exit.NOT_COMPARABLE,
-            "deterministic=false",
-            "a run that promises R1",
-            "--allow-env tries all the same, and may find a difference",
+            "a run with deterministic=false, which is not bit-reproducible",
+            "a run with deterministic=true",
+            "add --allow-env to compare anyway; a difference is then possible",
         )
     if not recorded["lost"]:
         return None
@@ -157,15 +164,15 @@ def _refused(cfg: Train, recorded: dict[str, Any], window: Window) -> Stop | Non
         return None
     return Stop(
         Exit.NOT_COMPARABLE,
-        f"steps from {window.start} on: after step {since} the run went on with another {lost['because']}"
+        f"--from {window.start}; but after step {since} the run continued with another {lost['because']}"
         f" ({lost['from']} -> {lost['to']})",
-        "steps that were trained as the last ones were",
-        f"--from a checkpoint at or after step {since}; --allow-env tries all the same",
+        f"steps after step {since}, which were trained in the run's present environment",
+        f"choose --from {since} or a later checkpoint; or add --allow-env to compare anyway",
     )
 
 
 def _prepare(scratch: Path, run: Opened, start: int, threads: int) -> Train:
-    """A run's folder that train.py resumes after step `start`, and the configuration that it is to have."""
+    """Make `scratch` a run folder that train.py resumes after step `start`; returns its configuration."""
     tracker, debug = replace(run.cfg.tracker, name="none"), replace(run.cfg.debug, profile=0)
     cfg = replace(run.cfg, run=scratch.name, threads=threads, resume_allow=[], tracker=tracker, debug=debug)
     cfg = replace(cfg, save_every="0", evaluate_every="never", keep=10**6)
@@ -181,7 +188,7 @@ def _prepare(scratch: Path, run: Opened, start: int, threads: int) -> Train:
 def _trained_again(
     scratch: Path, cfg: Train, folder: Path, window: Window, ranks: int, same_environment: Callable[[], bool]
 ) -> list[str]:
-    """Train up to each kept checkpoint in turn; what differs there, and no further."""
+    """Train up to each kept checkpoint in turn. Returns the first differences, or an empty list."""
     from reconverge.run import first_difference
 
     say(f"training steps {window.start + 1} to {window.end} again, on {ranks} rank{'s' * (ranks > 1)}")
@@ -205,9 +212,9 @@ def _trained_again(
 
 
 def _same_environment(scratch: Path, before: dict[str, Any], allowed: bool) -> bool:
-    """Whether the job in `scratch` has told what it runs on.
+    """Whether the job in `scratch` has written its environment yet.
 
-    Errors: Stop(NOT_COMPARABLE) if that is not what the run had, unless `allowed`.
+    Errors: Stop(NOT_COMPARABLE) if that environment differs from the run's, unless `allowed`.
     """
     there = (scratch / "environment.json").exists()
     now = reader.environment(scratch)["facts"] if there else {}
@@ -215,36 +222,39 @@ def _same_environment(scratch: Path, before: dict[str, Any], allowed: bool) -> b
         return False
     changed = [name for name in before if name in now and before[name] != now[name]]
     others = [(name, *differing(before[name], now[name])) for name in changed]
-    text = "; ".join(f"{name}: the run had {old}, and here it is {new}" for name, old, new in others)
+    text = "; ".join(f"{name}: the run had {old}, here it is {new}" for name, old, new in others)
     if others and not allowed:
         raise Stop(
             Exit.NOT_COMPARABLE,
             text,
-            "what the run had: anything else may give other bits, and R5 alone is promised",
-            "that back; or --allow-env to try all the same",
+            "the environment of the run; a different one may give different bits",
+            "restore that environment; or add --allow-env to compare anyway",
         )
     if others:
-        say(f"not as it was, and compared all the same: {text}")
+        say(f"comparing because of --allow-env, although the environment differs: {text}")
     return True
 
 
 def _reached(scratch: Path, step: int) -> bool:
-    """Whether a job that failed has recorded `step`: a run that ended for want of finite numbers does so
-    again.
+    """Whether a failed job has recorded `step`. If the run ended because of a non-finite loss, so does the
+    repetition.
     """
     return any(line["step"] == step for line in reader.record(scratch))
 
 
 def _failed(scratch: Path, code: int) -> Stop:
-    """A job's own reason, of which torchrun makes a 1; that is no difference between runs."""
+    """The Stop of a job that failed; this is not a difference between runs.
+
+    The exit code comes from status.json, because torchrun returns 1 for every failure.
+    """
     if (scratch / "status.json").exists() and (status := reader.status(scratch))["reason"] == "failed":
         code = status["exit_code"]
     known = Exit(code) if code in set(Exit) - {Exit.BUG} else Exit.NOT_COMPARABLE
     return Stop(
         known,
         f"the steps could not be trained again (exit {code}):\n{processes.last_words(scratch / 'words.txt')}",
-        "a machine that can train them",
-        "what it says",
+        "a machine that can train these steps",
+        "follow the message above",
     )
 
 

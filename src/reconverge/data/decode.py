@@ -1,9 +1,8 @@
-"""From the bytes of an image file to pixels: one seam, bytes + crop box + size -> uint8 image, behind which
-faster ways have their place.
+"""Decodes image files: bytes, crop box and size -> uint8 image.
 
-The first of them is native.py, with the same pixels; where it is not to be had, or declines a file,
-simplejpeg and Pillow serve. An image of Pillow's and not an array: that is what RandAugment takes, and going
-there and back costs 3 % of a sample's time.
+The fastest decoder is native.py, which gives the same pixels as Pillow. If it is not available, or cannot
+decode a file, simplejpeg and Pillow are used. Images are returned as Pillow images, because RandAugment takes
+these, and converting an array costs 3 % of the time of a sample.
 """
 
 import io
@@ -18,17 +17,15 @@ from reconverge.base.errors import reason
 from reconverge.data import native
 from reconverge.data.native import RESAMPLING, Box
 
-LARGEST = 2 * (
-    Image.MAX_IMAGE_PIXELS or 1 << 27
-)  # pixels, beyond which Pillow speaks of a decompression bomb
+LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # pixels; Pillow calls more a decompression bomb
 
 
 class Undecodable(Exception):
-    """Not an image that Pillow can decode whole."""
+    """The data are not a complete image that Pillow can decode."""
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
-    """Width and height, from the header alone. Errors: Undecodable."""
+    """Width and height, read from the header. Errors: Undecodable."""
     if header := _plain_jpeg(data):
         return header
     return _opened(data).size
@@ -37,13 +34,13 @@ def dimensions(data: bytes) -> tuple[int, int]:
 def crop_and_resize(
     data: bytes, box: Box, size: tuple[int, int], interpolation: str, fast: bool
 ) -> Image.Image:
-    """The pixels of `box`, resampled to `size` (width, height), RGB; np.asarray gives them as uint8 (height,
-    width, 3).
+    """The pixels of `box`, resized to `size` (width, height), as an RGB image; np.asarray converts it to
+    uint8 (height, width, 3).
 
-    Bit-equal to Pillow's convert("RGB").crop(box).resize(size, interpolation). `fast` takes torch's
-    resampling of bytes where native/, which is faster still, does not serve: that differs by 0.04 of 255 on
-    average, 8 at most on photographs, and takes about half of Pillow's time. EXIF is not parsed. Errors:
-    Undecodable.
+    Bit-equal to Pillow's convert("RGB").crop(box).resize(size, interpolation). With `fast`, torch resizes if
+    native/ (which is faster still) is not available. Its pixels differ from Pillow's by 0.04 of 255 on
+    average, and by 8 at most on photographs; it takes about half of Pillow's time. EXIF is not parsed.
+    Errors: Undecodable.
     """
     left, top, right, bottom = box
     library = native.chosen()
@@ -55,9 +52,8 @@ def crop_and_resize(
     pixels = _decoded(data, "RGB")
     if pixels is None:
         pixels = np.array(_converted(data))
-    planes = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[
-        None
-    ]  # (H, W, 3) -> (1, 3, H, W), in the same memory
+    # (H, W, 3) -> (1, 3, H, W), in the same memory
+    planes = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
     planes = torch.nn.functional.interpolate(planes, size[::-1], mode=interpolation, antialias=True)
     return Image.fromarray(planes[0].permute(1, 2, 0).numpy())
 
@@ -67,7 +63,7 @@ def _cropped(data: bytes, box: Box) -> Image.Image:
     pixels = _decoded(data, "RGBX")
     if pixels is None:
         return _converted(data).crop(box)
-    # Pillow keeps four bytes a pixel too: of the crop alone, each row is copied as it is.
+    # Pillow also stores four bytes per pixel, so only the rows of the crop are copied, without conversion.
     width = pixels.shape[1]
     rows: Any = pixels.reshape(-1)[4 * (top * width + left) :]
     return Image.frombytes("RGB", (right - left, bottom - top), rows, "raw", "RGBX", 4 * width, 1)
@@ -77,7 +73,7 @@ def _decoded(data: bytes, space: str) -> np.ndarray | None:
     """The whole image: uint8 (H, W, channels of `space`). None where it is for Pillow to decide."""
     try:
         return simplejpeg.decode_jpeg(data, space) if _plain_jpeg(data) else None
-    except ValueError:  # a warning of libjpeg is enough; Pillow reads on where it can
+    except ValueError:  # simplejpeg stops at warnings of libjpeg; Pillow continues if it can
         return None
 
 
@@ -89,7 +85,7 @@ def _converted(data: bytes) -> Image.Image:
 
 
 def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG that needs nothing of Pillow: gray or YCbCr (not CMYK), and no bomb."""
+    """Width and height of a JPEG that needs no Pillow: gray or YCbCr (not CMYK), and not too large."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Class folders: listed once into an index that is kept in the cache, and read file by file."""
+"""Class folders as a source of images: listed once into an index in the cache, and read file by file."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import patiently
 from reconverge.data import index
 
-VERSION = "index-2"  # names the folder of the cache
+VERSION = "index-2"  # also the name of the folder in the cache
 
-# Formats that Pillow knows by name but cannot decode by itself.
+# Formats that Pillow recognises but cannot decode without other programs.
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def suffixes() -> set[str]:
-    """Of the files that are taken for images: those of the formats that Pillow decodes."""
+    """Suffixes of image files: those of all formats that Pillow can decode."""
     return {
         suffix
         for suffix, name in Image.registered_extensions().items()
@@ -33,9 +33,9 @@ def suffixes() -> set[str]:
 
 
 class Folder:
-    """A source (see sources.py) of the files of class folders.
+    """A source (see sources.py) of the files in class folders.
 
-    `fingerprint` hashes paths, sizes and labels, not contents.
+    `fingerprint` is a hash of paths, sizes and labels, but not of contents.
     """
 
     def __init__(self, root: Path, about: dict[str, Any], rows: Path):
@@ -43,8 +43,8 @@ class Folder:
         self.index = index.Index(rows)
         self.classes: list[str] = about["classes"]
         self.fingerprint: str = about["fingerprint"]
-        self.ignored: list[str] = about["ignored"]  # paths of files that are no images
-        self.notes = [f"{len(self.ignored)} files that are no images left out"] if self.ignored else []
+        self.ignored: list[str] = about["ignored"]  # paths of files that are not images
+        self.notes = [f"files left out because they are not images: {len(self.ignored)}"] * bool(self.ignored)
         self.labels = self.index.labels
 
     def __len__(self) -> int:
@@ -57,8 +57,8 @@ class Folder:
         return f"{self.path(sample)} (sample {sample})"
 
     def read(self, sample: int) -> bytes:
-        """Errors: Stop(MISSING, PERMISSION, DISK), and NOT_COMPARABLE for a file that has changed since it
-        was listed.
+        """Errors: Stop(MISSING, PERMISSION, DISK), or NOT_COMPARABLE if the size of the file has changed
+        since it was listed.
         """
         path, listed = self.path(sample), int(self.index.row(sample)["size"])
         try:
@@ -66,39 +66,41 @@ class Folder:
         except FileNotFoundError:
             raise Stop(
                 Exit.MISSING,
-                f"{self.where(sample)} is gone",
-                "the files that were listed when the run began",
-                "put it back, or start a new run",
+                f"{self.where(sample)} does not exist any more",
+                "all files that existed when the run was started",
+                "restore the file, or start a new run with another run=NAME",
             ) from None
         except PermissionError:
             raise Stop(
                 Exit.PERMISSION,
-                f"{self.where(sample)} may not be read",
+                f"{self.where(sample)} is not readable",
                 "files that this user may read",
                 f"chmod +r {path}",
             ) from None
         if len(data) != listed:
             raise Stop(
                 Exit.NOT_COMPARABLE,
-                f"{self.where(sample)} has {len(data)} bytes and had {listed} when it was listed",
-                "the files that were listed when the run began",
-                "put it back; or touch its folder, so that it is listed anew, and start a new run",
+                f"{self.where(sample)} has {len(data)} bytes, but had {listed} when the folder was listed",
+                "the same files as when the run was started",
+                f"restore the file; or start a new run with another run=NAME after `touch {path.parent}`,"
+                " which makes reconverge list the folder again",
             )
         return data
 
 
 def open_folder(root: Path, cache: Path, classes: list[str] | None = None) -> Folder:
-    """The images below `root`, listed anew if a folder has changed since it was cached.
+    """The images below `root`. They are listed again if a folder has changed since it was cached.
 
-    `classes`: those of the training split, which give the labels of this one. Errors: Stop(MISSING) for a
-    missing or empty folder, Stop(USAGE) for a class that `classes` lacks.
+    `classes`: the classes of the training split, which define the labels of this split. Errors:
+    Stop(MISSING) for a missing or empty folder, Stop(USAGE) for a folder that is not in `classes`.
     """
     if not root.is_dir():
         raise Stop(
             Exit.MISSING,
             f"no folder {root}",
-            "a folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg",
-            "data.root=, data.train= or data.val=",
+            "a data.root= with train/CLASS/*.jpg and val/CLASS/*.jpg",
+            "correct data.root=, data.train= or data.val=; without validation images: data.val=null"
+            " evaluate_every=never",
         )
     identity = sha256(json.dumps([str(root.resolve()), classes]).encode()).hexdigest()[:16]
     page = cache / VERSION / f"{identity}.json"
@@ -109,14 +111,12 @@ def open_folder(root: Path, cache: Path, classes: list[str] | None = None) -> Fo
 
 
 def _modified(root: Path, folders: Any) -> dict[str, int]:
-    """Time of the last change (ns) of each folder: adding or removing a file changes its folder's."""
+    """Time of the last change (ns) of each folder, which changes when a file is added or removed."""
     return {name: (root / name).stat().st_mtime_ns if (root / name).is_dir() else 0 for name in folders}
 
 
 def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
-    """List the files; keep their rows in a file named by the fingerprint, and what is known of them on
-    `page`.
-    """
+    """List the files. Writes their index rows to a file named by the fingerprint, and the rest to `page`."""
     found = sorted(
         entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
     )
@@ -124,10 +124,11 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
     if strangers := sorted(set(found) - set(known)):
         raise Stop(
             Exit.USAGE,
-            f"{root}: {len(strangers)} folders that are no classes: {', '.join(strangers[:5])}",
-            f"the {len(known)} classes of the training images or of the model:"
+            f"{root}: folders that are not names of classes: {', '.join(strangers[:5])}"
+            f"{f' and {len(strangers) - 5} more' if strangers[5:] else ''}",
+            f"folders named by the {len(known)} classes of the training images or of the model:"
             f" {', '.join(known[:5])}{', ...' if len(known) > 5 else ''}",
-            "the folder names, or data.root=, data.val=",
+            "rename the folders, or correct data.root= or data.val=",
         )
     images = suffixes()
     labels = {name: label for label, name in enumerate(known)}
@@ -146,16 +147,16 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
             raise Stop(
                 Exit.MISSING,
                 f"no image in {root / name}",
-                f"image files: {', '.join(sorted(images)[:8])}, ...",
-                "fill or remove the folder",
+                f"at least one image file for each class: {', '.join(sorted(images)[:8])}, ...",
+                "put images into the folder, or remove it",
             )
         parts.append(np.array(of_class, index.row(max(len(entry[-1]) for entry in of_class))))
     if not parts:
         raise Stop(
             Exit.MISSING,
             f"no class folder in {root}",
-            "one folder a class, with its images",
-            "data.root=, data.train= or data.val=",
+            "one folder for each class, with the images of the class",
+            "correct data.root=, data.train= or data.val=",
         )
     hashed.update(json.dumps(known).encode())
     about = {
@@ -170,9 +171,9 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
 
 
 def _write(page: Path, about: dict[str, Any], parts: list[np.ndarray]) -> None:
-    """Whole or not at all: written beside and renamed.
+    """Write both files atomically: first under another name, then renamed.
 
-    What a fingerprint stands for never changes, so other runs may have it open.
+    The rows of a fingerprint never change, so other runs may have the file open.
     """
     page.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=page.parent))
@@ -184,7 +185,7 @@ def _write(page: Path, about: dict[str, Any], parts: list[np.ndarray]) -> None:
 
 
 def _files(root: Path, below: str, modified: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Path below root and size of every file of a class, sorted; hidden ones left out."""
+    """Path below `root` and size of every file of a class, sorted, without hidden files."""
     modified[below] = (root / below).stat().st_mtime_ns
     for entry in sorted(os.scandir(root / below), key=lambda entry: entry.name):
         if entry.name.startswith("."):

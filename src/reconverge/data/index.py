@@ -1,4 +1,4 @@
-"""The index of a data set: one array on disk, one row a sample. No Python object per image is ever kept."""
+"""The index of a data set: one array on disk with one row per sample, and no Python object per image."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,10 @@ from reconverge.base.files import ByPosition
 
 
 def row(key_bytes: int) -> np.dtype:
-    """A row: which shard, where in it, how many bytes, the class, xxh3_64 of the bytes, and the key in
-    `key_bytes` bytes.
+    """The dtype of a row: shard number, byte offset in the shard, size in bytes, label, xxh3_64 of the bytes,
+    and the key in `key_bytes` bytes.
 
-    Of a class folder: shard, offset and checksum are 0, and the key is the path below the folder.
+    For class folders, shard, offset and checksum are 0, and the key is the path below the folder.
     """
     return np.dtype(
         [
@@ -29,10 +29,9 @@ def row(key_bytes: int) -> np.dtype:
 
 
 class Index:
-    """Rows of one split, by sample id: `table` maps the whole file; `rows` reads the few that are asked for.
+    """Rows of one split, by sample id. `table` maps the whole file into memory; `rows` reads single rows.
 
-    A worker that went through a mapped index of 14 M rows would come to hold all of it; reading row by row it
-    holds none.
+    Data workers use `rows`: with `table`, each worker would at last hold all 14 M rows in memory.
     """
 
     def __init__(self, path: Path):
@@ -51,14 +50,14 @@ class Index:
         return self.rows(np.array(sample))[()]
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of sample ids of any shape; a microsecond or two each."""
+        """Rows of sample ids; `ids` has any shape. It takes one or two microseconds per row."""
         dtype = self.table.dtype
         size = dtype.itemsize
         data = b"".join(self._file.read(size, self._first + sample * size) for sample in ids.ravel().tolist())
         return np.frombuffer(data, dtype).reshape(ids.shape)
 
     def labels(self, ids: np.ndarray) -> np.ndarray:
-        """Labels, int64, of sample ids of any shape."""
+        """Labels (int64) of sample ids; `ids` has any shape."""
         return self.rows(ids)["label"].astype(np.int64)
 
     def key(self, sample: int) -> str:
@@ -66,7 +65,7 @@ class Index:
 
 
 def write(path: Path, parts: list[np.ndarray]) -> None:
-    """An index of these rows, one part after the other; the keys of each part may have another width."""
+    """Write an index of the rows of all parts in order. The parts may have keys of different widths."""
     dtype = row(max(part.dtype["key"].itemsize for part in parts))
     table = format.open_memmap(path, "w+", dtype, (sum(len(part) for part in parts),))
     first = 0

@@ -1,5 +1,7 @@
-"""Microbatches from data workers to the device. Which images, and how they are augmented, is a function of
-the key alone: the number of workers and the step where one starts change nothing.
+"""Loads microbatches in data workers and copies them to the device.
+
+The images and their augmentation depend only on their keys, and not on the number of workers or on the step
+where a run was resumed.
 """
 
 import atexit
@@ -29,7 +31,7 @@ from reconverge.distributed.world import World
 
 
 class Bad(NamedTuple):
-    """A sample that cannot be read or decoded, and the one that stands in for it."""
+    """A sample that cannot be read or decoded, and the sample that replaces it."""
 
     sample: int
     reason: str
@@ -39,15 +41,15 @@ class Bad(NamedTuple):
 class Batch(NamedTuple):
     images: Tensor  # uint8 (N, 3, H, W), in memory as (N, H, W, 3)
     labels: Tensor  # int64 (N,)
-    digest: int  # of images, labels and sample ids
+    digest: int  # hash of images, labels and sample ids
 
 
 class Images(Dataset):
-    """Decodes and augments the images of one microbatch. A Stop is returned as a value: raised in a worker,
-    it would arrive as a traceback.
+    """Decodes and augments the images of one microbatch. A Stop is returned, not raised: raised in a worker,
+    it would become a traceback.
 
-    `on_bad_image`: stop, or substitute a sample whose content is damaged by another, which is a function of
-    its id alone.
+    `on_bad_image`: "stop", or "substitute" to replace a damaged sample by another one, whose id is computed
+    from the id of the damaged one.
     """
 
     def __init__(self, source: Source, transform: Transform, seed: int, on_bad_image: str = "stop"):
@@ -78,13 +80,13 @@ class Images(Dataset):
         )
 
     def key(self, epoch: int, sample: int, repeat: int) -> tuple[int | str, ...]:
-        """Of the augmentation of an image."""
+        """The random key for the augmentation of an image."""
         return self.seed, "augment", epoch, sample, repeat
 
     def sample(self, epoch: int, sample: int, repeat: int) -> np.ndarray:
         """One augmented image, uint8 (H, W, 3).
 
-        Errors: Stop, with code DAMAGED where the content is at fault.
+        Errors: Stop, with code DAMAGED if the content of the file is damaged.
         """
         data = self.source.read(sample)
         try:
@@ -94,13 +96,13 @@ class Images(Dataset):
             raise Stop(
                 Exit.DAMAGED,
                 f"{self.source.where(sample)}: {error}",
-                "images that Pillow can decode whole",
-                "mend or remove the file, or reconverge prepare --drop-unreadable; a training image, which"
-                " the run then goes on without: data.on_bad_image=substitute",
+                "images that Pillow can decode completely",
+                "repair or remove the file; or prepare the data with reconverge prepare --drop-unreadable; or"
+                " replace damaged training images by others with data.on_bad_image=substitute",
             ) from None
 
     def _good(self, epoch: int, sample: int, repeat: int, bad: list[Bad]) -> tuple[np.ndarray, int]:
-        """The pixels of a sample and its id; where it is damaged those of its substitute, and a line in
+        """The pixels and the id of a sample. If it is damaged: of its substitute, and an entry is added to
         `bad`.
         """
         for _attempt in range(100):
@@ -116,14 +118,17 @@ class Images(Dataset):
 
 
 class Quarantine:
-    """quarantine.jsonl: every sample that was replaced, once. More than `limit` of them stop the run."""
+    """quarantine.jsonl lists every replaced sample once. More than `limit` of them stop the run."""
 
     def __init__(self, path: Path, limit: int):
         self.path, self._limit = path, limit
         self.samples = {entry["sample"] for entry in files.json_lines(path)}
 
     def note(self, bad: list[Bad], writes: bool = True) -> None:
-        """`bad`: of all ranks, each of which counts them and one `writes`. Errors: Stop(DAMAGED)."""
+        """Record `bad`, the replaced samples of all ranks. Each rank counts them; only one rank `writes`.
+
+        Errors: Stop(DAMAGED).
+        """
         for entry in bad:
             if entry.sample in self.samples:
                 continue
@@ -134,17 +139,17 @@ class Quarantine:
             if len(self.samples) > self._limit:
                 raise Stop(
                     Exit.DAMAGED,
-                    f"{len(self.samples)} images had to be replaced, the last: {entry.reason}",
-                    f"data.max_substitutes={self._limit}",
-                    f"mend the data (all are listed in {self.path}), or raise the limit",
+                    f"{len(self.samples)} damaged images were replaced; the last one is {entry.reason}",
+                    f"at most data.max_substitutes={self._limit} damaged images",
+                    f"repair the images that {self.path} lists, or use a larger data.max_substitutes=",
                 )
 
 
 class Feed:
-    """Iterates over batches on the device; `waited` adds up the seconds in which the host had nothing to hand
-    out.
+    """Iterates over batches on the device. `waited` is the sum of seconds that the host waited for data
+    workers.
 
-    With `ahead`, the copy of the next batch runs on a side stream while the device works on this one.
+    With `ahead`, the next batch is copied on a second CUDA stream while the device computes the current one.
     """
 
     def __init__(
@@ -169,7 +174,7 @@ class Feed:
             num_workers=workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # else each iterator draws a seed from the global one
+            generator=torch.Generator(),  # otherwise each iterator draws a seed from the global generator
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             collate_fn=_as_it_is,
         )
@@ -193,13 +198,9 @@ class Feed:
         started = time.perf_counter()
         try:
             arrived = next(loaded, None)
-        except (
-            ConnectionError,
-            EOFError,
-        ) as error:  # torch says so itself of all but a worker that dies while it hands a batch over
-            raise RuntimeError(
-                f"DataLoader worker Killed while it handed a batch over ({reason(error)})"
-            ) from error
+        # torch reports a dead worker itself, except one that dies while it sends a batch.
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError(f"DataLoader worker Killed while it sent a batch ({reason(error)})") from error
         finally:
             self.waited += time.perf_counter() - started
         if isinstance(arrived, Stop):
@@ -210,12 +211,12 @@ class Feed:
         self._bad += bad
         if self._device.type == "cpu":
             return batch
-        with torch.cuda.stream(self._side):  # None: the current one
+        with torch.cuda.stream(self._side):  # None means the current stream
             images = batch.images.to(self._device, non_blocking=True)
             return Batch(images, batch.labels.to(self._device, non_blocking=True), batch.digest)
 
     def settle(self, world: World) -> None:
-        """Note the samples that were replaced on all ranks since the last time. Errors: Stop(DAMAGED)."""
+        """Record the samples that any rank has replaced since the last call. Errors: Stop(DAMAGED)."""
         bad = [entry for entries in world.gather_objects(self._bad) for entry in entries]
         self._bad = []
         if self._quarantine:
@@ -231,8 +232,8 @@ class Feed:
 
 
 def _stacked(images: list[np.ndarray]) -> Tensor:
-    """Images uint8 (H, W, 3) as one tensor (N, H, W, 3); in a worker in the memory that the main process
-    shares, as torch's own collation.
+    """Images uint8 (H, W, 3) as one tensor (N, H, W, 3). In a data worker it is in shared memory, as with
+    torch's own collate function.
     """
     shape = (len(images), *images[0].shape)
     if get_worker_info() is None:
@@ -257,17 +258,17 @@ def _end_workers(loaded: Any) -> None:
 
 @atexit.register
 def _kill_children() -> None:
-    """An error may leave workers behind.
+    """Kill data workers that are left after an error.
 
-    Python would end them by SIGTERM, which ours ignore, and wait for them for ever.
+    At exit, Python sends them SIGTERM, which they ignore, and would then wait for them forever.
     """
     for process in multiprocessing.active_children():
         process.kill()
 
 
 def _ignore_signals(worker: int) -> None:
-    """SLURM and terminals signal every process of a job; the main process alone decides, and it ends its
-    workers itself.
+    """Slurm and terminals send signals to every process of a job. Only the main process reacts, and it ends
+    its workers itself.
     """
     for number in CAUGHT:
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,7 @@
-"""What happens to a microbatch on the device: normalise, erase, mix, in this order. All draws are made on the
-host, from the key of (seed, step, microbatch), so that they do not hang on the device; only pixels are
-computed there.
+"""Processes a microbatch on the device: normalise, then random erasing, then Mixup or CutMix.
+
+Random numbers are drawn on the host from the key (seed, step, microbatch), so they do not depend on the
+device. Only the pixels are computed on the device.
 """
 
 import math
@@ -15,7 +16,7 @@ from reconverge.config import settings
 
 
 class Normalise:
-    """Normalises images by `mean` and `std` (of R, G, B in 0..1); uint8 (N, 3, H, W) becomes float32."""
+    """Normalises images by `mean` and `std` (of R, G, B in 0..1): uint8 (N, 3, H, W) -> float32."""
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device, channels_last: bool):
         self.format = torch.channels_last if channels_last else torch.contiguous_format
@@ -23,14 +24,15 @@ class Normalise:
         self.std = torch.tensor(std, device=device).view(3, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        # Bit-equal to ToTensor and Normalize; folding the division into mean and std would not be.
+        # Bit-equal to ToTensor and Normalize. Including the division by 255 in mean and std would change
+        # bits.
         return images.to(torch.float32, memory_format=self.format).div_(255).sub_(self.mean).div_(self.std)
 
 
 class Mix:
     """Random erasing (mode pixel), then Mixup or CutMix, then label smoothing.
 
-    One lambda a microbatch; partner = the microbatch flipped.
+    One lambda for each microbatch. Each image is mixed with its partner in the microbatch in reversed order.
     """
 
     def __init__(self, erase: float, mix: settings.Mix, classes: int):
@@ -38,14 +40,15 @@ class Mix:
         self.mixup = Mixup(
             mix.mixup,
             mix.cutmix,
-            prob=mix.probability if mix.mixup or mix.cutmix else 0.0,  # timm asserts that one of them is on
+            prob=mix.probability if mix.mixup or mix.cutmix else 0.0,  # with both off, timm must not mix
             switch_prob=mix.switch,
             label_smoothing=mix.smoothing,
             num_classes=classes,
         )
 
     def __call__(self, images: Tensor, labels: Tensor, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Normalised images (N, 3, H, W), changed in place, and labels (N,) -> images, targets (N, classes).
+        """Normalised images (N, 3, H, W) and labels (N,) -> images, targets (N, classes). Changes the images
+        in place.
 
         key = (seed, step, microbatch)
         """
@@ -56,12 +59,13 @@ class Mix:
 
 
 def erase(images: Tensor, probability: float) -> None:
-    """Random erasing (Zhong et al., 2017), in place: each image of (N, 3, H, W) with `probability`; one box
-    of 2 % to a third of its area, of aspect 0.3 to 1 / 0.3, filled with standard normal noise.
+    """Random erasing (Zhong et al., 2017) of images (N, 3, H, W), in place.
 
-    Draws from the global generators of python and torch in the order of timm's RandomErasing(mode="pixel"),
-    and equals it bit by bit; but the noise of all boxes is drawn on the host and crosses to the device in one
-    copy, without making the host wait.
+    With `probability`, a box of an image is filled with standard normal noise. The box covers 2 % to 1/3 of
+    the area and has an aspect ratio of 0.3 to 1 / 0.3. The random numbers are drawn from the global
+    generators of python and torch in the same order as in timm's RandomErasing(mode="pixel"), so the result
+    is bit-equal. Unlike timm's, the noise of all boxes is drawn on the host and copied to the device in one
+    non-blocking copy.
     """
     count, channels, height, width = images.shape
     boxes, noise = [], []

@@ -1,9 +1,7 @@
-"""Pillow's own pixels at twice the speed: the C library of the folder native/, where it was built and gives
-Pillow's pixels here.
+"""The optional C library of the folder native/, which gives the same pixels as Pillow at twice the speed.
 
-It is a matter of speed alone. Before its first use in a process it is compared with the Pillow that is
-installed; one pixel that differs, and it is not used. `choose` says for the whole process, and the data
-workers that it forks, whether it is.
+Before its first use in a process, it is compared with the installed Pillow. If one pixel differs, it is not
+used. `choose` decides for the process and for the data workers that it forks.
 """
 
 import ctypes
@@ -23,8 +21,8 @@ from reconverge.base.errors import Exit, Stop
 
 SOURCES = Path(__file__).parents[3] / "native"
 NEEDS = (
-    "a C compiler and libjpeg-turbo's headers (on Debian: apt-get install gcc libjpeg62-turbo-dev), then pip"
-    " install again"
+    "install a C compiler and the headers of libjpeg-turbo (on Debian: apt-get install gcc"
+    " libjpeg62-turbo-dev), then run pip install again"
 )
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 OK, NOT_OURS, NO_MEMORY = 0, 1, 2  # of pixels.h
@@ -41,30 +39,27 @@ class _How(ctypes.Structure):
 
 
 class Unusable(Exception):
-    """Why the library cannot be used here, in words."""
+    """The library cannot be used here; the text says why."""
 
 
 class Native:
-    """The library. Its calls hold no lock of Python's and may be made from any number of threads.
+    """The library. Its functions release Python's GIL and may be called from any number of threads.
 
-    `simd`: use AVX2 where the machine has it. `pillow`: the version of Pillow whose rules hold. Errors:
+    `simd`: use AVX2 if the machine has it. `pillow`: the version of Pillow whose pixels are wanted. Errors:
     Unusable.
     """
 
     def __init__(self, simd: bool = True, pillow: str = PIL.__version__):
         found = importlib.util.find_spec("reconverge.data._native")
         if found is None or found.origin is None:
-            raise Unusable(f"native/ is not built: {NEEDS}")
+            raise Unusable(f"native/ is not built ({NEEDS})")
         self._library = library = ctypes.CDLL(found.origin)
         library.source.restype = ctypes.c_char_p
         if SOURCES.is_dir() and library.source().decode() != source():
-            raise Unusable("native/ has changed since it was built: pip install again")
-        if library.use_libjpeg(
-            PIL._imaging.__file__.encode()
-        ):  # whose own libjpeg-turbo is taken: the very same decoder
-            raise Unusable(
-                f"Pillow {PIL.__version__} is not linked with a libjpeg-turbo that others can call"
-            )
+            raise Unusable("native/ has changed since it was built: run pip install again")
+        # It calls the libjpeg-turbo in Pillow's own library, so both use the same decoder.
+        if library.use_libjpeg(PIL._imaging.__file__.encode()):
+            raise Unusable(f"the libjpeg-turbo of Pillow {PIL.__version__} cannot be called from outside")
         how, pixels = _How, ctypes.c_void_p
         library.crop_and_resize.argtypes = [
             ctypes.c_char_p,
@@ -91,9 +86,9 @@ class Native:
     def crop_and_resize(
         self, data: bytes, box: Box, size: tuple[int, int], interpolation: str
     ) -> np.ndarray | None:
-        """As decode.crop_and_resize, as uint8 (height, width, 4), the fourth of no meaning.
+        """As decode.crop_and_resize, but uint8 (height, width, 4); the fourth channel has no meaning.
 
-        None where it is for Pillow to decode.
+        None if Pillow has to decode this image.
         """
         width, height = size
         how = _How(RESAMPLING[interpolation], self._vertical_first(box, width, height), self.simd)
@@ -106,8 +101,8 @@ class Native:
         return pixels if status == OK else None
 
     def _vertical_first(self, box: Box, width: int, height: int) -> bool:
-        """The order of a resize's two passes, which decides how it rounds: Pillow's Image.resize, and since
-        13 its Resample.c.
+        """Whether the vertical pass of a resize comes first, which decides the rounding. The rule is from
+        Pillow's Image.resize, and since version 13 from its Resample.c.
         """
         columns, rows = box[2] - box[0], box[3] - box[1]
         if self._pillow >= (13, 0):
@@ -117,8 +112,8 @@ class Native:
     def affine(
         self, image: Image.Image, matrix: Any, resample: int, fill: tuple[int, int, int]
     ) -> Image.Image:
-        """image.transform(image.size, AFFINE, matrix, resample, fillcolor=fill) of an RGB image, bilinear or
-        bicubic.
+        """Equals image.transform(image.size, AFFINE, matrix, resample, fillcolor=fill) for an RGB image,
+        bilinear or bicubic.
         """
         pixels = np.empty((image.height, image.width, 4), np.uint8)
         colour = int.from_bytes(bytes((*fill, 255)), "little")
@@ -130,8 +125,8 @@ class Native:
         return to_image(pixels)
 
     def check(self) -> None:
-        """Compare with Pillow: every kind of JPEG that is decoded here, both filters, up and down; affine
-        operations. Errors: Unusable.
+        """Compare with Pillow: every kind of JPEG that is decoded here, with both filters, larger and
+        smaller; and affine transforms. Errors: Unusable.
         """
         for number, options in enumerate(CHECKED):
             picture = _picture(101 + 8 * number, 87 + 72 * number, number)
@@ -174,7 +169,7 @@ class Native:
                         )
 
 
-# Saved on the spot, for the check: gray, 4:4:4, 4:2:2, 4:2:0, progressive, restart markers.
+# Options of the JPEGs that check() makes: gray, 4:4:4, 4:2:2, 4:2:0, progressive, restart markers.
 CHECKED: list[dict[str, Any]] = [
     {},
     {"subsampling": 0},
@@ -186,46 +181,44 @@ CHECKED: list[dict[str, Any]] = [
 
 
 def _picture(width: int, height: int, number: int) -> Image.Image:
-    """Waves and noise, without any library's random numbers."""
+    """A test picture of waves and noise, computed without random generators."""
     y, x, band = np.ogrid[:height, :width, :3]
     noise = (x * 7919 + y * 104729 + band * 1299709) ** 2 % 251
     return Image.fromarray((127 + 80 * np.sin((x + band * y) / (3.0 + number)) + noise % 47).astype(np.uint8))
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """uint8 (height, width, 4) as Pillow's RGB, which has four bytes a pixel too: rows are copied as they
-    are.
+    """uint8 (height, width, 4) as a Pillow RGB image, which also has four bytes per pixel, so rows are copied
+    without conversion.
     """
     height, width, _ = pixels.shape
     return Image.frombytes("RGB", (width, height), pixels, "raw", "RGBX", 0, 1)  # type: ignore[arg-type]
 
 
 def source() -> str:
-    """sha256 of what setup.py compiles, which has put the same into the library."""
+    """sha256 of the C sources; setup.py has compiled the same hash into the library."""
     return sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]")))).hexdigest()
 
 
 @cache
 def _checked() -> Native | str:
-    """The library, or why it is not used."""
+    """The library, or the reason why it is not used."""
     try:
         native = Native()
         native.check()
         return native
     except Unusable as reason:
         return str(reason)
-    except (
-        OSError,
-        AttributeError,
-    ) as error:  # of ctypes, from a library that is cut, of another machine, or older than this file
-        return f"native/ cannot be loaded ({error}): pip install again"
+    # ctypes raises these for a library that is cut off, of another machine, or older than this file.
+    except (OSError, AttributeError) as error:
+        return f"native/ cannot be loaded ({error}): run pip install again"
 
 
 _off = False
 
 
 def choose(choice: str) -> str:
-    """data.native, auto, on or off, for this process: which libraries will decode, in words.
+    """Set data.native (auto, on or off) for this process. Returns a text that names the decoding libraries.
 
     Errors: Stop(USAGE).
     """
@@ -241,14 +234,14 @@ def choose(choice: str) -> str:
     if choice == "on":
         raise Stop(
             Exit.USAGE,
-            f"data.native=on; {checked}",
-            "data.native=auto or off: the same pixels, about half as fast",
-            NEEDS,
+            f"data.native=on, but {checked}",
+            "data.native=on with a working C library; auto and off give the same pixels, at half the speed",
+            f"data.native=auto; or {NEEDS}",
         )
     return f"Pillow {PIL.__version__} and simplejpeg {version('simplejpeg')}, not native: {checked}"
 
 
 def chosen() -> Native | None:
-    """The library, where it is to be used; unless `choose` was called, that is wherever it can be."""
+    """The library, or None if it is not used. Without a call of `choose` it is used if it works."""
     checked = None if _off else _checked()
     return checked if isinstance(checked, Native) else None

@@ -1,6 +1,6 @@
-"""The order of a data set: a pure function from (seed, epoch, position) to sample ids.
+"""The order of images: a pure function from (seed, epoch, position) to sample ids.
 
-It is evaluated only where it is asked: opening, seeking and memory do not grow with the number of images.
+Only the needed positions are computed, so start, resume and memory do not grow with the number of images.
 """
 
 from collections.abc import Iterator
@@ -15,28 +15,30 @@ from reconverge.data.shards import Shards
 from reconverge.data.sources import Source
 from reconverge.distributed.ranks import block
 
-VERSION = "order-1"  # recorded in every run; a change of this file that moves a golden hash needs a new name
+VERSION = (
+    "order-1"  # recorded in every run; a change of this file that changes a golden hash needs a new name
+)
 ROUNDS = 8
 
 
 class Microbatch(NamedTuple):
     epoch: int
     ids: np.ndarray  # int64 (N,)
-    repeats: np.ndarray  # int64 (N,): which of the augmentations that the sample has in this epoch
-    window: int = 0  # in which the first of them lies
+    repeats: np.ndarray  # int64 (N,): number of the augmentation of this sample in this epoch, from 0
+    window: int = 0  # window of the first sample
 
 
 def in_sequence(images: int, batch: int) -> list[Microbatch]:
-    """Every sample id once, in order, for evaluation."""
+    """Every sample id once, in increasing order, for evaluation."""
     ids = [np.arange(first, min(first + batch, images)) for first in range(0, images, batch)]
     return [Microbatch(0, part, np.zeros_like(part)) for part in ids]
 
 
 class Windows:
-    """An epoch in windows of `width` shards: shards in an order of their own, and all images of a window
-    shuffled among each other.
+    """Shuffles in windows of `width` shards: each epoch shuffles the order of the shards, and then the images
+    inside each window.
 
-    Sample ids count through the shards; `images` is how many each shard holds.
+    Sample ids are numbered shard after shard. `images`: number of images in each shard.
     """
 
     def __init__(self, images: np.ndarray, width: int, seed: int):
@@ -46,7 +48,7 @@ class Windows:
 
     @property
     def count(self) -> int:
-        """Windows of an epoch."""
+        """Number of windows in an epoch."""
         return -(-len(self._images) // self.width)
 
     def shards(self, epoch: int, window: int) -> np.ndarray:
@@ -57,7 +59,7 @@ class Windows:
         return int(np.searchsorted(self._epoch(epoch)[2], position, side="right"))
 
     def ids(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """Sample ids, int64, at positions of an epoch: each id once an epoch."""
+        """Sample ids (int64) at positions of an epoch. Each id occurs once in an epoch."""
         shards, first, ends = self._epoch(epoch)
         windows, ids = np.searchsorted(ends, positions, side="right"), np.empty(len(positions), np.int64)
         for window in np.unique(windows):
@@ -77,8 +79,8 @@ class Windows:
         return ids
 
     def _laid_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The shards in the order of the epoch, the position at which each begins, and at which each window
-        ends.
+        """The shards in the order of the epoch, the first position of each shard, and the position after the
+        end of each window.
         """
         shards = permuted(
             np.arange(len(self._images)), len(self._images), self._seed, VERSION, epoch, "shards"
@@ -89,11 +91,11 @@ class Windows:
 
 
 class Order:
-    """Which images each microbatch of training takes: each (sample, repeat) at most once an epoch, in images
-    // batch steps.
+    """The images of each training microbatch. An epoch has images // batch steps and uses each (sample,
+    repeat) at most once.
 
-    `repeats`: how often each chosen sample comes in an epoch, never twice in one microbatch. `windows`: None
-    shuffles over everything. `overfit`: every step takes the images of step 0.
+    `repeats`: how often an epoch uses each chosen sample, but never twice in one microbatch. `windows`: None
+    shuffles all images together. `overfit`: every step uses the images of step 0.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class Order:
 
     @classmethod
     def of(cls, cfg: Train, source: Source) -> "Order":
-        """The order of a run over its training images."""
+        """The order of the training images of a run."""
         windows = (
             Windows(source.images_of, int(cfg.data.window), cfg.seed)
             if isinstance(source, Shards) and cfg.data.window != "all"
@@ -129,7 +131,9 @@ class Order:
         )
 
     def microbatch(self, step: int, number: int) -> Microbatch:
-        """Neighbouring positions of a step lie in different microbatches, as do the repeats of a sample."""
+        """Microbatch `number` of `step`, both counted from 0. Neighbouring positions are in different
+        microbatches, and so are the repeats of a sample.
+        """
         epoch, first = divmod(0 if self.overfit else step, self.images // self.batch)
         positions = first * self.batch + np.arange(number, self.batch, self.microbatches)
         chosen, repeats = np.divmod(positions, self.repeats)
@@ -140,9 +144,7 @@ class Order:
         return Microbatch(epoch, permuted(chosen, self.images, self.seed, VERSION, epoch), repeats)
 
     def steps(self, start: int, end: int, rank: int = 0, ranks: int = 1) -> Iterator[Microbatch]:
-        """The microbatches of steps start..end-1 that a rank takes: of each step its contiguous block, in
-        turn.
-        """
+        """The microbatches of one rank in steps start..end-1: a contiguous block of each step, in order."""
         mine = block(self.microbatches, rank, ranks, tree=False)
         return (self.microbatch(step, number) for step in range(start, end) for number in mine)
 
@@ -152,11 +154,11 @@ class Order:
 
 
 def permuted(positions: np.ndarray, size: int, *key: int | str) -> np.ndarray:
-    """Numbers, int64 of the shape of `positions`, at positions 0..size-1 of the permutation of 0..size-1 that
-    `key` stands for.
+    """The permutation of 0..size-1 that belongs to `key`, at `positions`: int64 of the same shape.
 
-    A keyed bijection of the smallest 2^(2k) >= size (a Feistel network on two halves of k bits), walked along
-    its cycle until it falls below `size` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    A Feistel network on two halves of k bits permutes 0..2^(2k)-1, with the smallest 2^(2k) >= size. A result
+    of `size` or more is permuted again until it is below `size` (cycle walking; Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002).
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = [np.uint64(chance.key(*key, round)) for round in range(ROUNDS)]
@@ -175,9 +177,7 @@ def _permute(values: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): every bit of the output hangs on every bit
-    of the input.
-    """
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): all input bits change each output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""A data set in WebDataset shards, as `reconverge prepare` makes it: dataset.json, indexes, tar files."""
+"""A data set of WebDataset shards as `reconverge prepare` writes it: dataset.json, indexes, tar files."""
 
 import json
 import os
@@ -17,32 +17,22 @@ from reconverge.base.files import ByPosition, patiently, sha256_of
 from reconverge.data import index, tar
 
 FORMAT = "reconverge-shards-1"
-IMAGES = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "tif",
-    "tiff",
-    "gif",
-    "bmp",
-    "ppm",
-)  # suffixes of a shard's members that are images
+IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "ppm")  # suffixes of images in shards
 OPEN = 64  # shards that one process keeps open
 
 
 class Sample(NamedTuple):
-    """One sample of a shard: the members KEY.jpg and KEY.cls."""
+    """One sample of a shard, from its members KEY.jpg and KEY.cls."""
 
     key: str
     label: int
     suffix: str
-    start: int  # byte of the shard where the image begins
+    start: int  # byte offset of the image in the shard
     data: bytes
 
 
 def samples(file: BinaryIO, where: str) -> Iterator[Sample]:
-    """All samples of a shard, strictly. Errors: Stop(DAMAGED), also for a sample without image or label."""
+    """All samples of a shard. Errors: Stop(DAMAGED), also for a sample without image or label."""
     key: str | None = None
     image: tuple[str, int, bytes] | None = None
     label: int | None = None
@@ -64,7 +54,7 @@ def samples(file: BinaryIO, where: str) -> Iterator[Sample]:
                 raise _damaged(
                     f"{where}, byte {member.start}: {key} has two {'images' if image else 'labels'}"
                 )
-            yield finished()  # another sample of the same name
+            yield finished()  # the next sample has the same name
             image, label = None, None
         if suffix.lower() in IMAGES:
             image = suffix.lower(), member.start, tar.read(file, member, where)
@@ -80,7 +70,7 @@ def samples(file: BinaryIO, where: str) -> Iterator[Sample]:
 def scan(
     path: Path, number: int, examine: Callable[[Sample], None] = lambda sample: None
 ) -> tuple[np.ndarray, str]:
-    """Index rows of shard `number` and its sha256, from one reading of the disk. Errors: Stop(DAMAGED)."""
+    """Index rows of shard `number`, and its sha256. Errors: Stop(DAMAGED)."""
     rows, digest = [], sha256_of(path)
     with open(path, "rb") as file:
         for sample in samples(file, str(path)):
@@ -93,7 +83,7 @@ def scan(
 
 
 class Shards:
-    """A source (see sources.py) of one split. `fingerprint` covers every image's bytes, label and place."""
+    """One split as a source (see sources.py). `fingerprint` covers bytes, label and place of each image."""
 
     def __init__(self, root: Path, about: dict[str, Any], split: str):
         part = about["splits"][split]
@@ -103,10 +93,10 @@ class Shards:
         self.classes: list[str] = [entry["synset"] for entry in about["classes"]]
         self.fingerprint: str = fingerprint(about, split)
         self.notes = notes(about, split)
-        self.staged: Path | None = None  # a folder where a local copy of a shard may be found (stage.py)
+        self.staged: Path | None = None  # a folder with local copies of some shards (stage.py)
         self.index = index.Index(root / part["index"])
         self.labels = self.index.labels
-        self._files: dict[int, ByPosition] = {}  # by shard, the last used last
+        self._files: dict[int, ByPosition] = {}  # open files by shard, the most recently used last
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
@@ -122,7 +112,9 @@ class Shards:
         )
 
     def read(self, sample: int) -> bytes:
-        """Errors: Stop(DAMAGED) for bytes other than those indexed, Stop(MISSING, PERMISSION, DISK)."""
+        """Errors: Stop(DAMAGED) if the bytes have changed since they were indexed, Stop(MISSING, PERMISSION,
+        DISK).
+        """
         row = self.index.row(sample)
         shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
 
@@ -130,37 +122,34 @@ class Shards:
             try:
                 return self._file(shard).read(size, offset)
             except OSError:
-                self._files.pop(shard, None)  # a stale handle of a network file system does not recover
+                self._files.pop(shard, None)  # a stale handle of a network file system stays unusable
                 raise
 
         data = patiently(read, lambda: self.where(sample))
         if len(data) != size or xxhash.xxh3_64_intdigest(data) != row["checksum"]:
-            raise _damaged(f"{self.where(sample)}: the bytes are not those that were indexed")
+            raise _damaged(f"{self.where(sample)}: the bytes have changed since they were indexed")
         return data
 
     def first_ids(self) -> np.ndarray:
-        """The first sample id of each shard that has one."""
+        """The first sample id of each shard that is not empty."""
         return (np.cumsum(self.images_of) - self.images_of)[self.images_of > 0]
 
     def replaced(self, sample: int) -> tuple[Exit, str] | None:
-        """The fault, if the tar header in front of a sample is not its own: another file has taken the
-        shard's place.
-        """
+        """A fault, if the tar header before a sample belongs to another file: the shard was replaced."""
         row, key = self.index.row(sample), self.index.key(sample)
         block = ByPosition(self.root / self.shards[row["shard"]]["name"]).read(
             tar.BLOCK, int(row["offset"]) - tar.BLOCK
         )
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            if header.size == row["size"] and (
-                header.name.startswith(key[:100]) or not key.isascii()
-            ):  # a longer name is cut here
+            # The header contains only the first 100 bytes of a longer name.
+            if header.size == row["size"] and (header.name.startswith(key[:100]) or not key.isascii()):
                 return None
         except tarfile.HeaderError:
             pass
         return (
             Exit.DAMAGED,
-            f"{self.where(sample)}: something else is there: the shard was replaced or damaged",
+            f"{self.where(sample)}: this place has other contents; the shard was replaced or damaged",
         )
 
     def _file(self, shard: int) -> ByPosition:
@@ -175,24 +164,24 @@ class Shards:
             try:
                 return ByPosition(self.staged / staged_name(shard))
             except FileNotFoundError:
-                pass  # not there yet, or there no more: the same bytes are at the source
+                pass  # not copied yet, or deleted already: read the same bytes from the source
         return ByPosition(self.root / self.shards[shard]["name"])
 
 
 def staged_name(shard: int) -> str:
-    """File name of a shard's local copy; the shards themselves may lie in several folders."""
+    """File name of a shard's local copy, by number, because the shards may be in several folders."""
     return f"{shard:06d}.tar"
 
 
 def load(root: Path) -> dict[str, Any]:
-    """What dataset.json says. Errors: Stop(MISSING, DAMAGED)."""
+    """The contents of dataset.json. Errors: Stop(MISSING, DAMAGED)."""
     path = root / "dataset.json"
     if not path.exists():
         raise Stop(
             Exit.MISSING,
-            f"no {path}",
-            "a folder that reconverge prepare has finished",
-            f"data.root=, or reconverge prepare SOURCE --to {root}",
+            f"{path} does not exist",
+            "a folder in which reconverge prepare has finished",
+            f"correct data.root=, or run reconverge prepare SOURCE --to {root}",
         )
     try:
         about = json.loads(path.read_text())
@@ -200,17 +189,20 @@ def load(root: Path) -> dict[str, Any]:
         raise _damaged(f"{path}: {error}") from None
     if about.get("format") != FORMAT:
         raise Stop(
-            Exit.DAMAGED, f"{path} has format {about.get('format')}", FORMAT, "prepare the data set again"
+            Exit.DAMAGED,
+            f"{path} has the format {about.get('format')}",
+            f"the format {FORMAT}",
+            "prepare the data set again",
         )
     return about
 
 
 def problems(root: Path, about: dict[str, Any]) -> list[tuple[Exit, str]]:
-    """What can be seen without reading every image: damaged indexes; shards that are missing, of another
-    size, other files, or not to be read.
+    """Faults that can be found without reading every image: damaged indexes; shards that are missing,
+    unreadable, replaced, or of the wrong size.
     """
     files = [(shard["name"], shard["bytes"]) for part in about["splits"].values() for shard in part["shards"]]
-    with ThreadPoolExecutor(16) as threads:  # a network file system answers each question in milliseconds
+    with ThreadPoolExecutor(16) as threads:  # on a network file system each request takes milliseconds
         asked = [threads.submit(index_problem, root, part) for part in about["splits"].values()]
         asked += [threads.submit(_problem, root / name, size) for name, size in files]
         found = [problem for job in asked if (problem := job.result())]
@@ -224,8 +216,8 @@ def problems(root: Path, about: dict[str, Any]) -> list[tuple[Exit, str]]:
 
 
 def index_problem(root: Path, part: dict[str, Any]) -> tuple[Exit, str] | None:
-    """The fault of a split's index, which is read whole, for nothing else vouches for its labels: 0.6 s for
-    14 M rows.
+    """The fault of a split's index, if any. The whole index is read, because nothing else protects its
+    labels; this takes 0.6 s for 14 M rows.
     """
     path = root / part["index"]
     if problem := _problem(path, part["index_bytes"]):
@@ -233,26 +225,26 @@ def index_problem(root: Path, part: dict[str, Any]) -> tuple[Exit, str] | None:
     return (
         None
         if sha256_of(path) == part["index_sha256"]
-        else (Exit.DAMAGED, f"{path} is damaged: it is not what dataset.json says")
+        else (Exit.DAMAGED, f"{path} is damaged: its sha256 is not the one in dataset.json")
     )
 
 
 def _problem(path: Path, size: int) -> tuple[Exit, str] | None:
     try:
         if (now := path.stat().st_size) != size:
-            return Exit.DAMAGED, f"{path} has {now} bytes in place of {size}"
+            return Exit.DAMAGED, f"{path} has {now} bytes instead of {size}"
     except FileNotFoundError:
         return Exit.MISSING, f"{path} is missing"
     except PermissionError:
-        return Exit.PERMISSION, f"{path} may not be looked at"
-    return None if os.access(path, os.R_OK) else (Exit.PERMISSION, f"{path} may not be read")
+        return Exit.PERMISSION, f"the folder of {path} is not accessible"
+    return None if os.access(path, os.R_OK) else (Exit.PERMISSION, f"{path} is not readable")
 
 
 def open_shards(root: Path, dataset: str | None, validation: bool = True) -> tuple[Shards, Shards | None]:
-    """The training and, where `validation` is asked for, the validation split, once everything is in place.
+    """The training split and, if `validation`, the validation split, after a check of all files.
 
-    Errors: Stop(MISSING, PERMISSION, DAMAGED) with all problems in one list, Stop(USAGE) for another data set
-    than `dataset` or one without the images that are asked for.
+    Errors: Stop(MISSING, PERMISSION, DAMAGED) with a list of all problems; Stop(USAGE) if the data set is not
+    `dataset`, or lacks a split.
     """
     about = _in_place(root)
     if dataset is not None and about["dataset"] != dataset:
@@ -260,55 +252,58 @@ def open_shards(root: Path, dataset: str | None, validation: bool = True) -> tup
             Exit.USAGE,
             f"{root} was prepared as {about['dataset']}",
             f"a data set that was prepared as {dataset} (data.dataset)",
-            "data=shards, which takes any; or data.root=",
+            "data=shards, which accepts any data set; or correct data.root=",
         )
     for split in ("train", "val") if validation else ("train",):
         if split not in about["splits"]:
             raise Stop(
                 Exit.USAGE,
-                f"{root} has the splits {', '.join(about['splits'])}, and no {split}",
-                "a data set with train and val, or with train alone where data.val=null evaluate_every=never",
-                "reconverge prepare with --hold-out PERCENT takes validation images from the others",
+                f"{root} has the splits {', '.join(about['splits'])}, but no {split}",
+                "a data set with train and val; or with train only, if data.val=null evaluate_every=never",
+                "data.val=null evaluate_every=never to train without validation images; or reconverge prepare"
+                " with --hold-out PERCENT, which uses some of the training images for validation",
             )
     return Shards(root, about, "train"), Shards(root, about, "val") if validation else None
 
 
 def open_evaluation(root: Path) -> Shards:
-    """The validation split, or that of a data set which has one alone. Errors: Stop, as open_shards."""
+    """The validation split, or the only split of a data set with one split. Errors: Stop, as open_shards."""
     about = _in_place(root)
     return Shards(root, about, "val" if "val" in about["splits"] else next(iter(about["splits"])))
 
 
 def _in_place(root: Path) -> dict[str, Any]:
-    """What dataset.json says, once nothing is missing or damaged. Errors: Stop."""
+    """The contents of dataset.json, if no file is missing or damaged. Errors: Stop."""
     about = load(root)
     if found := problems(root, about):
         more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
         raise Stop(
             min(code for code, _ in found),
             "; ".join(text for _, text in found[:20]) + more,
-            "every shard as it was prepared",
-            "copy these shards again, or prepare the data set again; reconverge check DIR reads every byte",
+            "all files as reconverge prepare wrote them",
+            "copy these files again, or prepare the data set again;"
+            f" reconverge check {root} lists every fault",
         )
     return about
 
 
 def fingerprint(about: dict[str, Any], split: str) -> str:
-    """Of a split: hashes its index, which holds each image's checksum and label, and the classes."""
+    """The hash of a split, over the classes and its index (with the checksum and label of each image)."""
     return sha256(
         f"{about['splits'][split]['index_sha256']} {json.dumps(about['classes'])}".encode()
     ).hexdigest()
 
 
 def notes(about: dict[str, Any], split: str) -> list[str]:
-    """What whoever trains on this split should know."""
+    """Remarks about this split that the user should see before training."""
     part, lossy = about["splits"][split], about["lossy"]
     said = []
     if part["expected"] not in (None, part["images"]):
-        said.append(f"{split}: {part['images']} images where the published set has {part['expected']}")
+        said.append(f"{split}: {part['images']} images, but the published set has {part['expected']}")
     if lossy:
         said.append(
-            f"{split}: a lossy copy, shorter side {lossy['resize']} at most, JPEG quality {lossy['quality']}"
+            f"{split}: a smaller, lossy copy of the images (shorter side of at most {lossy['resize']} px,"
+            f" JPEG quality {lossy['quality']})"
         )
     return said
 
@@ -317,6 +312,6 @@ def _damaged(what: str) -> Stop:
     return Stop(
         Exit.DAMAGED,
         what,
-        "shards as they were prepared",
-        "reconverge check DIR lists every fault; copy the shard again, or data.on_bad_image=substitute",
+        "shards as reconverge prepare wrote them",
+        "copy the shard again (reconverge check DIR lists every fault); or use data.on_bad_image=substitute",
     )

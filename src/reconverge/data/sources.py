@@ -1,4 +1,4 @@
-"""Where images come from. A source gives the bytes of a sample, its label, and its name for messages."""
+"""Sources of images. A source returns the bytes of a sample, its label, and its name for messages."""
 
 import os
 import shutil
@@ -21,8 +21,8 @@ from reconverge.data.shards import open_shards
 
 class Source(Protocol):
     classes: list[str]
-    fingerprint: str  # of what decides the images: paths, sizes and labels of files, checksums of shards
-    notes: list[str]  # what whoever trains on it should know
+    fingerprint: str  # hash of paths, sizes and labels of files, or of the checksums and labels in shards
+    notes: list[str]  # remarks that the user should see before training
 
     def __len__(self) -> int: ...
     def labels(self, ids: np.ndarray) -> np.ndarray: ...
@@ -31,7 +31,7 @@ class Source(Protocol):
 
 
 def open_sources(data: Data) -> tuple[Source, Source | None]:
-    """The training and the validation images; None for these where data.val is null.
+    """The training images and the validation images; the latter are None if data.val is null.
 
     Errors: Stop(MISSING, PERMISSION, USAGE, DAMAGED).
     """
@@ -39,13 +39,16 @@ def open_sources(data: Data) -> tuple[Source, Source | None]:
 
 
 def open_validation(data: Data, classes: list[str]) -> Source:
-    """The validation images alone, with the labels of a model's `classes`.
+    """Only the validation images, labelled by the model's `classes`.
 
-    Errors: as open_sources, and Stop(NOT_COMPARABLE) for other classes.
+    Errors: as open_sources, and Stop(NOT_COMPARABLE) if the data have different classes.
     """
     if data.val is None:
         raise Stop(
-            Exit.USAGE, "data.val=null", "a data set with validation images", "data.val=val, or another data="
+            Exit.USAGE,
+            "data.val=null",
+            "a data set with validation images",
+            "data.val=val if the data have them, or another data=",
         )
     if data.kind == "folder":
         return open_folder(root_of(data) / data.val, Path(data.cache).expanduser(), classes)
@@ -54,15 +57,16 @@ def open_validation(data: Data, classes: list[str]) -> Source:
     if validation.classes != classes:
         raise Stop(
             Exit.NOT_COMPARABLE,
-            f"{data.name} has {len(validation.classes)} classes, and the model {len(classes)} or others",
-            "validation images with the classes of training (classes.txt)",
-            "data= or data.root=",
+            f"the classes of {data.name} ({len(validation.classes)}) are not those of the model"
+            f" ({len(classes)})",
+            "validation images with the same classes as in training (classes.txt of the run)",
+            "choose another data= or data.root=",
         )
     return validation
 
 
 def root_of(data: Data) -> Path:
-    """Its folder, of a kind that has one."""
+    """The folder data.root, for kinds of data that have one."""
     return Path(str(data.root)).expanduser()
 
 
@@ -77,9 +81,10 @@ def _shards(data: Data) -> tuple[Source, Source | None]:
 
 
 def _digits(data: Data) -> tuple[Source, Source | None]:
-    """The scanned digits that scikit-learn bundles, as PNG class folders, read like any other data.
+    """The scanned digits of scikit-learn, written as class folders of PNG files, and read like other data.
 
-    A fifth of each class is held out, the same on every machine: the images with the smallest keys.
+    The validation images are a fifth of each class: the images with the smallest hashes, which are the same
+    on every machine.
     """
     root = Path(data.cache).expanduser() / "digits-1"
     if not root.exists():
@@ -95,17 +100,17 @@ def _digits(data: Data) -> tuple[Source, Source | None]:
             for rank, sample in enumerate(ids):
                 folder = new / ("val" if rank < round(len(ids) / 5) else "train") / str(label)
                 folder.mkdir(parents=True, exist_ok=True)
-                pixels = np.round(digits.images[sample] * (255 / 16)).astype(np.uint8)  # scanned in 17 levels
+                pixels = np.round(digits.images[sample] * (255 / 16)).astype(np.uint8)  # from 17 gray levels
                 Image.fromarray(pixels).save(folder / f"{sample:04d}.png")
         try:
             new.rename(root)
-        except OSError:  # another process was first, with the same content
+        except OSError:  # another process has just written the same content
             shutil.rmtree(new)
     return _folder(replace(data, root=os.fspath(root)))
 
 
 class Synthetic:
-    """Noise, each image a function of its sample id, for speed and memory without a data set."""
+    """Noise images, computed from their sample ids, to measure speed and memory without a data set."""
 
     def __init__(self, images: int, classes: int, split: str):
         self.images, self.split = images, split

@@ -1,4 +1,4 @@
-"""A local copy of the shards that come next, read in sequence from a slow disk; one thread a node."""
+"""Copies the shards that are needed next from slow storage to a local disk; one thread for each node."""
 
 import shutil
 import threading
@@ -16,48 +16,49 @@ from reconverge.data.sources import Source
 
 
 class Stage:
-    """Keeps in `folder` the shards of the window that is being read and of those after it, `limit` bytes at
-    most.
+    """Keeps copies of the shards of the current window and the following windows in `folder`, up to
+    `gigabytes`.
 
-    Workers take a shard from there once it is whole and verified, and from the source before that: the same
-    bytes. A shard that is deleted stays readable for whoever has it open.
+    Data workers read a copy when it is complete and verified, and before that the same bytes from the source.
+    A deleted copy stays readable for processes that have it open.
     """
 
     def __init__(
         self, source: Source, windows: Windows | None, folder: Path, gigabytes: float, copies: bool = True
     ):
-        """`copies`: one rank of a host does, and the others read what is there.
+        """`copies`: whether this rank makes the copies. One rank of each host does; the others only read
+        them.
 
         Errors: Stop(USAGE) if two windows do not fit.
         """
-        assert isinstance(source, Shards), "checks.check_data refuses data.stage for other data"
-        assert windows is not None, "and for data.window=all"
+        assert isinstance(source, Shards), "rules.check refuses data.stage for other kinds of data"
+        assert windows is not None, "rules.check refuses data.stage with data.window=all"
         self.folder, self._source, self._windows, self._limit = folder, source, windows, gigabytes * 1e9
         largest = windows.width * max(shard["bytes"] for shard in source.shards)
         if self._limit < 2 * largest:
             raise Stop(
                 Exit.USAGE,
                 f"data.stage_gb={gigabytes:g}",
-                f"room for two windows, of which one takes up to {largest / 1e9:.3g} GB",
+                f"space for two windows; one window takes up to {largest / 1e9:.3g} GB",
                 f"data.stage_gb={2.2 * largest / 1e9:.2g}, or a smaller data.window=",
             )
         self._at: tuple[int, int] | None = None  # epoch and window that are being read
-        self._brought: tuple[int, int] | None = None  # for which everything wanted is there
+        self._brought: tuple[int, int] | None = None  # epoch and window for which all copies are complete
         self._changed = threading.Condition()
         self._trouble: Stop | None = None
         self._closed = False
         source.staged = folder
         self._thread: threading.Thread | None = None
         if copies:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
             folder.mkdir(parents=True)
             self._thread = threading.Thread(target=self._work, daemon=True, name="stage")
             self._thread.start()
 
     def follow(self, microbatches: Iterable[Microbatch]) -> Iterator[Any]:
-        """The same microbatches; the copying is kept ahead of them.
+        """Passes the microbatches on, and tells the copying thread the current window.
 
-        Ends with the Stop(DAMAGED, DISK, ...) that it met, if any.
+        If copying fails, the last item is the Stop(DAMAGED, DISK, ...).
         """
         for microbatch in microbatches:
             if self._trouble:
@@ -86,7 +87,7 @@ class Stage:
         return sum(self._source.shards[shard]["bytes"] for shard in shards)  # type: ignore[attr-defined]
 
     def _wanted(self, epoch: int, window: int) -> list[int]:
-        """The shards of this window and the following ones, as many as fit."""
+        """The shards of this window and of the following ones, as many as fit."""
         wanted: list[int] = []
         room = self._limit
         while True:
@@ -109,12 +110,17 @@ class Stage:
                     self._brought = at
             except Exception as error:
                 self._trouble = explain(error) or Stop(
-                    Exit.BUG, f"staging: {error!r}", "a local disk", "data.stage=null reads the source"
+                    Exit.BUG,
+                    f"copying shards to data.stage failed: {error!r}",
+                    "a local disk that can be written",
+                    "data.stage=null to read the shards from their source",
                 )
                 return
 
     def _bring(self, at: tuple[int, int]) -> bool:
-        """Delete what is not wanted, copy what is. False if the run has moved on meanwhile."""
+        """Delete the copies that are not needed, and make the needed ones. False if the window has changed in
+        the meantime.
+        """
         names = {staged_name(shard): shard for shard in self._wanted(*at)}
         for path in self.folder.iterdir():
             if path.name not in names:
@@ -127,7 +133,7 @@ class Stage:
         return True
 
     def _copy(self, shard: int) -> None:
-        """Copy one shard; it appears under its name once it is whole. Errors: Stop(DAMAGED)."""
+        """Copy one shard. The copy gets its name when it is complete. Errors: Stop(DAMAGED)."""
         about = self._source.shards[shard]
         source, draft = self._source.root / about["name"], self.folder / ".draft"
         digest = sha256()
@@ -140,8 +146,8 @@ class Stage:
         if digest.hexdigest() != about["sha256"]:
             raise Stop(
                 Exit.DAMAGED,
-                f"{source} is not as it was prepared",
-                "the sha256 of dataset.json",
-                "reconverge check DIR names the fault",
+                f"{source} is damaged: its sha256 is not the one in dataset.json",
+                "shards as reconverge prepare wrote them",
+                f"copy the shard again; reconverge check {self._source.root} lists every fault",
             )
         draft.rename(self.folder / staged_name(shard))

@@ -1,7 +1,7 @@
-"""Tar archives, read strictly: what is not a whole archive is an error, never a shorter list.
+"""Reads tar archives strictly: an incomplete archive is an error, not a shorter list of members.
 
-Python's tarfile and webdataset take a damaged header or a cut between two members for the end of the archive,
-and what followed is silently gone. Here an archive ends with its end-of-archive block, or it is damaged.
+For Python's tarfile and for webdataset, a damaged header or a cut between two members is the end of the
+archive, and the rest is lost without a message. Here an archive must end with an end-of-archive block.
 """
 
 import tarfile
@@ -12,26 +12,26 @@ from typing import BinaryIO, NamedTuple
 from reconverge.base.errors import Exit, Stop
 
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes
-LARGEST = 1 << 28  # bytes of one image or label; more is a damaged or hostile header
+LARGEST = 1 << 28  # bytes of one image or label; a header with more is damaged or malicious
 REGULAR, DIRECTORY, EXTENDED, LONG_NAME, GLOBAL = (tarfile.REGTYPE, tarfile.AREGTYPE), b"5", b"x", b"L", b"g"
 
 
 class Member(NamedTuple):
     name: str
-    start: int  # byte of the file where the data begins
+    start: int  # byte offset of the data in the file
     size: int  # bytes
 
 
 def members(
     file: BinaryIO, where: str, end: int | None = None, largest: int | None = LARGEST
 ) -> Iterator[Member]:
-    """Regular files of the archive that begins at the file's position and, if it lies in another one, takes
-    up to `end`.
+    """The regular files of the archive that begins at the file's position. `end`: end of the archive in
+    bytes, if it is a member of another archive.
 
-    The file is left at each member's data; it is only ever moved forward, so a gzip stream will do. `where`
-    names the archive in messages, `largest` bounds the size of a member (None: archives of archives). Errors:
-    Stop(DAMAGED) for a header that is not one, a cut, or a missing end; for absolute paths, "..", links and
-    devices.
+    At each member, the file's position is at the member's data. The position only moves forward, so `file`
+    may be a gzip stream. `where` names the archive in messages. `largest` limits the size of a member (None
+    for archives that contain archives). Errors: Stop(DAMAGED) for a damaged header, an archive that is cut
+    off or has no end; and for absolute paths, "..", links and devices.
     """
     name, at = "", file.tell()
     while True:
@@ -42,13 +42,11 @@ def members(
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            raise _damaged(f"{where}, byte {at}", f"is no tar header ({error})") from None
+            raise _damaged(f"{where}, byte {at}", f"is not a tar header ({error})") from None
         start, at = at + BLOCK, at + BLOCK + -(-header.size // BLOCK) * BLOCK
         said = name or header.name
         if (end is not None and at > end) or header.size < 0:
-            raise _damaged(
-                f"{where}, {said}, byte {start}", "runs over the end of the member that it lies in"
-            )
+            raise _damaged(f"{where}, {said}, byte {start}", "is longer than the archive that contains it")
         if header.type in (LONG_NAME, EXTENDED, GLOBAL):
             if header.size > 1 << 16:
                 raise _damaged(f"{where}, byte {start}", f"has a header of {header.size} bytes")
@@ -60,13 +58,13 @@ def members(
         elif header.type == DIRECTORY:
             name = ""
         elif header.type not in REGULAR:
-            raise _damaged(f"{where}, {said}, byte {start}", "is a link, a device or of an unknown kind")
+            raise _damaged(f"{where}, {said}, byte {start}", "is a link, a device or of an unknown type")
         else:
             refuse_path(said, where)
             if largest is not None and header.size > largest:
                 raise _damaged(
                     f"{where}, {said}, byte {start}",
-                    f"claims {header.size} bytes, more than the {largest} allowed",
+                    f"has {header.size} bytes by its header, but {largest} are allowed",
                 )
             yield Member(said, start, header.size)
             name = ""
@@ -74,17 +72,17 @@ def members(
 
 
 def read(file: BinaryIO, member: Member, where: str) -> bytes:
-    """The member's bytes; the file stands where `members` left it.
+    """The member's bytes. The file must be at the position where `members` left it.
 
-    Errors: Stop(DAMAGED) if they are cut short.
+    Errors: Stop(DAMAGED) if the file ends too early.
     """
     return _take(file, member.size, where, member.start, f"is cut off in {member.name}")
 
 
 def refuse_path(name: str, where: str) -> None:
-    """Errors: Stop(DAMAGED) for a name that would lead out of the folder it is unpacked in."""
+    """Errors: Stop(DAMAGED) for a name that would be unpacked outside of the target folder."""
     if name.startswith("/") or ".." in PurePosixPath(name).parts or "\0" in name:
-        raise _damaged(f"{where}, {name!r}", "is an absolute path or leads upwards")
+        raise _damaged(f"{where}, {name!r}", "is an absolute path or contains '..'")
 
 
 def _take(file: BinaryIO, size: int, where: str, at: int, trouble: str) -> bytes:
@@ -95,17 +93,17 @@ def _take(file: BinaryIO, size: int, where: str, at: int, trouble: str) -> bytes
 
 
 def _expect_zeros(file: BinaryIO, where: str, at: int, end: int | None) -> None:
-    """After the end-of-archive block come zeros alone; anything else is a member without its header."""
+    """After the end-of-archive block only zeros are allowed; anything else is a member with a lost header."""
     while end is None or file.tell() < end:
         rest = file.read(1 << 16 if end is None else min(1 << 16, end - file.tell()))
         if rest.strip(b"\0"):
-            raise _damaged(f"{where}, byte {at}", "is zeros where a tar header was: more data follows")
+            raise _damaged(f"{where}, byte {at}", "has zeros instead of a tar header, but more data follow")
         if not rest:
             return
 
 
 def _path_of(extra: bytes) -> str:
-    """The path of a pax header, whose records read "LENGTH path=NAME\\n"."""
+    """The path in a pax header, whose records have the form "LENGTH path=NAME\\n"."""
     while extra:
         length, _, _ = extra.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(extra):
@@ -121,6 +119,6 @@ def _damaged(what: str, trouble: str) -> Stop:
     return Stop(
         Exit.DAMAGED,
         f"{what}: {trouble}",
-        "whole tar archives of plain files with relative paths",
+        "complete tar archives of plain files with relative paths",
         "download or copy the archive again",
     )

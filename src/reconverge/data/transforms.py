@@ -1,5 +1,6 @@
-"""From the bytes of an image file to augmented uint8 pixels, in a data worker: timm's own transforms, up to
-where the device takes over.
+"""Augmentation in data workers: from the bytes of an image file to uint8 pixels, with timm's transforms.
+
+Normalising, erasing and mixing follow on the device (mix.py).
 """
 
 import math
@@ -20,12 +21,12 @@ Transform = Callable[[bytes], np.ndarray]
 
 
 def training(augment: Augment, mean: list[float], decode: str = "exact") -> Transform:
-    """Random resized crop, flip, RandAugment: uint8 (size, size, 3). Draws from the global generators.
+    """Random resized crop, flip and RandAugment: uint8 (size, size, 3). Draws from the global generators.
     Errors: Undecodable.
 
-    Draws and pixels are those of timm's transforms_imagenet_train; normalising and erasing are left to the
-    device. Colour jitter is off: the published command asks for 0.4, which timm drops wherever RandAugment is
-    on. `mean` fills what a rotation uncovers. `decode`: exact or fast, see decode.py.
+    Random numbers and pixels are the same as in timm's transforms_imagenet_train, without normalising and
+    erasing. Colour jitter is off: the published command sets it to 0.4, but timm ignores it with RandAugment.
+    `mean` is the colour of areas that a rotation leaves empty. `decode`: exact or fast, see decode.py.
     """
     first, auto, _ = transforms_imagenet_train(
         augment.size,
@@ -48,12 +49,12 @@ def training(augment: Augment, mean: list[float], decode: str = "exact") -> Tran
 
     def transform(data: bytes) -> np.ndarray:
         width, height = dimensions(data)
-        like = torch.empty((height, width), device="meta")  # get_params looks at the size alone
+        like = torch.empty((height, width), device="meta")  # get_params only reads the size
         top, left, rows, columns = crop.get_params(like, crop.scale, crop.ratio)
         interpolation = random.choice(filters).value if filters else augment.interpolation
         box = (left, top, left + columns, top + rows)
         image = crop_and_resize(data, box, (augment.size, augment.size), interpolation, decode == "fast")
-        if augment.flip and torch.rand(1).item() < augment.flip:  # torchvision's draw
+        if augment.flip and torch.rand(1).item() < augment.flip:  # drawn as torchvision does
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for augmentation in auto.transforms:
             image = augmentation(image)
@@ -62,23 +63,21 @@ def training(augment: Augment, mean: list[float], decode: str = "exact") -> Tran
     return transform
 
 
-# The operations of RandAugment that move pixels, by their names in timm.
+# The affine operations of RandAugment, by their names in timm.
 AFFINE = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 
 
 class Movable:
-    """An image as timm's affine operations see it: they turn their draw into a matrix and ask for
-    transform(), which is native here.
+    """Wraps an image for timm's affine operations. They compute a matrix and call transform(), which uses
+    native/ here.
     """
 
-    rotate = Image.Image.rotate  # Pillow's own way from degrees to a matrix; it ends in transform()
+    rotate = Image.Image.rotate  # Pillow's method computes a matrix from degrees and calls transform()
 
     def __init__(self, image: Image.Image):
         self._image, self.size = image, image.size
 
-    def __getattr__(
-        self, name: str
-    ) -> Any:  # copy() and transpose() of a rotation by nothing or by a right angle
+    def __getattr__(self, name: str) -> Any:  # a rotation by 0 or 90 degrees calls copy() or transpose()
         return getattr(self._image, name)
 
     def transform(
@@ -95,7 +94,10 @@ def _natively(operation: Callable[..., Image.Image]) -> Callable[..., Image.Imag
 
 
 def evaluation(evaluate: Evaluate) -> Transform:
-    """Resize and centre crop, or warp: uint8 (size, size, 3). Draws nothing. Errors: Undecodable."""
+    """Resize and centre crop, or squash to a square: uint8 (size, size, 3). No random numbers.
+
+    Errors: Undecodable.
+    """
     side, size = resized_side(evaluate), evaluate.size
 
     def transform(data: bytes) -> np.ndarray:
@@ -116,5 +118,5 @@ def evaluation(evaluate: Evaluate) -> Transform:
 
 
 def resized_side(evaluate: Evaluate) -> int:
-    """Pixels of the shorter side after the resize: 256 for 224 at a ratio of 0.875."""
+    """Pixels of the shorter side after resizing: for example 256 for a size of 224 and a ratio of 0.875."""
     return math.floor(evaluate.size / evaluate.crop_ratio)

@@ -1,6 +1,6 @@
-"""The ranks of a run as one gloo group, which passes words between hosts; when some are lost, who and why.
+"""The gloo group of all ranks, for messages between hosts. If ranks are lost, it finds out which, and why.
 
-There is a group before there is a World: rank 0 opens the run's folder for all.
+The group exists before the World, because rank 0 opens the run's folder for all ranks.
 """
 
 import json
@@ -20,7 +20,7 @@ from reconverge.base.errors import Exit, Stop, explain
 from reconverge.base.launcher import HERE
 from reconverge.base.signals import told_to_stop
 
-ANSWER = 5.0  # seconds in which a rank that lives says so, when others are missed
+ANSWER = 5.0  # seconds in which live ranks answer when a rank seems to be lost
 Value = TypeVar("Value")
 
 _store: dist.Store
@@ -29,7 +29,7 @@ _timeout: timedelta
 
 @contextmanager
 def joined(minutes: float) -> Iterator[None]:
-    """Joins the ranks of this run. Errors: Stop(LOST) if they do not all come."""
+    """Join the ranks of this run. Errors: Stop(LOST) if some ranks do not arrive in time."""
     global _store, _timeout
     _timeout = timedelta(minutes=minutes)
     try:
@@ -43,12 +43,12 @@ def joined(minutes: float) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         raise Stop(
             Exit.LOST,
-            f"rank {HERE.rank} of {HERE.size} did not find the others at"
+            f"rank {HERE.rank} of {HERE.size} did not find the other ranks at"
             f" {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {minutes:g} minutes:"
             f" {_first_line(error)}",
-            "every rank started, and a network between their hosts (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
-            " name its interface)",
-            "run the same command again; world_timeout= waits longer",
+            "all ranks started, and a network between their hosts (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            " select the network interface)",
+            "run the same command again, with a larger world_timeout= (minutes) if ranks start slowly",
         ) from error
     try:
         yield
@@ -57,12 +57,12 @@ def joined(minutes: float) -> Iterator[None]:
 
 
 def _met(store: dist.Store, rank: int, size: int, seconds: float) -> str:
-    """A name that the ranks of this start alone know, once all of them have it. Errors: RuntimeError,
-    Stop(PREEMPTED).
+    """Wait for all ranks, and return a name for this start that is the same on all of them. Errors:
+    RuntimeError, Stop(PREEMPTED).
 
-    torchrun keeps one store over restarts, and hosts may count these differently: what ranks of an earlier
-    start left in it, their addresses above all, must not be taken for that of this one. A name is made from
-    what each rank wrote anew, so an old one never fits.
+    torchrun keeps one store over restarts, and hosts may count restarts differently. Values of an earlier
+    start in the store, such as addresses, must not be used in this start. The name is a hash of new random
+    values from all ranks, so it is different in every start.
     """
     hellos, names = ([f"{what}/{other}" for other in range(size)] for what in ("hello", "name"))
     store.set(hellos[rank], uuid.uuid4().hex)
@@ -76,21 +76,21 @@ def _met(store: dist.Store, rank: int, size: int, seconds: float) -> str:
         if told_to_stop():
             raise Stop(
                 Exit.PREEMPTED,
-                "a signal, before all ranks had come",
-                "nothing was begun",
+                "a signal arrived before all ranks had started",
+                "no signal until all ranks have started; the run was not changed",
                 "run the same command again",
             )
         time.sleep(0.1)
     raise RuntimeError(
-        f"of {size} ranks {sum(store.check([hello]) for hello in hellos)} came, or some of them are of an"
-        " earlier start"
+        f"{sum(store.check([hello]) for hello in hellos)} of {size} ranks arrived, or some of them belong to"
+        " an earlier start"
     )
 
 
 @contextmanager
 def losses_named() -> Iterator[None]:
-    """An error of a collective becomes the Stop of the rank that failed, if one said why, else a Stop(LOST)
-    that names who is missing.
+    """Replace an error of a collective operation by the Stop of the rank that failed, if it left one, and
+    else by a Stop(LOST) with the missing ranks.
     """
     try:
         yield
@@ -113,7 +113,7 @@ def from_rank_0(function: Callable[[], Value]) -> Value:
                 raise
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], Stop):
-        answer[0].told = dist.get_rank() > 0  # rank 0 tells it
+        answer[0].told = dist.get_rank() > 0  # rank 0 prints it
         raise answer[0]
     return answer[0]
 
@@ -127,23 +127,32 @@ def _of_a_collective(error: BaseException) -> bool:
 
 
 def _leave_word(error: BaseException) -> None:
-    """For the others, who will miss this rank, why it goes."""
+    """Leave the reason why this rank stops in the store, for the other ranks."""
     stop = explain(error)
-    args = list(stop.args) if stop else [int(Exit.BUG), repr(error), "no exception", "see its errors/ file"]
+    args = (
+        list(stop.args)
+        if stop
+        else [
+            int(Exit.BUG),
+            repr(error),
+            "no exception",
+            "read the traceback in the errors/ folder of the run",
+        ]
+    )
 
     def leave() -> None:
         _store.set(f"left/{dist.get_rank()}", json.dumps(args))
-        _await_answers(2.0)  # rank 0 may hold the store: the others must have read it before it ends
+        _await_answers(2.0)  # rank 0 may serve the store, so the others must read it before rank 0 ends
         if isinstance(error, Stop) and dist.get_rank() > 0 and _store.check(["left/0"]):
-            error.told = json.loads(_store.get("left/0")) == args  # what stops all ranks is said once
+            error.told = json.loads(_store.get("left/0")) == args  # print once what stops all ranks
 
     _with_store(leave, 4.0)
 
 
 def _named(error: BaseException) -> Stop:
-    """Who is missing.
+    """The Stop that names the missing ranks.
 
-    Every rank that lives says so in the store, and those that stopped have left their reason there.
+    Every live rank reports itself in the store, and ranks that stopped have left their reason there.
     """
     size = dist.get_world_size()
 
@@ -162,20 +171,20 @@ def _named(error: BaseException) -> Stop:
     who = (
         f"rank {', '.join(map(str, missing))} of {size}"
         if missing
-        else "the rank that holds the store, or the network to it,"
+        else "the rank that serves the store, or the network to it,"
     )
     return Stop(
         Exit.LOST,
         f"{who} was lost: {_first_line(error)}",
         "ranks that answer within world_timeout",
-        "run the same command again: it goes on from the last checkpoint; errors/ and the launcher's log may"
-        " say why it was lost",
+        "run the same command again to continue from the last checkpoint; the run's errors/ folder and the"
+        " launcher's log may show why the rank was lost",
     )
 
 
 def _with_store(function: Callable[[], Value], seconds: float) -> Value | None:
-    """What `function`, which asks the store, gives; None if the store's rank is gone, or a link to it is cut:
-    then torch's calls do not return.
+    """The result of `function`, which reads the store. None if the store cannot be reached: torch's calls may
+    then never return, so they run in a thread.
     """
     found: list[Value] = []
 
@@ -183,7 +192,7 @@ def _with_store(function: Callable[[], Value], seconds: float) -> Value | None:
         try:
             found.append(function())
         except (RuntimeError, TypeError):
-            pass  # nobody is there
+            pass  # the store is gone
 
     thread = threading.Thread(target=ask, daemon=True, name="store")
     thread.start()
@@ -192,7 +201,7 @@ def _with_store(function: Callable[[], Value], seconds: float) -> Value | None:
 
 
 def _await_answers(seconds: float) -> list[int]:
-    """Ranks that did not say within `seconds` that they live."""
+    """Ranks that did not report themselves within `seconds`."""
     others, deadline = (
         [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()],
         time.monotonic() + seconds,
@@ -210,5 +219,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def of_gpus() -> Any:
-    """A second group, of NCCL. It waits longer than the hosts' group, which can name the missing rank."""
+    """A second group, with NCCL. Its timeout is longer than that of gloo, which can name missing ranks."""
     return dist.new_group(backend="nccl", timeout=2 * _timeout)

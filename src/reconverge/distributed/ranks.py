@@ -1,5 +1,6 @@
-"""What all ranks of a run do together, before and beside torch: meet, share the microbatches of a step, ask
-rank 0. Imports no torch: a lone process, a world of one, reaches its refusals without it.
+"""Functions for all ranks of a run: join, divide the microbatches of a step, get values from rank 0.
+
+Imports no torch, so that a single process can reject wrong settings without importing it.
 """
 
 import os
@@ -18,8 +19,8 @@ Value = TypeVar("Value")
 
 @contextmanager
 def joined(minutes: float) -> Iterator[None]:
-    """All ranks of the run as one group, which a world of one does not need. `minutes`: how long a rank is
-    waited for.
+    """Join all ranks of the run in one group; a single process needs none. `minutes`: how long to wait for
+    other ranks.
 
     Errors: Stop(USAGE) for a launcher that cannot restart ranks, Stop(LOST).
     """
@@ -32,9 +33,9 @@ def joined(minutes: float) -> Iterator[None]:
         raise Stop(
             Exit.USAGE,
             "torchrun --max-restarts with a static rendezvous (--master-addr, --master-port, --node-rank)",
-            "a c10d rendezvous: a static one does not find together again after a rank was killed",
-            "torchrun --standalone on one machine, --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT on several;"
-            " or --max-restarts=0",
+            "a c10d rendezvous, because with a static one the ranks cannot meet again after a restart",
+            "torchrun --standalone on one machine; --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT on several"
+            " machines; or --max-restarts=0",
         )
     from reconverge.distributed import group
 
@@ -44,7 +45,7 @@ def joined(minutes: float) -> Iterator[None]:
 
 @contextmanager
 def losses_named() -> Iterator[None]:
-    """Around what needs all ranks: when some are lost, the error becomes a Stop(LOST) that names them."""
+    """Use it around code that needs all ranks: if some are lost, the error becomes a Stop(LOST) with them."""
     if HERE.size == 1:
         yield
         return
@@ -55,7 +56,7 @@ def losses_named() -> Iterator[None]:
 
 
 def from_rank_0(function: Callable[[], Value]) -> Value:
-    """What `function` gives on rank 0, which alone calls it, on every rank; a Stop of its stops them all."""
+    """Call `function` only on rank 0, and return its result on every rank. Its Stop stops all ranks."""
     if HERE.size == 1:
         return function()
     from reconverge.distributed import group
@@ -64,9 +65,9 @@ def from_rank_0(function: Callable[[], Value]) -> Value:
 
 
 def rank_0_first(function: Callable[[], Value]) -> Value:
-    """Every rank calls it, and rank 0 before the others, who find in a cache what it left there.
+    """Call `function` on rank 0, and then on the other ranks, which can use a cache that rank 0 has written.
 
-    Its Stop stops them all.
+    A Stop on rank 0 stops all ranks.
     """
     found: list[Value] = []
     from_rank_0(lambda: found.append(function()))
@@ -74,8 +75,8 @@ def rank_0_first(function: Callable[[], Value]) -> Value:
 
 
 def _rendezvous_of_slurm() -> None:
-    """Where the ranks of a Slurm step meet, unless the job's script says so: on its first host, at a port
-    made from its number.
+    """Set where the ranks of a Slurm step meet, unless the job's script has set it: on the first host, at a
+    port computed from the job's number.
     """
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
     os.environ.setdefault("MASTER_PORT", str(20000 + (97 * job + step) % 10000))
@@ -87,7 +88,7 @@ def _rendezvous_of_slurm() -> None:
 
 
 def _static_rendezvous() -> bool:
-    """torchrun does not tell its workers; its own command line does."""
+    """Whether torchrun uses a static rendezvous. Only its own command line shows that."""
     try:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:
@@ -96,19 +97,19 @@ def _static_rendezvous() -> bool:
     return not re.search(r"standalone|c10d|etcd", " ".join([*command, *own]), re.IGNORECASE)
 
 
-# ---- which microbatches of a step are whose ----
+# ---- the microbatches of each rank ----
 
 
 def worlds(microbatches: int, tree: bool) -> list[int]:
-    """Every number of ranks that can carry a step; with reduce=tree powers of two, whose blocks are its
-    subtrees.
+    """All possible numbers of ranks. With reduce=tree they are powers of two, so that the block of each rank
+    is a subtree.
     """
     sizes = range(1, microbatches + 1)
     return [size for size in sizes if microbatches % size == 0 and not (tree and size & (size - 1))]
 
 
 def block(microbatches: int, rank: int, ranks: int, tree: bool) -> range:
-    """The numbers, of 0..microbatches-1, that `rank` of `ranks` takes. Errors: Stop(USAGE)."""
+    """The microbatches, from 0..microbatches-1, of `rank`. Errors: Stop(USAGE)."""
     fitting = worlds(microbatches, tree)
     if ranks not in fitting:
         nearest = min(fitting, key=lambda size: abs(size - ranks))

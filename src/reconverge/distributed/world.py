@@ -1,7 +1,7 @@
-"""The machine under a run: ranks, device, threads, precision. A lone process is a world of one.
+"""The machine of a run: ranks, device, threads, precision. A single process is a world of size one.
 
-The ranks of a run are one gloo group (group.py), which passes words between hosts; on GPUs, a second one of
-NCCL adds gradients.
+All ranks form a gloo group (group.py) for messages between hosts. On GPUs, a second group with NCCL sums
+gradients.
 """
 
 import ctypes
@@ -32,12 +32,12 @@ class World:
         if device == "cuda" and available == "cpu":
             raise Stop(
                 Exit.USAGE,
-                "device=cuda, and torch sees no GPU",
-                "cpu, or a GPU with a driver that torch can use",
-                "device=cpu",
+                "device=cuda, but torch finds no GPU",
+                "device=cuda only with an NVIDIA GPU and a driver that torch can use",
+                "device=cpu; for a GPU, check nvidia-smi and torch.cuda.is_available()",
             )
         self.device = torch.device(available if device == "auto" else device)
-        self._of_gradients: Any = None  # None: the one group of all
+        self._of_gradients: Any = None  # the group that sums gradients; None means the gloo group
         if self.device.type == "cpu":
             keep_freed_memory()
         else:
@@ -50,21 +50,21 @@ class World:
             raise Stop(
                 Exit.USAGE,
                 f"precision=tf32 on {self.hardware()}",
-                "fp32, bf16, fp16; tf32 on an NVIDIA GPU since A100",
+                "fp32, bf16 or fp16; tf32 only on NVIDIA GPUs since A100 (compute capability 8.0)",
                 "precision=fp32",
             )
-        # Convolutions of torch take TF32 by default: published is fp32, so say which.
+        # torch's convolutions use TF32 by default, but the published runs used fp32, so set it explicitly.
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         self.deterministic = deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(deterministic)
-        # A debugging aid that costs time.
+        # This is only a debugging aid, and it costs time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = not deterministic
 
     def _own_gpu(self) -> int:
-        """The GPU of this rank, whether its launcher shows each task one or all of the node's.
+        """The GPU of this rank. The launcher may show each task only one GPU, or all GPUs of the node.
 
         Errors: Stop(USAGE).
         """
@@ -72,25 +72,26 @@ class World:
         if visible > 1 and self.local_rank >= visible:
             raise Stop(
                 Exit.USAGE,
-                f"rank {self.rank} is number {self.local_rank} on its host, and {visible} GPUs are visible",
-                "a rank a GPU",
-                f"torchrun --nproc-per-node={visible}, or srun with as many tasks a node as GPUs",
+                f"rank {self.rank} is number {self.local_rank} (from 0) on its host, but only {visible} GPUs"
+                " are visible",
+                "one GPU for each rank",
+                f"torchrun --nproc-per-node={visible}, or srun with as many tasks per node as GPUs",
             )
         return self.local_rank if visible > 1 else 0
 
     def set_threads(self, threads: int) -> None:
-        """Another number of threads gives other bits."""
+        """Set the number of threads of torch. A different number gives different bits."""
         self.threads = threads
         torch.set_num_threads(threads)
 
-    # ---- words between hosts, through their memory ----
+    # ---- messages between hosts ----
 
     def any(self, flag: bool) -> bool:
-        """Whether it is raised on any rank."""
+        """Whether `flag` is true on any rank."""
         return bool(self.gather(torch.tensor([float(flag)])).any())
 
     def gather(self, values: Tensor) -> Tensor:
-        """Of each rank its `values`, as one tensor (ranks, *shape) on the host."""
+        """The `values` of all ranks as one tensor (ranks, *shape) on the host."""
         mine = values.detach().cpu().contiguous()
         if self.size == 1:
             return mine[None]
@@ -99,7 +100,7 @@ class World:
         return gathered
 
     def gather_objects(self, value: Value) -> list[Value]:
-        """Of each rank its `value`, in the order of ranks."""
+        """The `value` of each rank, in the order of ranks."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -107,41 +108,42 @@ class World:
         return gathered
 
     def all_of(self, text: str) -> str:
-        """What the ranks say, each text once."""
+        """The texts of all ranks, each different text once."""
         return " and ".join(sorted(set(self.gather_objects(text))))
 
     def agree(self, what: str, value: Any) -> Any:
-        """`value`, if all ranks have the same. Errors: Stop(NOT_COMPARABLE) with the ranks that differ."""
+        """`value`, if it is equal on all ranks. Errors: Stop(NOT_COMPARABLE) with the ranks that differ."""
         values = self.gather_objects(value)
         others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
         if others:
             raise Stop(
                 Exit.NOT_COMPARABLE,
-                f"{what}: rank 0 has {values[0]}, and rank {', '.join(others)} {values[int(others[0])]}",
-                "the same on every rank",
-                f"start all of them with the same {what}",
+                f"different {what}: rank 0 has {values[0]}, rank {', '.join(others)} has"
+                f" {values[int(others[0])]}",
+                f"the same {what} on every rank",
+                f"start all ranks with the same {what}",
             )
         return value
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """What they hold on rank 0, to every rank."""
+        """Copy the tensors of rank 0 to every rank."""
         if self.size == 1:
             return
         for tensor in tensors:
-            values = tensor.detach().contiguous()  # of channels_last a copy
+            values = tensor.detach().contiguous()  # this is a copy for channels_last tensors
             dist.broadcast(values, src=0, group=self._of_gradients)
             tensor.detach().copy_(values)
 
-    # ---- gradients, through the devices ----
+    # ---- gradients between devices ----
 
     def add_up(self, values: Tensor) -> Callable[[], object]:
-        """Begin to add `values` of all ranks, in place; call what it returns before they are read."""
+        """Start to sum the `values` of all ranks in place. Call the returned function before reading them."""
         if self.size == 1:
             return lambda: None
         return dist.all_reduce(values, group=self._of_gradients, async_op=True).wait
 
     def exchange(self, mine: Tensor, partner: int, into: Tensor) -> None:
-        """Send `mine` to the rank `partner`, and receive its own."""
+        """Send `mine` to the rank `partner`, and receive the partner's tensor in `into`."""
         both = [
             dist.P2POp(dist.isend, mine, partner, self._of_gradients),
             dist.P2POp(dist.irecv, into, partner, self._of_gradients),
@@ -152,7 +154,7 @@ class World:
     # ---- the device ----
 
     def place(self, model: nn.Module, channels_last: bool) -> nn.Module:
-        """The model on the device, its weights in the memory format that the images will have."""
+        """Move the model to the device, with weights in the same memory format as the images."""
         model = model.to(self.device)
         if channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -163,14 +165,14 @@ class World:
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss for fp16; does nothing for the others."""
+        """Scales the loss for fp16, and does nothing for other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def tracer(self, steps: int, path: Path) -> torch.profiler.profile | None:
-        """A context that traces `steps` steps after the second into a file for ui.perfetto.dev, fewer if it
-        ends before.
+        """A context that traces `steps` steps, after the first two, into a file for ui.perfetto.dev; fewer if
+        training ends before.
 
-        Its step() is to be called after each. None for 0, and on other ranks than 0.
+        Call its step() after each step. None if `steps` is 0, and on all ranks except rank 0.
         """
         if steps == 0 or self.rank > 0:
             return None
@@ -180,31 +182,31 @@ class World:
         )
 
     def hardware(self) -> str:
-        """What decides the bits beside versions and threads."""
+        """The device's name. Like versions and threads, it decides the bits."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name()
         return f"{environment.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep large blocks that are freed, for the next step's tensors.
+    """Make malloc keep large freed blocks for the tensors of the next step.
 
-    Mapped anew each time, their pages are zeroed and faulted in one by one: 8 to 10 % of a training step on a
-    CPU.
+    Otherwise the system maps their pages again and fills them with zeros in each step, which takes 8 to 10 %
+    of a training step on a CPU.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to the system
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings for large blocks
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: return no memory to the system
 
 
 def default_workers(device: torch.device) -> int:
-    """On a GPU every core but the main process's, 16 at most; on a CPU one, for there the model takes the
-    time.
+    """Data workers: with a GPU all cores but one, 16 at most; on a CPU one, because the model needs the
+    cores.
     """
     return min(16 if device.type == "cuda" else 1, launcher.cores() - 1)
 
 
 def default_threads(device: torch.device, workers: int) -> int:
-    """Threads and workers together never take more than the cores."""
+    """Threads of torch. Threads and data workers together use no more than the cores."""
     return 1 if device.type == "cuda" else max(1, launcher.cores() - workers)

@@ -1,6 +1,6 @@
-"""A trained model as other tools load it.
+"""Exports a trained model for other tools, with an example and its logits.
 
-An example and its logits travel with it, and `check` compares them with what that tool says.
+`check` loads the export with the other tool, and compares its logits of the example.
 """
 
 import json
@@ -23,21 +23,22 @@ from reconverge.run.reader import Opened
 
 FORMAT = "reconverge-export-1"
 OPSET = 18  # of ONNX
-EXAMPLES = 5  # images of the example; of which ONNX is asked for one and for all
-TOLERANCE = 1e-4  # of the logits, relative to the largest: other kernels, other machines
+EXAMPLES = 5  # images of the example; ONNX is tried with a batch of one and a batch of all
+TOLERANCE = 1e-4  # of the logits, relative to the largest one; kernels and machines may differ
 
 
 class Weights(NamedTuple):
     tensors: dict[str, Tensor]
     kind: str  # raw or ema
-    steps: list[int]  # of more than one, their mean
+    steps: list[int]  # more than one: the mean of these checkpoints
 
 
 def choose(path: Path, run: Opened, kind: str | None, best: bool, average: int) -> Weights:
-    """Weights of a run: of its newest checkpoint, of the `best` by top-1 of that kind, or the mean of the
-    newest `average`.
+    """Weights of a run: those of its newest checkpoint, of the checkpoint with the `best` top-1 of this kind,
+    or the mean of the newest `average` checkpoints.
 
-    `kind`: raw or ema; None: the EMA's where the run keeps one. Errors: Stop(USAGE, MISSING, DAMAGED).
+    `kind`: raw or ema; None: ema if the run keeps EMA weights, else raw. Errors: Stop(USAGE, MISSING,
+    DAMAGED).
     """
     kind = kind or ("ema" if run.cfg.ema.decay is not None else "raw")
     folder = run.folder / "checkpoints"
@@ -47,9 +48,9 @@ def choose(path: Path, run: Opened, kind: str | None, best: bool, average: int) 
         if step is None:
             raise Stop(
                 Exit.MISSING,
-                f"{run.folder}: the {kind} weights were never evaluated",
-                "a run with evaluations",
-                "drop --best",
+                f"--best, but the {kind} weights of {run.folder} were never evaluated",
+                "a run with at least one evaluation",
+                "leave out --best to export the newest checkpoint",
             )
         chosen = [checkpoint.choose(reader.checkpoint_of(folder, step))[0]]
     if average > 1:
@@ -57,22 +58,25 @@ def choose(path: Path, run: Opened, kind: str | None, best: bool, average: int) 
         if len(known) < average:
             raise Stop(
                 Exit.MISSING,
-                f"--average {average}, and {folder} has {len(known)} checkpoints",
-                "as many checkpoints as are averaged",
-                f"--average {len(known)}, or a run with keep={average}",
+                f"--average {average}, but {folder} has only {len(known)} checkpoints",
+                f"--average up to the number of kept checkpoints, {len(known)}",
+                f"--average {len(known)}, or train with keep={average}",
             )
         chosen = [checkpoint.choose(step)[0] for step in known[-average:]]
     name = {"raw": "model", "ema": "ema"}[kind]
     found = [checkpoint.load(one)[0] for one in chosen]
     if any(name not in tensors for tensors in found):
         raise Stop(
-            Exit.USAGE, f"--weights {kind}, and {chosen[0]} has no EMA weights", "raw", "--weights raw"
+            Exit.USAGE,
+            f"--weights {kind}, but {chosen[0]} has no EMA weights",
+            "the raw weights of this run",
+            "--weights raw",
         )
     return Weights(mean([tensors[name] for tensors in found]), kind, [reader.step_of(one) for one in chosen])
 
 
 def mean(sets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Of each tensor the mean over the sets, added in float64; of integers (BatchNorm's counts) the last."""
+    """The mean of each tensor over the sets, summed in float64; of integers (BatchNorm's counts) the last."""
     if len(sets) == 1:
         return sets[0]
     return {
@@ -85,18 +89,16 @@ def mean(sets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-# ---- the forms ---------------------------------------------------------------------------------------------
+# ---- the formats -------------------------------------------------------------------------------------------
 
 
 class Form(NamedTuple):
-    write: Callable[
-        [nn.Module, Path, dict[str, Any], Tensor], None
-    ]  # (model, folder, what export.json says, example images)
-    logits: Callable[
-        [Path, dict[str, Any], Tensor], Tensor
-    ]  # of images, by the tool that is meant to load the folder
-    usage: str  # Python, with FOLDER
-    exact: bool  # whether it gives the very bits on the machine that wrote it
+    # (model, folder, contents of export.json, example images): writes the model
+    write: Callable[[nn.Module, Path, dict[str, Any], Tensor], None]
+    # (folder, contents of export.json, images) -> logits, computed by the tool of this format
+    logits: Callable[[Path, dict[str, Any], Tensor], Tensor]
+    usage: str  # Python code that loads the model from FOLDER
+    exact: bool  # whether its logits have equal bits on the machine that wrote it
 
 
 def _safetensors(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
@@ -113,14 +115,14 @@ def _by_ourselves(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor
 
 
 def _timm(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
-    """config.json as timm's save_for_hf writes it, for every timm since 1.0."""
+    """config.json as timm's save_for_hf writes it, readable by timm 1.0 and later."""
     known: dict[str, Any] = dict(getattr(net, "pretrained_cfg", None) or {})
     if "architecture" not in known:
         raise Stop(
             Exit.USAGE,
-            f"--to timm of {about['model']}, which timm does not have",
-            "a model of timm's",
-            "--to pt2, onnx or safetensors",
+            f"--to timm with {about['model']}, which is not a model of timm",
+            "--to timm only for models of timm",
+            "--to pt2, --to onnx or --to safetensors",
         )
     cfg, side = compose.from_text(about["config"], Train), about["evaluate"]["size"]
     arguments: dict[str, Any] = {"img_size": cfg.model.image_size} if cfg.model.image_size else {}
@@ -199,9 +201,9 @@ def _by_onnxruntime(folder: Path, about: dict[str, Any], images: Tensor) -> Tens
     if abs(one - all[:1]).max() > TOLERANCE * abs(all).max():
         raise Stop(
             Exit.DAMAGED,
-            f"{folder}: one image alone has other logits than among five",
-            "the same",
-            "export it again",
+            f"{folder}: the logits of an image depend on the other images of the batch",
+            f"equal logits (within {TOLERANCE:g}) for any batch",
+            "export the model again",
         )
     return torch.from_numpy(all)
 
@@ -212,7 +214,7 @@ def _needed(*packages: str) -> None:
     if lacking := [package for package in packages if find_spec(package) is None]:
         raise Stop(
             Exit.USAGE,
-            f"--to onnx without {', '.join(lacking)}",
+            f"--to onnx, but these packages are not installed: {', '.join(lacking)}",
             "the optional packages of reconverge[export]",
             f"pip install {' '.join(lacking)}",
         )
@@ -236,7 +238,7 @@ FORMS = {
 
 @torch.no_grad()
 def export(run: Opened, weights: Weights, form: str, folder: Path, license: str) -> dict[str, Any]:
-    """Write the model into `folder`, and return what its export.json says.
+    """Write the model into `folder`, and return the contents of its export.json.
 
     Errors: Stop(USAGE, NOT_COMPARABLE).
     """
@@ -278,8 +280,8 @@ def export(run: Opened, weights: Weights, form: str, folder: Path, license: str)
 
 @torch.no_grad()
 def check(folder: Path) -> str:
-    """Verify the files of an export and its logits, by the tool that is meant to load it; in words, how near
-    they are.
+    """Check the hashes of an export's files, and its logits with the tool of its format. Returns a text about
+    the difference of the logits.
 
     Errors: Stop(MISSING, DAMAGED).
     """
@@ -289,19 +291,25 @@ def check(folder: Path) -> str:
         files = about["files"].items()
     except FileNotFoundError:
         raise Stop(
-            Exit.MISSING, f"{folder} has no export.json", "a folder that reconverge export wrote", "the path"
+            Exit.MISSING,
+            f"{folder} has no export.json",
+            "a folder that reconverge export wrote",
+            "correct the path",
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Stop(
-            Exit.DAMAGED, f"{folder / 'export.json'}: {error!r}", "as it was written", "export it again"
+            Exit.DAMAGED,
+            f"{folder / 'export.json'} is damaged: {error!r}",
+            "the file as reconverge export wrote it",
+            "export the model again",
         ) from None
     for name, digest in files:
         if not (folder / name).exists() or sha256_of(folder / name) != digest:
             raise Stop(
                 Exit.DAMAGED,
-                f"{folder / name} is not what was exported",
-                "every file as it was written",
-                "export it again",
+                f"{folder / name} has changed since the export",
+                "every file as reconverge export wrote it",
+                "export the model again",
             )
     example = load_file(folder / "example.safetensors")
     logits = form.logits(folder, about, example["images"])
@@ -309,15 +317,15 @@ def check(folder: Path) -> str:
     if not away <= TOLERANCE:
         raise Stop(
             Exit.DAMAGED,
-            f"{folder}: logits of the example differ by {away:.2g} of the largest",
-            f"{TOLERANCE:g} at most",
-            "export it again",
+            f"{folder}: the logits of the example differ by {away:.2g} of the largest logit",
+            f"a difference of {TOLERANCE:g} of the largest logit at most",
+            "export the model again",
         )
-    return "the very bits" if away == 0 else f"within {away:.1g} of the largest"
+    return "equal bit for bit" if away == 0 else f"equal within {away:.1g} of the largest logit"
 
 
 def _accuracy(run: Opened, weights: Weights) -> float | None:
-    """Percent, of these weights; None where they were not evaluated, as no mean was."""
+    """Top-1 of these weights in percent; None if they were not evaluated. A mean of checkpoints never was."""
     evaluated = reader.top1(reader.metrics(run.folder))
     return evaluated.get(weights.steps[0], {}).get(weights.kind) if len(weights.steps) == 1 else None
 
@@ -337,7 +345,7 @@ def card(about: dict[str, Any], folder: str) -> str:
     """The model card: README.md of the export."""
     steps = about["steps"]
     of = (
-        f"the mean of the checkpoints after steps {', '.join(map(str, steps))}"
+        f"mean of the checkpoints of steps {', '.join(map(str, steps))}"
         if len(steps) > 1
         else f"after step {steps[0]}"
     )
@@ -352,9 +360,9 @@ def card(about: dict[str, Any], folder: str) -> str:
         "Top-1": top1,
         "Classes": str(len(about["classes"])),
         "Images": f"{how['size']} px, {how['mode']}, crop ratio {how['crop_ratio']:g}, "
-        f"{how['interpolation']}; mean {about['mean']}, deviation {about['std']}",
+        f"{how['interpolation']}; mean {about['mean']}, std {about['std']}",
         "Training data": f"fingerprint {(about['data'] or {}).get('train')}",
-        "Promises kept": ", ".join(name for name, kept in promises.items() if kept) or "none",
+        "Reproducibility": ", ".join(name for name, kept in promises.items() if kept) or "none",
     }
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
     usage = FORMS[about["form"]].usage.replace("FOLDER", folder)

@@ -18,7 +18,7 @@ TABLE_8: dict[tuple[str, int], tuple[float | None, ...]] = {
     ("convnext_l", 384): (87.5, 40.2, 29.9, 65.5, 66.7, 52.8),
     ("convnext_xl", 384): (87.8, 38.8, 27.1, 69.3, 68.2, 55.0),
 }
-# timm's own evaluations (results/ of its repository): the columns of that file for each set.
+# Set -> its column in timm's own evaluations (results/ of timm's repository).
 TIMM = {
     "imagenet1k": "in1k_top1",
     "real": "real_top1",
@@ -30,8 +30,8 @@ TIMM = {
 
 
 def published_accuracy(model: str, settings: Evaluate) -> tuple[str, dict[str, float]]:
-    """Who published figures of a model at this size, and set -> percent; nothing for a model that neither
-    source has.
+    """The source of published numbers for a model at this size, and set -> percent. Empty if neither source
+    has the model.
     """
     if row := TABLE_8.get((model, settings.size)):
         return "Table 8", {name: value for name, value in zip(COLUMNS, row, strict=True) if value is not None}

@@ -1,7 +1,4 @@
-"""A trained model, wherever it comes from: a run, or a name or folder that timm reads.
-
-What eval.py and export look at.
-"""
+"""Loads a trained model for eval.py: from a run, or from a name or folder that timm can load."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,38 +18,38 @@ from reconverge.weights import read
 
 
 class Trained(NamedTuple):
-    path: str  # what was loaded: a checkpoint, or the name of a model of timm's
-    name: str  # of the model: an entry of MODELS, or timm's name
-    nets: dict[str, nn.Module]  # by kind of weights: raw and ema, or `weights`; in evaluation mode
+    path: str  # what was loaded: a checkpoint, or the name of a timm model
+    name: str  # name of the model: an entry of MODELS, or timm's name
+    nets: dict[str, nn.Module]  # in evaluation mode, by kind of weights: raw and ema, or `weights`
     classes: list[str]
-    evaluate: Evaluate  # how its images are resized
+    evaluate: Evaluate  # how images are resized
     mean: list[float]
     std: list[float]
-    step: int | None  # of a run
-    fixed_size: bool  # whether it takes images of one size alone
+    step: int | None  # step of the run; None for timm models
+    fixed_size: bool  # whether it takes images of only one size
 
     @property
     def title(self) -> str:
         return self.path if self.step is None else f"{self.path}: step {self.step}"
 
     def resized(self, asked: dict[str, Any]) -> Evaluate:
-        """How its images are resized where `asked` changes some of it. Errors: Stop(USAGE)."""
+        """How images are resized, with the changes in `asked`. Errors: Stop(USAGE)."""
         if self.fixed_size and asked.get("size", self.evaluate.size) != self.evaluate.size:
             size = self.evaluate.size
             raise Stop(
                 Exit.USAGE,
                 f"size={asked['size']} with {self.name}",
-                f"{size}: it takes images of this size alone",
+                f"size={size}, because this model takes images of only one size",
                 f"size={size}",
             )
         settings = replace(self.evaluate, **asked)
-        net = next(iter(self.nets.values()))  # raw and EMA: one architecture
+        net = next(iter(self.nets.values()))  # raw and EMA models have the same architecture
         create.refuse_sizes(net, {"size": settings.size})
         return settings
 
 
 def of_run(run: Opened, path: Path) -> Trained:
-    """Both sets of weights of the newest valid checkpoint at `path`. Errors: Stop(MISSING, DAMAGED)."""
+    """Raw and EMA weights of the newest valid checkpoint at `path`. Errors: Stop(MISSING, DAMAGED)."""
     chosen, skipped = ranks.from_rank_0(lambda: checkpoint.choose(path))
     for reason in skipped:
         say(f"skipped a damaged checkpoint: {reason}")
@@ -77,8 +74,7 @@ def of_run(run: Opened, path: Path) -> Trained:
 
 
 def of_timm(name: str) -> Trained:
-    """A model of timm's with the weights and the preprocessing that `name` stands for: timm:NAME,
-    hf-hub:OWNER/NAME or a folder.
+    """A timm model with its weights and preprocessing. `name`: timm:NAME, hf-hub:OWNER/NAME or a folder.
 
     Errors: Stop(USAGE, MISSING, DAMAGED).
     """
@@ -97,9 +93,9 @@ def of_timm(name: str) -> Trained:
             Exit.USAGE,
             f"{name}: {net.num_classes} classes, crop mode {known.get('crop_mode')}, interpolation"
             f" {known.get('interpolation')}",
-            "a classifier whose classes are named or ImageNet's, with a centre crop or a squash, bicubic or"
+            "a classifier with named classes or those of ImageNet, with centre crop or squash, bicubic or"
             " bilinear",
-            "another model",
+            "choose another model",
         )
     evaluate = Evaluate(known["input_size"][-1], known["crop_pct"], mode, known["interpolation"])
     architecture = f"{known.get('architecture', name)}.{known.get('tag') or ''}".removesuffix(".")

@@ -1,4 +1,4 @@
-"""The five most probable classes of images that nobody labelled: predictions.csv, and a sheet of pictures."""
+"""Predicts the five most probable classes of images without labels: predictions.csv and a picture."""
 
 import csv
 from itertools import chain
@@ -20,7 +20,7 @@ class Files:
     """A source (see sources.py) of image files without labels."""
 
     def __init__(self, given: str | list[str]):
-        """`given`: files, and folders, in which every image at any depth is taken. Errors: Stop(MISSING)."""
+        """`given`: files and folders; all images below a folder are used. Errors: Stop(MISSING)."""
         self.paths: list[Path] = []
         known = suffixes()
         for path in map(Path, [given] if isinstance(given, str) else given):
@@ -34,8 +34,8 @@ class Files:
                 raise Stop(
                     Exit.MISSING,
                     f"images: {path} {what}",
-                    f"image files: {', '.join(sorted(known)[:8])}, ...",
-                    "images=",
+                    f"image files, or folders with image files: {', '.join(sorted(known)[:8])}, ...",
+                    "correct images=",
                 )
             self.paths += below or [path]
         self.classes: list[str] = []
@@ -58,21 +58,19 @@ class Files:
 def predict(
     given: str | list[str], folder: Path, nets: dict[str, nn.Module], classes: list[str], evaluator: Evaluator
 ) -> int:
-    """Write predictions.csv and predicted.png into `folder`: of the last kind of weights in `nets`, the EMA's
-    where there are some.
-    """
-    source, weights, best = Files(given), list(nets)[-1], min(5, len(classes))
+    """Write predictions.csv and predicted.png into `folder`, with the EMA weights if there are any."""
+    source, weights, best = Files(given), list(nets)[-1], min(5, len(classes))  # ema comes after raw
     tables = evaluator.table(top5, 2 * best, {weights: nets[weights]}, source)
     if tables is None:
-        say("stopped before the end: nothing is written")
+        say("stopped before the end; no file was written")
         return Exit.PREEMPTED
     table = tables[weights].numpy()
     if not np.isfinite(table).all():
         raise Stop(
             Exit.NOT_FINITE,
-            f"the {weights} weights give probabilities that are not finite",
-            "finite numbers",
-            "precision=fp32",
+            f"the probabilities of the {weights} weights are not finite",
+            "finite probabilities",
+            "precision=fp32; if that does not help, the weights are broken",
         )
     answers, shares = (
         [[classes[label] for label in row] for row in table[:, :best].astype(int)],
@@ -88,7 +86,7 @@ def predict(
                 csv.writer(file).writerow([path, *chain.from_iterable(pairs)])
         shown = range(min(32, len(source)))
         captions = [f"{shares[sample, 0]:.0%}\n{answers[sample][0]}" for sample in shown]
-        title = f"{len(source)} images: the most probable class by the {weights} weights"
+        title = f"{len(source)} images: most probable class ({weights} weights)"
         pictures.sheet(picture, pixels(source, shown, evaluator.settings), captions, title)
-    say(f"{len(source)} images by the {weights} weights: {rows}, and the first of them in {picture}")
+    say(f"predicted {len(source)} images with the {weights} weights: {rows}; the first images: {picture}")
     return Exit.DONE

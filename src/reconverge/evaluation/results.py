@@ -1,4 +1,4 @@
-"""What an evaluation found: said to a person beside the published figures, and written for programs."""
+"""Prints the results of an evaluation beside the published numbers, and writes them as JSON."""
 
 import json
 from dataclasses import asdict
@@ -23,7 +23,7 @@ UNITS = {"real": "ReaL", "mce": "mCE", "mean_error": "mean error", "top1": "top-
 
 
 class Findings:
-    """Of one model, set by set."""
+    """The results of one model on one or several sets."""
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class Findings:
         precision: str,
         decoder: str,
     ):
-        """`folder`: where they are written. `asked`: how the command line changed the size of images and the
-        like. The rest is told with what was found.
+        """`folder`: where the JSON files are written. `asked`: preprocessing settings of the command line.
+        `precision` and `decoder` are written with the results.
         """
         self._model, self._folder, self._evaluator, self._asked = model, folder, evaluator, asked
-        self._how = evaluator.settings  # of the newest set
+        self._how = evaluator.settings  # of the latest set
         self._about = {
             "checkpoint": model.path,
             "model": model.name,
@@ -50,7 +50,7 @@ class Findings:
         self._found: dict[str, dict[str, Any]] = {}  # by set
 
     def evaluate(self, data: Data) -> bool:
-        """Evaluate on one set, and say what was found. Whether it came to its end. Errors: Stop."""
+        """Evaluate on one set, and print the results. Returns whether it was completed. Errors: Stop."""
         parts = ranks.rank_0_first(partial(sets.parts, data, self._model.classes))
         self._how = sets.settings_of(data, self._evaluator.settings, self._asked)
         evaluator = self._evaluator._replace(settings=self._how)
@@ -70,7 +70,9 @@ class Findings:
         return True
 
     def write(self, suite: str, writes: bool) -> None:
-        """Each way of evaluating, and each checkpoint, into a file of its own."""
+        """Write the JSON file. Its name contains the set, the settings and the checkpoint, so that none is
+        overwritten by another.
+        """
         step, precision = self._model.step, self._about["precision"]
         name = f"{self._model.name}-{precision}" if step is None else f"{precision}-step-{step:08d}"
         name += "".join(f"-{option}-{value}" for option, value in self._asked.items() if option != "batch")
@@ -88,10 +90,7 @@ class Findings:
 
 
 def counted(data: Data, parts: list[Part], results: dict[str, list[Result]]) -> dict[str, Any]:
-    """Fingerprint and number of images of a set, and for each kind of weights what is counted.
-
-    Errors: Stop.
-    """
+    """Fingerprint and number of images of a set, and the scores of each kind of weights. Errors: Stop."""
     score = sets.SETS[str(data.dataset)].score if data.kind == "evaluation" else sets.top1
     prints = [part.source.fingerprint for part in parts]
     found: dict[str, Any] = {
@@ -115,13 +114,11 @@ def counted(data: Data, parts: list[Part], results: dict[str, list[Result]]) -> 
 def lines(
     data: Data, found: dict[str, Any], kinds: list[str], who: str, published: dict[str, float]
 ) -> list[str]:
-    """What a person reads of one set: a line for each kind of weights, beside the figure that `who`
-    published.
-    """
+    """Lines to print for one set: one for each kind of weights, with the number that `who` published."""
     images, known = found["images"], sets.SETS[str(data.dataset)] if data.kind == "evaluation" else None
     said = [
         f"{images:,} images of {'eval/' * bool(known)}{data.name}"
-        + (f" (the published set has {known.images:,})" if known and images != known.images else "")
+        + (f" (but the published set has {known.images:,})" if known and images != known.images else "")
     ]
     beside = published.get(str(data.dataset)) if known else None
     for name in kinds:
@@ -138,8 +135,8 @@ def lines(
 
 
 def row(found: dict[str, dict[str, Any]], kinds: list[str], who: str, published: dict[str, float]) -> str:
-    """The sets of a suite side by side, as a line of a paper's table: the first figure of each, by kind of
-    weights, and the published.
+    """A table with one column for each set of a suite: its main score for each kind of weights, and the
+    published one.
     """
     firsts = {name: next(iter(of[kinds[0]])) for name, of in found.items()}
     heads = [f"{name} ({UNITS[first]})" for name, first in firsts.items()]

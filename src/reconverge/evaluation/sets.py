@@ -1,5 +1,5 @@
-"""The sets that models of ImageNet-1K are compared on: how each is laid out as it is distributed, and how its
-answers are counted.
+"""The evaluation sets for models of ImageNet-1K: the folder layout of each as it is distributed, and its
+score.
 
 ImageNet-C, mCE and AlexNet's errors: Hendrycks and Dietterich (2019); C-bar: Mintun et al. (2021); A:
 Hendrycks et al. (2021); R: Hendrycks et al. (2021); Sketch: Wang et al. (2019); V2: Recht et al. (2019),
@@ -23,15 +23,20 @@ from reconverge.data.shards import Shards, open_evaluation
 from reconverge.data.sources import Source, open_validation, root_of
 from reconverge.training.evaluate import Result
 
-# Mean error of AlexNet over the five severities of each corruption, as the authors publish it: what mCE
-# divides by.
+# Mean error of AlexNet over the five severities of each corruption, as published by the authors. mCE divides
+# by these numbers.
 ALEXNET = {
     "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
     "defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360,
     "snow": 0.866816, "frost": 0.826572, "fog": 0.819324, "brightness": 0.564592,
     "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840, "jpeg_compression": 0.606500,
 }  # fmt: skip
-GROUPS = ("noise", "blur", "weather", "digital")  # the archives of ImageNet-C; `extra` does not count
+GROUPS = (
+    "noise",
+    "blur",
+    "weather",
+    "digital",
+)  # archives of ImageNet-C; the archive extra is not part of mCE
 C_BAR = (
     "blue_noise_sample", "brownish_noise", "caustic_refraction", "checkerboard_cutout",
     "cocentric_sine_waves",
@@ -41,56 +46,56 @@ SEVERITIES = 5
 
 
 class Part(NamedTuple):
-    """Images that are evaluated and counted by themselves; most sets are one part."""
+    """Images that are evaluated separately. Most sets have only one part."""
 
-    name: str  # of ImageNet-C: corruption/severity
+    name: str  # for ImageNet-C: corruption/severity
     source: Source
-    # The model's classes that the answer is chosen among, in the order of the source's; None: all.
+    # The model's classes that may be predicted, in the order of the source's classes; None: all.
     among: list[int] | None = None
 
 
 class EvalSet(NamedTuple):
-    """One of SETS, as data=eval/NAME."""
+    """An evaluation set, which data=eval/NAME selects."""
 
-    images: int  # as published, over all parts
+    images: int  # published number, over all parts
     parts: Callable[[Data, list[str]], list[Part]]  # (data, the model's classes). Errors: Stop
-    # In percent; the first is the one that papers print.
+    # Scores in percent; the first one is the main score in papers.
     score: Callable[[Data, list[Part], list[Result]], dict[str, float]]
-    folder: str  # where suite=robustness looks for it below suite.root: the name that its archive unpacks to
-    crop_ratio: float | None = None  # where the images are cropped already; None: that of the model
+    folder: str  # folder below suite.root for suite=robustness: the name in the set's archive
+    crop_ratio: float | None = None  # for sets with images that are already cropped; None: that of the model
 
 
-# ---- how they are laid out ---------------------------------------------------------------------------------
+# ---- folder layouts ----------------------------------------------------------------------------------------
 
 
 def _validation(data: Data, classes: list[str]) -> list[Part]:
-    """ImageNet's own validation images: shards, or class folders in root/val."""
+    """The validation images of ImageNet: shards, or class folders in root/val."""
     root = root_of(data)
     return [_all(data, root if _prepared(root) else root / str(data.val), classes)]
 
 
 def _whole(data: Data, classes: list[str]) -> list[Part]:
-    """Folders named by the model's classes, or shards of them; every class may be answered."""
+    """Folders named by the model's classes, or shards; every class of the model may be predicted."""
     return [_all(data, root_of(data), classes)]
 
 
 def _by_number(data: Data, classes: list[str]) -> list[Part]:
-    """Folders named by the position of the class, 0 to 999."""
+    """Folders named by the number of the class, 0 to 999."""
     return [Part("", open_folder(root_of(data), _cache(data), [str(label) for label in range(len(classes))]))]
 
 
 def _subset(data: Data, classes: list[str]) -> list[Part]:
-    """Folders of some of the model's classes, or shards of them; the answer is chosen among these."""
+    """Folders of some of the model's classes, or shards; only these classes may be predicted."""
     root = root_of(data)
     source = open_evaluation(root) if _prepared(root) else open_folder(root, _cache(data))
     places = {name: label for label, name in enumerate(classes)}
     if strangers := [name for name in source.classes if name not in places]:
         raise Stop(
             Exit.NOT_COMPARABLE,
-            f"{root}: {len(strangers)} of {len(source.classes)} classes that the model lacks:"
+            f"{root}: {len(strangers)} of {len(source.classes)} classes are not classes of the model:"
             f" {', '.join(strangers[:5])}",
-            f"some of the model's {len(classes)} classes",
-            "data.root=, or a model of ImageNet-1K",
+            f"only classes of the model, which has {len(classes)}",
+            "correct data.root=, or evaluate a model of ImageNet-1K",
         )
     return [Part("", source, [places[name] for name in source.classes])]
 
@@ -102,9 +107,9 @@ def _all(data: Data, root: Path, classes: list[str]) -> Part:
     if source.classes != classes:
         raise Stop(
             Exit.NOT_COMPARABLE,
-            f"{root} has {len(source.classes)} classes, and the model {len(classes)} or others",
-            "the classes of the model",
-            "data.root=, or another model",
+            f"the classes of {root} ({len(source.classes)}) are not those of the model ({len(classes)})",
+            "a data set with the classes of the model",
+            "correct data.root=, or choose another model",
         )
     return Part("", source)
 
@@ -114,7 +119,7 @@ def _prepared(root: Path) -> bool:
 
 
 def _corrupted(corruptions: Sequence[str]) -> Callable[[Data, list[str]], list[Part]]:
-    """CORRUPTION/SEVERITY/SYNSET, as distributed: all in one folder, or in those of the archives."""
+    """CORRUPTION/SEVERITY/SYNSET as distributed, in one folder or in the folders of the archives."""
 
     def parts(data: Data, classes: list[str]) -> list[Part]:
         root, found = root_of(data), {}
@@ -138,7 +143,7 @@ def _corrupted(corruptions: Sequence[str]) -> Callable[[Data, list[str]], list[P
                 f" {', '.join(lacking[:8])}{f' and {len(lacking) - 8} more' if lacking[8:] else ''}",
                 f"CORRUPTION/SEVERITY/SYNSET/*.JPEG of {len(corruptions)} corruptions, with {SEVERITIES}"
                 " severities each",
-                "data.root=, or unpack the missing archives there",
+                "correct data.root=, or unpack the missing archives there",
             )
         return [
             Part(f"{name}/{folder.name}", open_folder(folder, _cache(data), classes))
@@ -153,7 +158,7 @@ def _cache(data: Data) -> Path:
     return Path(data.cache).expanduser()
 
 
-# ---- how they are counted ----------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------------------
 
 
 def top1(data: Data, parts: list[Part], results: list[Result]) -> dict[str, float]:
@@ -162,7 +167,7 @@ def top1(data: Data, parts: list[Part], results: list[Result]) -> dict[str, floa
 
 
 def _real(data: Data, parts: list[Part], results: list[Result]) -> dict[str, float]:
-    """An answer is right that is among an image's labels; images without any are left out."""
+    """A prediction is right if it is one of the labels of the image. Images without labels do not count."""
     path = Path(data.labels).expanduser() if data.labels else root_of(data) / "real.json"
     try:
         labels = json.loads(path.read_text())
@@ -170,14 +175,14 @@ def _real(data: Data, parts: list[Part], results: list[Result]) -> dict[str, flo
     except FileNotFoundError:
         raise Stop(
             Exit.MISSING,
-            f"no {path}",
-            "real.json, as google-research/reassessed-imagenet has it",
-            "data.labels=PATH",
+            f"{path} does not exist",
+            "real.json of github.com/google-research/reassessed-imagenet",
+            "download it, and give its path with data.labels=PATH",
         ) from None
     except (ValueError, TypeError) as error:
         raise Stop(
             Exit.DAMAGED,
-            f"{path}: {error}",
+            f"{path} is damaged: {error}",
             "a list of labels for each validation image",
             "download it again",
         ) from None
@@ -187,9 +192,9 @@ def _real(data: Data, parts: list[Part], results: list[Result]) -> dict[str, flo
     if len(accepted) <= order.max(initial=-1) or (len(accepted) != len(order) and not _numbered(part.source)):
         raise Stop(
             Exit.NOT_COMPARABLE,
-            f"{path} has {len(accepted)} entries for {len(order)} images",
-            "one for each validation image, in the order of file names",
-            "data.labels=, or data.root=",
+            f"{path} has {len(accepted)} entries, but there are {len(order)} images",
+            "one entry for each validation image, in the order of file names",
+            "correct data.labels= or data.root=",
         )
     if not any(accepted[entry] for entry in order.tolist()):
         raise Stop(
@@ -202,7 +207,7 @@ def _real(data: Data, parts: list[Part], results: list[Result]) -> dict[str, flo
 
 
 def real_accuracy(accepted: Sequence[set[int]], order: np.ndarray, predicted: np.ndarray) -> float:
-    """Percent of the images with labels. `order`: for each sample the entry of `accepted` that is its own."""
+    """Accuracy in percent over images with labels. `order`: the index in `accepted` for each sample."""
     counted = [
         int(answer) in accepted[entry]
         for entry, answer in zip(order.tolist(), predicted, strict=True)
@@ -212,8 +217,8 @@ def real_accuracy(accepted: Sequence[set[int]], order: np.ndarray, predicted: np
 
 
 def _in_order_of_names(source: Folder | Shards) -> np.ndarray:
-    """For each sample the place of its image among all, by the number in its name, or by the order of the
-    names.
+    """For each sample, the position of its image among all: the number in its name, or else the position of
+    its name in sorted order.
     """
     numbers = _numbered(source)
     if numbers:
@@ -225,7 +230,7 @@ def _in_order_of_names(source: Folder | Shards) -> np.ndarray:
 
 
 def _numbered(source: Folder | Shards) -> list[int] | None:
-    """The numbers of images that are all called ILSVRC2012_val_NUMBER."""
+    """The numbers in the names ILSVRC2012_val_NUMBER; None if not all images have such a name."""
     found = [re.search(r"ILSVRC2012_val_(\d{8})", source.index.key(sample)) for sample in range(len(source))]
     return [int(match[1]) for match in found if match] if all(found) else None
 
@@ -241,7 +246,7 @@ def _mce(data: Data, parts: list[Part], results: list[Result]) -> dict[str, floa
 
 
 def errors_of(parts: list[Part], results: list[Result]) -> dict[str, float]:
-    """Corruption -> percent of wrong answers, the mean over its severities."""
+    """Corruption -> error in percent, the mean over its severities."""
     errors: dict[str, list[float]] = {}
     for part, result in zip(parts, results, strict=True):
         errors.setdefault(part.name.partition("/")[0], []).append(100 - result.top1)
@@ -249,7 +254,7 @@ def errors_of(parts: list[Part], results: list[Result]) -> dict[str, float]:
 
 
 def mce(errors: dict[str, float]) -> float:
-    """Percent: the mean over the corruptions of the error by AlexNet's."""
+    """mCE in percent: the mean over all corruptions of the error divided by AlexNet's error."""
     return sum(errors[name] / ALEXNET[name] for name in ALEXNET) / len(ALEXNET)
 
 
@@ -266,8 +271,8 @@ SETS = {
 
 
 def chosen(suite: Suite, data: Data) -> list[Data]:
-    """The sets of a suite that are there, each below its root as its archive unpacks; `data` gives the rest.
-    Without a suite `data` itself.
+    """The sets of a suite whose folders exist below suite.root, with the other settings of `data`. Without a
+    suite: `data` itself.
 
     Errors: Stop(USAGE, MISSING).
     """
@@ -277,20 +282,20 @@ def chosen(suite: Suite, data: Data) -> list[Data]:
         raise Stop(
             Exit.USAGE,
             f"suite.sets={suite.sets}",
-            ", ".join(SETS),
-            f"suite.sets without {', '.join(strangers)}",
+            f"some of {', '.join(SETS)}",
+            f"remove {', '.join(strangers)} from suite.sets",
         )
     root = Path(str(suite.root)).expanduser()
     places = {name: root / SETS[name].folder for name in suite.sets}
     there = {name: path for name, path in places.items() if path.is_dir()}
     if lacking := [str(path) for name, path in places.items() if name not in there]:
-        say(f"not there, and left out: {', '.join(lacking)}")
+        say(f"left out, because the folder does not exist: {', '.join(lacking)}")
     if not there:
         raise Stop(
             Exit.MISSING,
             f"{root} has none of the sets of suite={suite.name}",
-            ", ".join(map(str, places.values())),
-            "suite.root=",
+            f"at least one of the folders {', '.join(map(str, places.values()))}",
+            "correct suite.root=",
         )
     return [
         replace(data, name=name, kind="evaluation", dataset=name, root=str(path))
@@ -299,15 +304,15 @@ def chosen(suite: Suite, data: Data) -> list[Data]:
 
 
 def parts(data: Data, classes: list[str]) -> list[Part]:
-    """What is to be evaluated. `classes`: those of the model. Errors: Stop."""
+    """The parts of the set to evaluate. `classes`: the classes of the model. Errors: Stop."""
     if data.kind != "evaluation":
         return [Part("", open_validation(data, classes))]
     return SETS[str(data.dataset)].parts(data, classes)
 
 
 def settings_of(data: Data, settings: Evaluate, named: Collection[str]) -> Evaluate:
-    """How the images of a set are resized: as those of the model, but for what is cropped already, unless
-    somebody `named` a ratio.
+    """How the images of a set are resized: as for the model, but images that are already cropped keep their
+    crop, unless the crop ratio was set explicitly (it is in `named`).
     """
     ratio = SETS[str(data.dataset)].crop_ratio if data.kind == "evaluation" else None
     return settings if ratio is None or "crop_ratio" in named else replace(settings, crop_ratio=ratio)

@@ -1,4 +1,4 @@
-"""What a step costs, worked out with tensors that hold no data: floating-point operations and memory."""
+"""FLOPs and memory of a training step, computed with tensors that hold no data."""
 
 import weakref
 from typing import Any, NamedTuple
@@ -15,16 +15,14 @@ from reconverge.models import drop_path
 
 
 class Memory(NamedTuple):
-    """Bytes on one device at the height of a step, without what kernels and the device's runtime take for
-    themselves.
-    """
+    """Peak bytes of a step on one device, without the memory of kernels and of the device's runtime."""
 
     weights: int
     gradients: int
-    moments: int  # AdamW's two
-    average: int  # EMA
-    images: int  # of a forward pass as float32, and twice as uint8: these and the next
-    activations: int  # most that forward and backward of one pass hold at once
+    moments: int  # AdamW's first and second moments
+    ema: int  # EMA weights
+    images: int  # of one forward pass: float32, and uint8 twice, for this microbatch and the next
+    activations: int  # the most that forward and backward of one pass hold at one time
 
     @property
     def total(self) -> int:
@@ -32,12 +30,12 @@ class Memory(NamedTuple):
 
 
 def operations(net: nn.Module, side: int) -> float:
-    """Floating-point operations of forward and backward of one image, a multiply-add being two; `net` is on
-    the meta device.
+    """FLOPs of forward and backward of one image of `side` px; a multiply-add counts as 2. `net` is on the
+    meta device.
 
-    Three times those of forward, as is usual: for each product, backward computes two of its size. (Counted
-    directly they would be wrong: torch's FlopCounterMode takes the weight gradient of a depthwise convolution
-    for that of a full one.)
+    Training counts as 3 forward passes, as is usual: for each product, backward computes two products of the
+    same size. FlopCounterMode cannot count backward directly: it takes the weight gradient of a depthwise
+    convolution for that of a full convolution.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net.eval()(torch.empty(1, 3, side, side, device="meta"))
@@ -47,32 +45,32 @@ def operations(net: nn.Module, side: int) -> float:
 def memory(
     net: nn.Module, images: int, side: int, classes: int, dtype: torch.dtype, ema: bool, gradients: int
 ) -> Memory:
-    """Of training `net`, which is on the meta device and becomes unusable, with AdamW and autocast to
-    `dtype`; `images` of a forward pass, `gradients` that lie side by side.
+    """Memory of training `net` with AdamW and autocast to `dtype`.
 
-    Forward and backward run on fake tensors, which know their sizes alone, and what lives at the same time is
-    added up.
+    `net` is on the meta device and cannot be used afterwards. `images`: number in one forward pass.
+    `gradients`: number of copies of the gradients in memory. Forward and backward run on fake tensors, which
+    have sizes but no data; the sizes of those that live at the same time are added.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = net.to_empty(device="cpu").train()
         weights = sum(parameter.nbytes for parameter in net.parameters())
         buffers = sum(buffer.nbytes for buffer in net.buffers())
         pixels = torch.empty(images, 3, side, side)
-        for parameter in net.parameters():  # into which backward adds
+        for parameter in net.parameters():  # backward adds to existing gradients
             parameter.grad = torch.empty_like(parameter)
         with Living() as living, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             masks, targets = torch.empty(len(drop_path.rates(net)), images), torch.empty(images, classes)
             cross_entropy(drop_path.Masked(net)(pixels, masks).float(), targets).backward()
-    average = (weights + buffers) * ema
+    averaged = (weights + buffers) * ema
     return Memory(
-        weights + buffers, gradients * weights, 2 * weights, average, pixels.nbytes * 6 // 4, living.peak
+        weights + buffers, gradients * weights, 2 * weights, averaged, pixels.nbytes * 6 // 4, living.peak
     )
 
 
 class Living(TorchDispatchMode):
-    """While it is entered, adds up the storages that operations make and that still live.
+    """While active, adds up the sizes of all storages that torch's operations create, until they are freed.
 
-    `peak`: the most at any time, in bytes.
+    `peak`: the largest sum at any time, in bytes.
     """
 
     def __init__(self) -> None:
@@ -91,9 +89,8 @@ class Living(TorchDispatchMode):
             if not isinstance(leaf, torch.Tensor):
                 continue
             storage = leaf.untyped_storage()
-            if (
-                storage._cdata not in before and storage._cdata not in self._sizes
-            ):  # neither a view of an input, nor known
+            # Not a view of an input, and not counted yet.
+            if storage._cdata not in before and storage._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
                 self._now += storage.nbytes()
                 self.peak = max(self.peak, self._now)

@@ -1,4 +1,4 @@
-"""From the settings of a model to a classifier, with weights or without."""
+"""Builds a classifier from the settings of a model, with initial weights or on the meta device."""
 
 import torch
 from torch import nn
@@ -9,12 +9,12 @@ from reconverge.config import settings
 from reconverge.models import drop_path
 from reconverge.models.table import Spec, find
 
-TRIED = (16, 32, 64, 96, 128, 224, 256, 384, 512)  # pixels, where another size is to be suggested
+TRIED = (16, 32, 64, 96, 128, 224, 256, 384, 512)  # pixels; the first that fits is suggested
 
 
 def model(given: settings.Model, classes: int, seed: int) -> nn.Module:
-    """A classifier of `classes` with the initial weights of `seed`, on the CPU, stochastic depth taking its
-    masks as data.
+    """A classifier of `classes` classes on the CPU, with the initial weights of `seed`. Its stochastic depth
+    takes masks as data (drop_path.py).
 
     Errors: Stop(USAGE).
     """
@@ -33,7 +33,7 @@ def model(given: settings.Model, classes: int, seed: int) -> nn.Module:
 
 
 def on_meta(given: settings.Model, classes: int) -> nn.Module:
-    """The same without weights, on the meta device: nothing is allocated. Errors: Stop(USAGE)."""
+    """The same model on the meta device: no memory is allocated for weights. Errors: Stop(USAGE)."""
     with torch.device("meta"):
         net = _fitting(given).build(given, classes)
     drop_path.replace(net)
@@ -41,11 +41,10 @@ def on_meta(given: settings.Model, classes: int) -> nn.Module:
 
 
 def refuse_sizes(net: nn.Module, sizes: dict[str, int]) -> None:
-    """Where the model leaves nothing of an image of these sides, setting -> pixels: its forward pass is tried
-    on the meta device.
+    """Refuse image sizes for which the model's forward pass fails, tried on the meta device.
 
-    Errors: Stop(USAGE). A model that the meta device cannot run at any size is let pass: its size is not what
-    is wrong.
+    `sizes`: setting -> side in pixels. Errors: Stop(USAGE). A model that fails on the meta device at every
+    size is accepted, because then the size is not the reason.
     """
     weights = {name: tensor.to("meta") for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
     trained = net.training
@@ -65,29 +64,33 @@ def refuse_sizes(net: nn.Module, sizes: dict[str, int]) -> None:
             if fitting:
                 raise Stop(
                     Exit.USAGE,
-                    f"{setting}={size}: {said}",
-                    f"a size that the model takes, such as {fitting}",
+                    f"{setting}={size} with this model: {said}",
+                    f"an image size that the model can process, such as {fitting}",
                     f"{setting}={fitting}",
                 )
     net.train(trained)
 
 
 def _fitting(model: settings.Model) -> Spec:
-    """The same, given the size of the images if it is built for one, and only then. Errors: Stop(USAGE)."""
+    """The table's entry of a model. Models that are built for one image size need model.image_size; others
+    refuse it.
+
+    Errors: Stop(USAGE).
+    """
     spec = find(model)
     if spec.fixed_size and model.image_size is None:
         size = f"model.image_size={spec.fixed_size}"
         raise Stop(
             Exit.USAGE,
             f"model={model.name} without model.image_size",
-            "the size of the images: it is built for one",
+            "an image size in pixels, because this model is built for one image size",
             size,
         )
     if model.image_size is not None and not spec.fixed_size:
         raise Stop(
             Exit.USAGE,
             f"model.image_size={model.image_size} with {model.name}",
-            "null: it takes any size",
+            "null, because this model takes images of any size",
             "model.image_size=null",
         )
     return spec

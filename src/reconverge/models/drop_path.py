@@ -1,8 +1,8 @@
-"""Stochastic depth whose masks are data: drawn once per microbatch from its key and handed to the model with
-the images.
+"""Stochastic depth with masks as data: they are drawn once per microbatch from its key, and passed to the
+model with the images.
 
-So neither splitting or joining forward passes, nor torch.compile, activation checkpointing or the device
-changes them.
+So the masks do not change with the size of forward passes, torch.compile, activation checkpointing or the
+device.
 """
 
 import torch
@@ -13,9 +13,7 @@ from reconverge.base import chance
 
 
 class StochasticDepth(nn.Module):
-    """Takes timm's DropPath's place: multiplies each image's branch by its entry of the mask (0, or 1 / keep
-    rate).
-    """
+    """Replaces timm's DropPath: multiplies each image's branch by its mask value (0, or 1 / keep rate)."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -25,7 +23,7 @@ class StochasticDepth(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training:
             return branch
-        assert self.mask is not None, "a training forward pass wants its masks: call Masked"
+        assert self.mask is not None, "a training forward pass needs its masks: call Masked"
         return branch * self.mask.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
 
     def extra_repr(self) -> str:
@@ -33,9 +31,7 @@ class StochasticDepth(nn.Module):
 
 
 class Masked(nn.Module):
-    """A classifier called with its images and their masks: forward((N, 3, H, W), (drops, N)) -> logits (N,
-    classes).
-    """
+    """A classifier that takes images and masks: forward((N, 3, H, W), (drops, N)) -> logits (N, classes)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -49,7 +45,7 @@ class Masked(nn.Module):
 
 
 def replace(model: nn.Module) -> None:
-    """Put StochasticDepth in the place of every DropPath of a timm model, with its rate."""
+    """Replace every DropPath of a timm model by a StochasticDepth with the same rate."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, DropPath):
@@ -57,7 +53,7 @@ def replace(model: nn.Module) -> None:
 
 
 def rates(model: nn.Module) -> list[float]:
-    """Drop rate of every block that has one above 0, in the order of the blocks."""
+    """The drop rates of the blocks with stochastic depth, in the order of the blocks."""
     return [module.rate for module in model.modules() if isinstance(module, StochasticDepth)]
 
 

@@ -1,4 +1,4 @@
-"""Initial weights that the paper draws. A model of timm's draws its own."""
+"""Initial weights as in the paper. Other models of timm keep the initial weights of their constructors."""
 
 from collections.abc import Iterable
 
@@ -9,17 +9,17 @@ from reconverge.base import chance
 
 
 def truncated_normal(net: nn.Module, seed: int) -> None:
-    """Convolutions and linear layers truncated normal of deviation 0.02, biases 0 (official code; Table 5's
-    0.2 is a misprint).
+    """Convolutions and linear layers: truncated normal with std 0.02, biases 0 (official code; the 0.2 in
+    Table 5 is a misprint).
 
-    Each weight has a key of its own, its name: nothing hangs on the order of the modules. torch's initialiser
-    and not timm's, which leaves a few weights at 100 deviations.
+    The random key of each weight contains its name, so the order of the modules has no influence. This uses
+    torch's initialiser, because timm's leaves a few weights at 100 times the std.
     """
     _initialise(net.named_modules(), seed)
 
 
 def truncated_normal_head(net: nn.Module, seed: int) -> None:
-    """Only the head; the convolutions stay as PyTorch's constructors drew them (roadmap.py says why)."""
+    """Only the head. The convolutions keep PyTorch's default initial weights (roadmap.py explains why)."""
     _initialise([("head", net.get_submodule("head"))], seed)
 
 

@@ -1,5 +1,5 @@
-"""The isotropic ConvNeXts (section 3.3 and Table 2): ViT's layout with ConvNeXt's block, one width, no
-downsampling after the stem.
+"""The isotropic ConvNeXts (section 3.3 and Table 2): the layout of ViT with ConvNeXt blocks of one width, and
+no downsampling after the stem.
 """
 
 import torch
@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Isotropic(nn.Module):
-    """(N, 3, H, W) -> logits (N, classes); H and W are multiples of 16.
+    """(N, 3, H, W) -> logits (N, classes). H and W must be multiples of 16.
 
-    `layer_scale` None: no layer scale, as published for S and B.
+    `layer_scale` None means no layer scale, as published for S and B.
     """
 
     def __init__(self, width: int, depth: int, classes: int, drop_path: float, layer_scale: float | None):
@@ -35,7 +35,7 @@ class Isotropic(nn.Module):
             )
         return self.head(self.norm(x.mean((2, 3))))
 
-    # By timm's names, so that nothing else need know whose model it is.
+    # The methods below have the names of timm's models, so that other code can treat this model like timm's.
 
     def get_classifier(self) -> nn.Linear:
         return self.head
@@ -44,5 +44,5 @@ class Isotropic(nn.Module):
         self.recompute = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Stem and blocks are layers of their own; norm and head, which match neither, together the last."""
+        """The stem is one layer, and each block is one. Norm and head match neither: the last layer."""
         return {"stem": r"^stem", "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}

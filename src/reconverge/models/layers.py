@@ -1,6 +1,4 @@
-"""Which layer of its model a parameter belongs to, for learning rates that fall layer by layer towards the
-stem.
-"""
+"""The layer of each parameter, for layer-wise learning rate decay from the head to the stem."""
 
 import re
 
@@ -20,7 +18,7 @@ def layers(model: nn.Module, rule: str) -> dict[str, int]:
             raise Stop(
                 Exit.USAGE,
                 f"optim.layer_groups=stages with a {type(model).__name__}",
-                "stages: the groups published for ConvNeXt's four stages; blocks: one group a block, for any"
+                "stages, the published groups, for ConvNeXt models; blocks, one group for each block, for any"
                 " model",
                 "optim.layer_groups=blocks",
             )
@@ -30,19 +28,18 @@ def layers(model: nn.Module, rule: str) -> dict[str, int]:
         raise Stop(
             Exit.USAGE,
             f"optim.layer_decay with a {type(model).__name__}",
-            "a model that says which of its parameters form a block (group_matcher, as timm's do)",
+            "a model with the method group_matcher, as most timm models have it",
             "optim.layer_decay=1.0",
         )
     return group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
 
 
 def _stages(name: str, blocks: int) -> int:
-    """The published groups of a ConvNeXt by timm's names, three consecutive blocks of its third stage each a
-    group.
+    """The published group of a ConvNeXt parameter, by its timm name. `blocks`: number of blocks of stage 3.
 
-    12 groups and the head where that stage has 27 blocks (official code's optim_factory), 6 and the head
-    where it has 9 (the authors' detection and segmentation code, for T). A downsampling layer goes with the
-    first group of its stage.
+    Three consecutive blocks of the third stage form one group. That gives 12 groups and the head if this
+    stage has 27 blocks (official code's optim_factory), and 6 and the head if it has 9 (the authors'
+    detection and segmentation code, for T). A downsampling layer belongs to the first group of its stage.
     """
     last = 3 + -(-blocks // 3)  # the group of the fourth stage
     if name.startswith("stem."):

@@ -1,19 +1,19 @@
 """The roadmap of section 2 (Tables 10 and 11): from ResNet-50 to ConvNeXt-T and from ResNet-200 to
-ConvNeXt-B, a switch a step.
+ConvNeXt-B, with one change in each step.
 
-The definitions follow what the authors' submission-time code computes, whose multiply-adds are those of the
-tables at every step. Where it and the paper are silent, or differ, this is what was chosen:
+The definitions follow the authors' code from the time of submission, whose multiply-adds equal those of the
+tables at every step. Where the code and the paper differ, or say nothing, we chose this:
 
-- The last step is the published ConvNeXt: its layer norms after the stem, before each downsampling and before
-  the head, layer scale, and initial weights. The authors' code comes to its last step without them, by way of
-  a layer norm before the head that is no row of the tables; the paper says that separate downsampling
-  diverges without the added norms.
-- Layer scale: none before the last step, as in the authors' commands, though the appendix may be read as 1e-6
-  for all steps (model.layer_scale=1e-6 does that).
-- Initial weights before the last step: convolutions as PyTorch initialises them, the head truncated normal of
-  deviation 0.02 with biases 0, as in the authors' code.
-- Stochastic depth: linear over all blocks. The rate is the recipe's for the sizes t and b; for the ResNet-200
-  regime nothing is published.
+- The last step is the published ConvNeXt, with its layer norms after the stem, before each downsampling and
+  before the head, its layer scale, and its initial weights. The authors' code has a last step without them;
+  it adds a layer norm before the head that is not a row of the tables. The paper says that separate
+  downsampling diverges without the added norms.
+- Layer scale: none before the last step, as in the authors' commands. The appendix may also be read as 1e-6
+  for all steps; model.layer_scale=1e-6 gives that.
+- Initial weights before the last step: PyTorch's default for convolutions; the head is truncated normal with
+  std 0.02 and biases 0, as in the authors' code.
+- Stochastic depth: the rate grows linearly over all blocks up to the recipe's rate for the sizes t and b. For
+  the steps from ResNet-200 no rate is published.
 """
 
 from dataclasses import dataclass, replace
@@ -28,41 +28,40 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Design:
-    """The switches, in the order in which the steps turn them. None turned: ResNet-50."""
+    """The switches, in the order in which the steps change them. The defaults give ResNet-50."""
 
     depths: tuple[int, int, int, int] = (3, 4, 6, 3)  # blocks of each stage
     width: int = 64  # of the first stage; doubles from stage to stage
-    patchify: bool = (
-        False  # stem: a 4x4 convolution of stride 4, for 7x7 of stride 2, norm, activation and max pooling
-    )
+    # Stem: one 4x4 convolution of stride 4, instead of 7x7 of stride 2, norm, activation and max pooling.
+    patchify: bool = False
     depthwise: bool = False  # the spatial convolution has as many groups as channels
-    inverted: bool = False  # C -> 4C -> C, for 4C -> C -> 4C
-    depthwise_first: bool = False  # the spatial convolution comes before both 1x1s, for between them
-    kernel: int = 3  # of the spatial convolution
+    inverted: bool = False  # channels C -> 4C -> C, instead of 4C -> C -> 4C
+    depthwise_first: bool = False  # the spatial convolution comes before both 1x1s, instead of between them
+    kernel: int = 3  # side of the spatial convolution
     activation: type[nn.Module] = nn.ReLU
-    # only the one between the two 1x1s, for one after each convolution but the last, and after the sum
+    # Only between the two 1x1s, instead of after each convolution but the last, and after the sum.
     fewer_activations: bool = False
-    fewer_norms: bool = False  # only the one before the first 1x1, for one after each convolution
-    layer_norm: bool = (
-        False  # over the channels, in the place of BatchNorm; the convolutions of blocks get biases
-    )
-    # layer norm and 2x2 of stride 2 between stages, for a stride and a projection in their first blocks
+    fewer_norms: bool = False  # only before the first 1x1, instead of after each convolution
+    # LayerNorm over the channels, instead of BatchNorm; the convolutions of blocks get biases.
+    layer_norm: bool = False
+    # LayerNorm and a 2x2 convolution of stride 2 between stages, instead of a stride and a projection in the
+    # first block of a stage.
     downsampling: bool = False
 
     def norm(self, channels: int) -> nn.Module:
         return LayerNorm2d(channels, eps=1e-6) if self.layer_norm else nn.BatchNorm2d(channels)
 
     def outputs(self, width: int) -> int:
-        """Channels that leave a block of this width."""
+        """Output channels of a block of this width."""
         return width if self.inverted else 4 * width
 
 
 class Step(NamedTuple):
-    changes: dict[str, Any]  # of the design of the step before
+    changes: dict[str, Any]  # relative to the design of the step before
     macs: float  # billions at 224 px (Tables 10, 11)
     top1: float  # percent (Tables 10, 11)
-    parameters: float | None = None  # millions, of the authors' code; of the last steps, ConvNeXt's
-    counted: tuple[float, float] | None = None  # parameters and macs, where a table contradicts itself
+    parameters: float | None = None  # millions, in the authors' code; for the last steps those of ConvNeXt
+    counted: tuple[float, float] | None = None  # right parameters and macs, where a table contradicts itself
     note: str = ""
 
 
@@ -78,7 +77,7 @@ RESNET_50 = {
     "08_kernel_7": Step({"kernel": 7}, 4.15, 80.57, 25.86),
     "09_kernel_9": Step({"kernel": 9}, 4.21, 80.57, 26.05),
     "10_kernel_11": Step({"kernel": 11}, 4.29, 80.47, 26.29),
-    "11_gelu": Step({"kernel": 7, "activation": nn.GELU}, 4.15, 80.62, 25.86),  # 7 is what was kept
+    "11_gelu": Step({"kernel": 7, "activation": nn.GELU}, 4.15, 80.62, 25.86),  # the paper went back to 7
     "12_fewer_activations": Step({"fewer_activations": True}, 4.15, 81.27, 25.86),
     "13_fewer_norms": Step({"fewer_norms": True}, 4.15, 81.41, 25.80),
     "14_layer_norm": Step(
@@ -87,7 +86,7 @@ RESNET_50 = {
         81.47,
         25.84,
         (25.84, 4.15),
-        note="published: a slip; Figure 2 says 4.2, and Table 11 no change",
+        note="the published GMACs are a misprint: Figure 2 says 4.2, and Table 11 shows no change",
     ),
     "15_downsampling": Step(
         {"downsampling": True},
@@ -95,7 +94,7 @@ RESNET_50 = {
         81.97,
         28.59,
         (28.59, 4.46),
-        note="published: a slip; ConvNeXt-T counts 4.46",
+        note="the published GMACs are a misprint: ConvNeXt-T has 4.46",
     ),
 }
 RESNET_200 = {
@@ -119,7 +118,7 @@ RESNET_200 = {
 
 
 def designs(regime: dict[str, Step]) -> list[Design]:
-    """The switches as they stand after each step."""
+    """The switches after each step."""
     design, found = Design(), []
     for step in regime.values():
         design = replace(design, **step.changes)
@@ -128,7 +127,7 @@ def designs(regime: dict[str, Step]) -> list[Design]:
 
 
 class Block(nn.Module):
-    """(N, before, H, W) -> (N, after, H / stride, W / stride): shortcut + branch."""
+    """(N, before, H, W) -> (N, after, H / stride, W / stride): the sum of shortcut and branch."""
 
     def __init__(
         self,
@@ -141,7 +140,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         after = design.outputs(width)
-        # Channels before and after each convolution, and which of them is the spatial one.
+        # Channels before and after each convolution, and the index of the spatial convolution.
         if not design.inverted:
             channels, spatial = (before, width, width, after), 1
         elif not design.depthwise_first:
@@ -185,7 +184,7 @@ class Block(nn.Module):
 
 
 class Roadmap(nn.Module):
-    """(N, 3, H, W) -> logits (N, classes). `layer_scale` None: no layer scale."""
+    """(N, 3, H, W) -> logits (N, classes). `layer_scale` None means no layer scale."""
 
     def __init__(self, design: Design, classes: int, drop_path: float, layer_scale: float | None):
         super().__init__()
@@ -237,7 +236,7 @@ class Roadmap(nn.Module):
                 )
         return self.head(self.norm(x.mean((2, 3))))
 
-    # By timm's names, so that nothing else need know whose model it is.
+    # The methods below have the names of timm's models, so that other code can treat this model like timm's.
 
     def get_classifier(self) -> nn.Linear:
         return self.head

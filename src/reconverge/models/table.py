@@ -1,6 +1,6 @@
-"""The table of models: name -> how to build it, and what the paper prints of it.
+"""The table of models: name -> how to build it, and its published numbers.
 
-A new model is a file of its own, a line here, and a yaml in conf/model.
+A new model needs a file with its code, a line in this table, and a yaml file in conf/model.
 """
 
 import difflib
@@ -22,35 +22,34 @@ from reconverge.models.isotropic import Isotropic
 
 
 class Paper(NamedTuple):
-    """What the paper prints of a model for images of one size, with 1000 classes."""
+    """Published numbers of a model with 1000 classes, for one image size."""
 
     size: int  # pixels, side of the image
     parameters: float | None  # millions
     macs: float | None  # billions, of one image
     top1: float | None = None  # percent on ImageNet-1K, trained on it alone
     top1_22k: float | None = None  # percent on ImageNet-1K, pre-trained on ImageNet-22K
-    # Parameters and macs that a count must give where that is not what is printed.
+    # Parameters and macs that counting gives, where they differ from the printed ones.
     counted: tuple[float, float] | None = None
-    note: str = ""  # why; or what else is printed
+    note: str = ""  # why they differ, or what else is published
 
 
 @dataclass(frozen=True)
 class Spec:
-    # (settings, classes) -> the model; draws from the global generators, in a keyed scope
+    # (settings, classes) -> the model; draws from the global generators, inside chance.scope
     build: Callable[[settings.Model, int], nn.Module]
-    # (model, seed): the initial weights; None: those that `build` drew
+    # (model, seed): sets the initial weights; None: keep those that `build` drew
     initialise: Callable[[nn.Module, int], None] | None
     published: tuple[Paper, ...]
     source: str
-    # Pixels, side of the images that it is built for unless model.image_size says; None: it takes any.
+    # Side in pixels of the images that it takes, unless model.image_size is given; None: it takes any size.
     fixed_size: int | None = None
 
     def count(self, model: settings.Model, size: int) -> tuple[float, float]:
-        """Parameters in millions, and multiply-adds in billions of one image of `size` pixels, with 1000
-        classes.
+        """Millions of parameters, and billions of multiply-adds for an image of `size` px, with 1000 classes.
 
-        Counted on the meta device: nothing is allocated. Multiply-adds are those of convolutions, linear
-        layers and attention.
+        They are counted on the meta device, so no weights are allocated. Multiply-adds are those of
+        convolutions, linear layers and attention.
         """
         model = replace(model, image_size=size if self.fixed_size else None)
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -60,7 +59,7 @@ class Spec:
 
 
 def find(model: settings.Model) -> Spec:
-    """The entry of MODELS, or one made for a model of timm's that is none. Errors: Stop(USAGE)."""
+    """The entry of MODELS, or a new entry if model.timm names another model. Errors: Stop(USAGE)."""
     if model.timm is not None:
         if not timm.is_model(model.timm):
             near = difflib.get_close_matches(model.timm, timm.list_models(), n=3, cutoff=0)
@@ -73,7 +72,10 @@ def find(model: settings.Model) -> Spec:
         return _timm(model.timm, "not in the paper", Paper(_fixed_size(model.timm) or 224, None, None))
     if model.name not in MODELS:
         raise Stop(
-            Exit.USAGE, f"model.name={model.name}", f"the table MODELS: {', '.join(MODELS)}", "model=NAME"
+            Exit.USAGE,
+            f"model.name={model.name}",
+            f"a name of the table MODELS: {', '.join(MODELS)}",
+            "model=NAME with one of these, or model=timm model.timm=NAME for a model of timm",
         )
     return MODELS[model.name]
 
@@ -83,7 +85,7 @@ def find(model: settings.Model) -> Spec:
 
 def _convnext(timm_name: str, source: str, *published: Paper) -> Spec:
     def build(model: settings.Model, classes: int) -> nn.Module:
-        # Not timm.create_model, which drops arguments that are None: layer_scale=null would be timm's 1e-6.
+        # timm.create_model drops arguments that are None: layer_scale=null would become timm's default 1e-6.
         create = timm.model_entrypoint(timm_name)
         return create(num_classes=classes, drop_path_rate=model.drop_path, ls_init_value=model.layer_scale)
 
@@ -98,7 +100,7 @@ def _isotropic(width: int, depth: int, source: str, *published: Paper) -> Spec:
 
 
 def _steps(prefix: str, regime: dict[str, roadmap.Step], source: str) -> dict[str, Spec]:
-    """An entry a step of the roadmap."""
+    """One entry for each step of the roadmap."""
 
     def step(design: roadmap.Design, published: Paper) -> Spec:
         def build(model: settings.Model, classes: int) -> nn.Module:
@@ -117,14 +119,14 @@ def _steps(prefix: str, regime: dict[str, roadmap.Step], source: str) -> dict[st
 
 
 def _timm(name: str, source: str, *published: Paper) -> Spec:
-    """A model of timm's with the settings that it has, and the initial weights that its constructor draws."""
+    """A model of timm with the initial weights that its constructor draws."""
 
     def build(model: settings.Model, classes: int) -> nn.Module:
         if model.layer_scale is not None:
             raise Stop(
                 Exit.USAGE,
                 f"model.layer_scale={model.layer_scale} with {name}",
-                "null: its constructor decides",
+                "null, because timm's constructor of this model decides about layer scale",
                 "model.layer_scale=null",
             )
         options: dict[str, Any] = {"img_size": model.image_size} if model.image_size else {}
@@ -137,8 +139,8 @@ def _timm(name: str, source: str, *published: Paper) -> Spec:
             raise Stop(
                 Exit.USAGE,
                 f"{name} with {given}",
-                f"what timm's constructor takes: {error}",
-                "model.drop_path=0, or the size",
+                f"arguments that timm's constructor takes; it says: {error}",
+                "model.drop_path=0, or another model.image_size",
             ) from error
         _refuse(net, name, model)
         return net
@@ -147,38 +149,38 @@ def _timm(name: str, source: str, *published: Paper) -> Spec:
 
 
 def _fixed_size(timm_name: str) -> int | None:
-    """Pixels, side of the images that timm builds a model for; None where it takes any size."""
+    """Side in pixels of the only images that a timm model takes; None if it takes any size."""
     known = get_pretrained_cfg(timm_name)
     return known.input_size[-1] if known is not None and known.fixed_input_size else None
 
 
 def _refuse(net: nn.Module, name: str, model: settings.Model) -> None:
-    """Errors: Stop(USAGE) for what a constructor of timm's lets pass, and would be wrong."""
+    """Errors: Stop(USAGE) for settings that timm's constructor accepts, but that would train wrongly."""
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
     if model.image_size is not None and patch and model.image_size % patch[0]:
         near = max(1, round(model.image_size / patch[0])) * patch[0]
         raise Stop(
             Exit.USAGE,
             f"images of {model.image_size} px with {name}",
-            f"multiples of {patch[0]}, its patches",
+            f"multiples of its patch size, {patch[0]} px",
             f"augment.size={near} evaluate.size={near}",
         )
-    rates = [float(getattr(net, "drop_rate", None) or 0)]  # some of timm's models call dropout as a function
+    rates = [float(getattr(net, "drop_rate", None) or 0)]  # some timm models call dropout as a function
     rates += [module.p for module in net.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     if max(rates) > 0:
         raise Stop(
             Exit.USAGE,
-            f"{name}, which has dropout of {max(rates):g}",
-            "models without: its draws have no key, so a resumed run would see others",
-            "another model",
+            f"{name}, which has dropout with rate {max(rates):g}",
+            "models without dropout, because a resumed run could not repeat its random masks",
+            "choose another model",
         )
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
 OTHERWISE = (
-    "published: a count whose rules are not given; counted: convolutions and linear layers, as timm builds"
-    " them"
+    "the paper does not say how its numbers were counted; the counts here are of convolutions and linear"
+    " layers in timm's model"
 )
 
 MODELS = {
@@ -188,13 +190,13 @@ MODELS = {
     "convnext_s": _convnext("convnext_small", "Table 1", Paper(224, 50, 8.7, 83.1, 84.6),
         Paper(384, 50, 25.5, None, 85.8)),
     "convnext_b": _convnext("convnext_base", "Table 1", Paper(224, 89, 15.4, 83.8, 85.8),
-        Paper(384, 89, 45.1, 85.1, 86.8, note="45.0 in the row without ImageNet-22K")),
+        Paper(384, 89, 45.1, 85.1, 86.8, note="published GMACs are 45.0 in the row without ImageNet-22K")),
     "convnext_l": _convnext("convnext_large", "Table 1", Paper(224, 198, 34.4, 84.3, 86.6),
         Paper(384, 198, 101.0, 85.5, 87.5)),
     "convnext_xl": _convnext("convnext_xlarge", "Table 1", Paper(224, 350, 60.9, None, 87.0),
         Paper(384, 350, 179.0, None, 87.8)),
     "convnext_iso_s": _isotropic(384, 18, "Table 2",
-        Paper(224, 22, 4.3, 79.7, note="the official repository says 78.7")),
+        Paper(224, 22, 4.3, 79.7, note="the official repository says top-1 78.7")),
     "convnext_iso_b": _isotropic(768, 18, "Table 2", Paper(224, 87, 16.9, 82.0)),
     "convnext_iso_l": _isotropic(1024, 36, "Table 2", Paper(224, 306, 59.7, 82.6)),
     **_steps("roadmap_", roadmap.RESNET_50, "Table 10; parameters: the authors' code"),
@@ -212,18 +214,18 @@ MODELS = {
     "swin_s": _timm("swin_small_patch4_window7_224", "Table 1", Paper(224, 50, 8.7, 83.0)),
     "swin_b": _timm("swin_base_patch4_window7_224", "Table 1", Paper(224, 88, 15.4, 83.5, 85.2)),
     "swin_b_384": _timm("swin_base_patch4_window12_384", "Table 1",
-        Paper(384, 88, 47.1, 84.5, 86.4, note="47.0 in the row with ImageNet-22K")),
+        Paper(384, 88, 47.1, 84.5, 86.4, note="published GMACs are 47.0 in the row with ImageNet-22K")),
     "swin_l": _timm("swin_large_patch4_window7_224", "Table 1", Paper(224, 197, 34.5, None, 86.3)),
     "swin_l_384": _timm("swin_large_patch4_window12_384", "Table 1", Paper(384, 197, 103.9, None, 87.3)),
     "regnety_16g": _timm("regnety_160", "Table 1",
-        Paper(224, 84, 16.0, 82.9, counted=(83.59, 15.91), note="published: the 16 of its name")),
+        Paper(224, 84, 16.0, 82.9, counted=(83.59, 15.91), note="the published 16 is from the model's name")),
     "effnet_b7": _timm("tf_efficientnet_b7", "Table 1",
         Paper(600, 66, 37.0, 84.3, counted=(66.35, 37.75), note=OTHERWISE)),
     "effnetv2_l": _timm("tf_efficientnetv2_l", "Table 1",
         Paper(480, 120, 53.0, 85.7, 86.8, counted=(118.52, 56.08), note=OTHERWISE)),
     "effnetv2_xl": _timm("tf_efficientnetv2_xl", "Table 1",
         Paper(480, 208, 94.0, None, 87.3, counted=(208.12, 82.05),
-            note="published: nearer to images of 512 px (93.35 counted) than to the 480 of Table 1")),
+            note="the published GMACs fit 512 px (93.35 counted) better than the 480 px of Table 1")),
     "r101x3": _timm("resnetv2_101x3_bit", "Table 1",
         Paper(384, 388, 204.6, None, 84.4, counted=(387.93, 204.21), note=OTHERWISE)),
     "r152x4": _timm("resnetv2_152x4_bit", "Table 1",

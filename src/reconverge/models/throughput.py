@@ -1,4 +1,4 @@
-"""Published throughput of the paper's models: images/s of inference, and memory of training."""
+"""Published speed of the paper's models in images/s of inference, and published memory of training."""
 
 # (model, pixels) -> images/s on a V100 (Tables 1 and 2).
 V100 = {
@@ -15,7 +15,7 @@ V100 = {
     ("convnext_l", 384): 50.4, ("convnext_xl", 384): 30.2,
     ("convnext_iso_s", 224): 1038.7, ("convnext_iso_b", 224): 320.1, ("convnext_iso_l", 224): 94.4,
 }  # fmt: skip
-# The same on an A100 with tf32 and channels_last (Table 12).
+# (model, pixels) -> images/s on an A100 with tf32 and channels_last (Table 12).
 A100 = {
     ("swin_t", 224): 1325.6, ("swin_s", 224): 857.3, ("swin_b", 224): 662.8, ("swin_b_384", 384): 242.5,
     ("swin_l", 224): 435.9, ("swin_l_384", 384): 157.9,
@@ -23,7 +23,7 @@ A100 = {
     ("convnext_l", 224): 611.5, ("convnext_xl", 224): 424.4,
     ("convnext_b", 384): 336.6, ("convnext_l", 384): 211.4, ("convnext_xl", 384): 147.4,
 }  # fmt: skip
-# Model -> GB of training at a batch of 32 images of 224 px (Table 2).
+# Model -> GB of memory for training with a batch of 32 images of 224 px (Table 2).
 TRAINING_GB = {
     "vit_s": 4.9,
     "vit_b": 9.1,
@@ -35,7 +35,7 @@ TRAINING_GB = {
 
 
 def figures(model: str, size: int) -> dict[str, float]:
-    """What is published of a model at a size, by the name of the figure."""
+    """The published numbers of a model at an image size: name of the number -> number."""
     found = {
         f"{gpu}, images/s": table.get((model, size))
         for gpu, table in (("V100", V100), ("A100 tf32 channels_last", A100))

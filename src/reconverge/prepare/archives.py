@@ -1,4 +1,4 @@
-"""Archives and trees as streams of entries: nothing is unpacked to disk."""
+"""Reads archives and folders as streams of entries, without unpacking them to disk."""
 
 import gzip
 import os
@@ -13,11 +13,11 @@ from typing import Any, BinaryIO, Protocol
 from reconverge.base.errors import Exit, Stop
 from reconverge.data import tar
 
-Entry = tuple[str, Callable[[], bytes]]  # name, and how to read it
+Entry = tuple[str, Callable[[], bytes]]  # name, and a function that reads the contents
 
 
 class Gzip(gzip.GzipFile):
-    """A gzip stream whose faults are named."""
+    """A gzip stream that reports damage as Stop(DAMAGED)."""
 
     def read(self, size: int | None = -1) -> bytes:
         return self._named(lambda: super(Gzip, self).read(size))
@@ -30,26 +30,26 @@ class Gzip(gzip.GzipFile):
             return job()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise Stop(
-                Exit.DAMAGED, f"{self.name}: {error}", "a whole gzip file", "download it again"
+                Exit.DAMAGED, f"{self.name}: {error}", "a complete gzip file", "download it again"
             ) from None
 
 
 def opened(path: Path) -> BinaryIO:
-    """A tar, plain or gzipped, to be read from its beginning."""
+    """Open a tar file, plain or gzipped, for reading from its beginning."""
     if path.suffix == ".gz":
         return Gzip(path)  # type: ignore[return-value]
     return open(path, "rb", buffering=1 << 20)
 
 
 def entries(path: Path) -> Iterator[Entry]:
-    """Of a tar. Each can be read until the next one is asked for."""
+    """The entries of a tar file. Each must be read before the next one is requested."""
     with opened(path) as file:
         for member in tar.members(file, str(path)):
             yield member.name, partial(tar.read, file, member, str(path))
 
 
 class Tree(Protocol):
-    """Files below a root, by relative path; entries in sorted order, the same wherever it lies."""
+    """Files below a root folder, by relative path, in sorted order."""
 
     def folders(self, below: str) -> list[str]: ...
     def has_files(self, below: str) -> bool: ...
@@ -105,7 +105,7 @@ class ZipTree:
         try:
             self._zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
-            raise Stop(Exit.DAMAGED, f"{path}: {error}", "a whole zip file", "download it again") from None
+            raise Stop(Exit.DAMAGED, f"{path}: {error}", "a complete zip file", "download it again") from None
         self._where = str(path)
         self._names = sorted(name for name in self._zip.namelist() if not name.endswith("/"))
         for name in self._names:
@@ -137,15 +137,15 @@ class ZipTree:
         if (size := self._zip.getinfo(name).file_size) > tar.LARGEST:
             raise Stop(
                 Exit.DAMAGED,
-                f"{self._where}, {name} claims {size} bytes",
-                f"at most {tar.LARGEST}",
-                "a zip file from where you trust it",
+                f"{self._where}, {name} has {size} bytes",
+                f"files of at most {tar.LARGEST} bytes in the zip file",
+                "download the zip file again, from a source that you trust",
             )
         try:
             return self._zip.read(name)
         except (zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise Stop(
-                Exit.DAMAGED, f"{self._where}, {name}: {error}", "a whole zip file", "download it again"
+                Exit.DAMAGED, f"{self._where}, {name}: {error}", "a complete zip file", "download it again"
             ) from None
 
     def _below(self, below: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Shards that exist: indexed where they are, and not rewritten."""
+"""Indexes existing WebDataset shards without copying or changing them."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from reconverge.prepare.odd import Bomb, oddities
 
 
 def shards_below(source: Path) -> dict[str, list[Path]]:
-    """Split -> the tars of a folder, or of its train and val folders; the word val, valid or validation in a
-    name says which.
+    """Split -> the tar files of `source`, or of its folders. A file whose path has the word val, valid or
+    validation belongs to the validation split.
 
-    Nothing where the tars are not shards. Errors: Stop(MISSING) for a part of ImageNet's archives.
+    Empty if the tar files are not shards. Errors: Stop(MISSING) if they are parts of ImageNet's archives.
     """
     if not source.is_dir() or any(
         (source / name).exists() for name in ("ILSVRC2012_img_train.tar", "fall11_whole.tar")
@@ -30,18 +30,18 @@ def shards_below(source: Path) -> dict[str, list[Path]]:
         if path.name.startswith("ILSVRC2012_img_") or re.fullmatch(r"n\d{8}", path.stem):
             raise Stop(
                 Exit.MISSING,
-                f"{path} without the archive that belongs to it",
-                "ILSVRC2012_img_train.tar as it was published, a tar of one tar a synset, with"
-                " ILSVRC2012_img_val.tar beside it",
-                f"put it into {source}; class archives that were unpacked: tar -cf ILSVRC2012_img_train.tar"
-                " n*.tar",
+                f"{path} without the archive of the training images",
+                "ILSVRC2012_img_train.tar as published (it contains one tar file for each synset), with"
+                " ILSVRC2012_img_val.tar in the same folder",
+                f"put ILSVRC2012_img_train.tar into {source}; if it was unpacked to n*.tar, make it again:"
+                " tar -cf ILSVRC2012_img_train.tar n*.tar",
             )
         words = set(re.findall("[a-z]+", str(path.relative_to(source).with_suffix("")).lower()))
         found[
             "test" if "test" in words else "val" if words & {"val", "valid", "validation"} else "train"
         ].append(path)
     if ignored := found.pop("test"):
-        say(f"{len(ignored)} shards of a test split are left out")
+        say(f"left out: {len(ignored)} shards of a test split")
     return {split: paths for split, paths in found.items() if paths}
 
 
@@ -52,14 +52,17 @@ def indexed(
     dataset: str | None,
     threads: ThreadPoolExecutor,
 ) -> dict[str, Any]:
-    """dataset.json; an index a split and report.jsonl are written into `to`. Errors: Stop(USAGE, DAMAGED)."""
-    here = to.resolve()  # what a link leads to: .. of a link is not where it lies
+    """Write an index for each split and report.jsonl into `to`. Returns the contents of dataset.json.
+
+    Errors: Stop(USAGE, DAMAGED).
+    """
+    here = to.resolve()  # without symbolic links, because .. of a link is not the folder that contains it
     names = {
         split: [os.path.relpath(path.parent.resolve() / path.name, here) for path in paths]
         for split, paths in found.items()
     }
     say(
-        "WebDataset shards, indexed where they are:"
+        "indexing WebDataset shards without copying them:"
         f" {', '.join(f'{len(paths)} of {split}' for split, paths in found.items())}"
     )
     report = to / "report.jsonl"
@@ -72,8 +75,8 @@ def indexed(
             raise Stop(
                 Exit.DAMAGED,
                 f"{sample.key}: {bomb}",
-                "images of a reasonable size",
-                "remove it from the shard",
+                "images of a size that Pillow accepts",
+                "remove the image from the shard",
             ) from None
         if odd:
             lines.append(json.dumps({"key": sample.key, "odd": odd, "fate": "kept as it is"}) + "\n")
@@ -89,8 +92,8 @@ def indexed(
     if labels > len(classes):
         raise Stop(
             Exit.USAGE,
-            f"labels up to {labels - 1} in {to}",
-            f"{len(classes)} classes of {dataset}",
+            f"labels up to {labels - 1} in the shards",
+            f"labels below {len(classes)}, the number of classes of {dataset}",
             "--as folder",
         )
     plan = {

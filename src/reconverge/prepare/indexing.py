@@ -1,4 +1,4 @@
-"""The index of a data set and its dataset.json, from one reading of every shard."""
+"""Makes the index of a data set and its dataset.json. Each shard is read once."""
 
 import os
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def indexed(
     threads: ThreadPoolExecutor,
     examine: Callable[[shards.Sample], None],
 ) -> dict[str, dict[str, Any]]:
-    """One reading of every shard: the index of each split and what dataset.json says of its shards."""
+    """Read every shard once. Writes the index of each split, and returns the facts for dataset.json."""
     made = {}
     with Meter(
         "indexing", sum((to / name).stat().st_size for names in found.values() for name in names)
@@ -61,7 +61,7 @@ def indexed(
 def _piece(
     to: Path, work: Path, name: str, number: int, examine: Callable[[shards.Sample], None], meter: Meter
 ) -> dict[str, Any]:
-    """Rows, sha256 and combined content of one shard."""
+    """Index rows, sha256 and combined content hash of one shard."""
     combined = 0
 
     def look(sample: shards.Sample) -> None:
@@ -81,14 +81,14 @@ def about(
     lossy: dict[str, Any] | None,
     dropped: int,
 ) -> dict[str, Any]:
-    """dataset.json. Says so where the source is short of what was published."""
+    """The contents of dataset.json. Prints a note if the numbers are not those of the published set."""
     splits = {}
     total = {split: sum(part["images"]) for split, part in parts.items()}
     for split, part in parts.items():
         table = to / f"{split}.index.npy"
         expected = plan["expected"].get(split)
         if expected and split == "train" and "val" not in plan["expected"]:
-            expected -= total.get("val", 0)  # held out of it
+            expected -= total.get("val", 0)  # --hold-out took these from the training images
         splits[split] = {
             "images": total[split],
             "expected": expected,
@@ -102,7 +102,7 @@ def about(
         }
     classes = plan["classes"]
     if plan["expected_classes"] not in (None, len(classes)):
-        say(f"short: {len(classes)} classes where the published set has {plan['expected_classes']}")
+        say(f"note: {len(classes)} classes, but the published set has {plan['expected_classes']}")
     found = {
         "format": shards.FORMAT,
         "dataset": plan["dataset"],

@@ -1,5 +1,6 @@
-"""What people download, as a stream of samples: nothing is unpacked to disk, and a gzip file is read from its
-beginning to its end.
+"""Recognises the layouts of downloaded data sets, and reads them as streams of samples.
+
+Nothing is unpacked to disk. A gzip file is read only from beginning to end.
 """
 
 import os
@@ -25,33 +26,36 @@ FORMS = (
 class Taken(NamedTuple):
     """One image of the source.
 
-    Of a stream, `read` works until the next one is asked for; else at any time, in any thread.
+    In a stream, `read` must be called before the next image is requested. Otherwise it can be called at any
+    time in any thread.
     """
 
     key: str
     label: int
     suffix: str
-    name: str  # what the source calls it
+    name: str  # name of the file in the source
     read: Callable[[], bytes]
 
 
 @dataclass
 class Layout:
-    kind: str  # what was found, in words
+    kind: str  # description of the layout
     dataset: str  # imagenet1k, imagenet22k or folder
-    files: list[Path]  # of which it is made: names and sizes identify the source
-    # By label; one pass over the source where a gzip stream does not tell before.
+    files: list[Path]  # the files of the source; their names and sizes identify it
+    # Names of the classes in the order of labels; for a gzip stream this reads the whole source.
     classes: Callable[[], list[str]]
-    splits: dict[str, Callable[[list[str]], Iterator[Taken]]]  # given the classes
-    bytes: dict[str, int] = field(default_factory=dict)  # of each split, about
-    ignored: list[str] = field(default_factory=list)  # names of files that are no images, as they are met
-    stream: bool = True  # read from beginning to end; else file by file
+    splits: dict[str, Callable[[list[str]], Iterator[Taken]]]  # split -> (classes) -> its images
+    bytes: dict[str, int] = field(default_factory=dict)  # approximate size of each split
+    ignored: list[str] = field(
+        default_factory=list
+    )  # names of files that are not images, found while reading
+    stream: bool = True  # read from beginning to end; otherwise file by file in any order
 
 
 def find(source: Path, dataset: str | None) -> Layout:
-    """What lies at `source`.
+    """The layout of `source`.
 
-    Errors: Stop(MISSING) with the forms that are known, Stop(USAGE) where labels are missing.
+    Errors: Stop(MISSING) with a list of the known layouts, Stop(USAGE) if labels are missing.
     """
     for form in (_official, _huggingface, _whole, _kaggle, _folders):
         if source.exists() and (layout := form(source)):
@@ -65,12 +69,12 @@ def find(source: Path, dataset: str | None) -> Layout:
     )
 
 
-# ---- the forms ---------------------------------------------------------------------------------------------
+# ---- the layouts -------------------------------------------------------------------------------------------
 
 
 def _official(source: Path) -> Layout | None:
-    """ILSVRC2012_img_train.tar is a tar of one tar a synset; the labels of the flat val tar stand in the
-    devkit.
+    """ILSVRC2012_img_train.tar contains one tar file for each synset. ILSVRC2012_img_val.tar has no folders;
+    its labels are in the devkit.
     """
     root = source if source.is_dir() else source.parent
     train, val, devkit = (
@@ -98,7 +102,7 @@ def _official(source: Path) -> Layout | None:
 
 
 def _huggingface(source: Path) -> Layout | None:
-    """train_images_N.tar.gz and val_images.tar.gz; each file is called NAME_SYNSET.JPEG."""
+    """train_images_N.tar.gz and val_images.tar.gz with files named NAME_SYNSET.JPEG."""
     root = source / "data" if (source / "data").is_dir() else source
     train, val = sorted(root.glob("train_images_*.tar.gz")), sorted(root.glob("val_images.tar.gz"))
     if not train:
@@ -126,7 +130,7 @@ def _huggingface(source: Path) -> Layout | None:
 
 
 def _whole(source: Path) -> Layout | None:
-    """ImageNet-22K: a tar, plain or gzipped, of one tar a synset."""
+    """ImageNet-22K: a tar file, plain or gzipped, that contains one tar file for each synset."""
     if source.is_dir():
         found = [
             path for name in ("fall11_whole.tar", "winter21_whole.tar.gz") if (path := source / name).exists()
@@ -149,7 +153,7 @@ def _whole(source: Path) -> Layout | None:
 
 
 def _kaggle(source: Path) -> Layout | None:
-    """The tree ILSVRC/Data/CLS-LOC, in a folder or a zip, with LOC_val_solution.csv beside it."""
+    """The folder ILSVRC/Data/CLS-LOC and LOC_val_solution.csv, unpacked or in a zip file."""
     below = "ILSVRC/Data/CLS-LOC"
     if source.suffix == ".zip":
         tree: archives.Tree = archives.ZipTree(source)
@@ -169,7 +173,7 @@ def _kaggle(source: Path) -> Layout | None:
 
 
 def _folders(source: Path) -> Layout | None:
-    """train/CLASS/*.jpg and val/CLASS/*.jpg, or a flat val with the labels beside it."""
+    """train/CLASS/*.jpg and val/CLASS/*.jpg; or val/*.jpg with a file of labels."""
     if not (source / "train").is_dir():
         return None
     tree = archives.FolderTree(source)
@@ -214,9 +218,9 @@ def _labelled(
     synset_of: Callable[[str], str],
     key: Callable[[str], str] | None = None,
 ) -> Iterator[Taken]:
-    """Samples of the entries that are images; the others are noted.
+    """The entries that are images, with labels. The names of other entries are added to layout.ignored.
 
-    Errors: Stop(DAMAGED) for one whose class is unknown.
+    Errors: Stop(DAMAGED) for an image with an unknown class.
     """
     labels, images = {name: label for label, name in enumerate(classes)}, suffixes()
     for name, read in entries:
@@ -229,9 +233,9 @@ def _labelled(
         except KeyError as error:
             raise Stop(
                 Exit.DAMAGED,
-                f"{name}: no class is known for it ({error})",
-                f"images of the {len(classes)} classes",
-                "the missing labels (devkit or LOC_val_solution.csv), or remove the file",
+                f"{name}: its class is unknown ({error})",
+                f"images of the {len(classes)} classes of the training images",
+                "add the missing labels (devkit or LOC_val_solution.csv), or remove the file",
             ) from None
         yield Taken(
             key(name) if key else _stem(name), label, {"jpeg": "jpg"}.get(suffix[1:], suffix[1:]), name, read
@@ -247,8 +251,9 @@ def _stem(name: str) -> str:
 
 
 def _plain(path: str, below: str) -> str:
-    """A key for a file of a class folder: its path; a dot would end a WebDataset key, and a.png beside a.jpg
-    stays another sample.
+    """The key of a file in class folders: its path without the suffix .jpg or .jpeg. Dots become underscores,
+    because a dot ends a WebDataset key. Other suffixes stay in the key, because a.png and a.jpg are two
+    samples.
     """
     stem, suffix = os.path.splitext(path.removeprefix(below))
     folder, _, name = stem.rpartition("/")
@@ -273,7 +278,7 @@ def _tar_of_tars(layout: Layout, path: Path, classes: list[str]) -> Iterator[Tak
 
 
 def _inner_tars(path: Path) -> list[str]:
-    """The synsets of a tar of tars, sorted. Of a gzip file this takes a pass over all of it."""
+    """The synsets of a tar file of tar files, sorted. This reads a gzip file completely."""
     with archives.opened(path) as file:
         found = [
             _stem(member.name)
@@ -283,15 +288,15 @@ def _inner_tars(path: Path) -> list[str]:
     if not found:
         raise Stop(
             Exit.USAGE,
-            f"{path} holds no class archives",
+            f"{path} does not contain one tar file for each class",
             FORMS,
-            "for WebDataset shards, the folder where they are",
+            "for WebDataset shards, give the folder that contains them",
         )
     if len(set(found)) < len(found):
         raise Stop(
             Exit.DAMAGED,
-            f"{path} holds {len(found) - len(set(found))} class archives twice",
-            "each once",
+            f"{path} contains {len(found) - len(set(found))} class archives twice",
+            "one archive for each class",
             "download it again",
         )
     return sorted(found)

@@ -1,4 +1,6 @@
-"""From what people download to a data set: shards, one index a split, report.jsonl, dataset.json last."""
+"""Converts a downloaded data set into shards, one index for each split, report.jsonl, and at last
+dataset.json.
+"""
 
 import json
 import shutil
@@ -24,21 +26,25 @@ from reconverge.prepare.scatter import Scatter
 
 @dataclass(frozen=True)
 class Options:
-    shard_mb: float  # 10^6 bytes of images in a shard, about
-    hold_out: float  # percent of a set without validation images that become its val split
-    resize: int | None  # pixels of the shorter side of a smaller copy
-    quality: int  # of its JPEGs
+    shard_mb: float  # approximate size of a shard in 10^6 bytes
+    hold_out: float  # percent of the training images that become the val split
+    resize: int | None  # largest shorter side in pixels; None: do not resize
+    quality: int  # JPEG quality of resized images
     drop_unreadable: bool
 
 
 def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Options) -> dict[str, Any]:
-    """Make the data set at `to` and return its dataset.json; go on where a killed process stopped.
+    """Make the data set at `to`, and return the contents of its dataset.json. Continues the work of a process
+    that was killed.
 
     Errors: Stop.
     """
     if (to / "dataset.json").exists():
         raise Stop(
-            Exit.USAGE, f"{to} holds a finished data set", "a new folder", "another --to, or reconverge check"
+            Exit.USAGE,
+            f"{to} contains a finished data set",
+            "a new folder",
+            f"choose another --to; to check this data set: reconverge check {to}",
         )
     work = to / ".preparing"
     strangers = (
@@ -49,26 +55,26 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
     if strangers:
         raise Stop(
             Exit.USAGE,
-            f"{to} holds {', '.join(strangers[:3])}{' and more' if strangers[3:] else ''}, which is not a"
-            " data set begun here",
-            "a new folder, an empty one, or one that this command began: files in it are replaced",
-            "another --to",
+            f"{to} contains {', '.join(strangers[:3])}{' and more' if strangers[3:] else ''}, which this"
+            " command did not write",
+            "a new folder, an empty folder, or a folder in which this command was interrupted",
+            "choose another --to",
         )
     found = in_place.shards_below(source)
     if not found and to.resolve() == source.resolve():
         raise Stop(
             Exit.USAGE,
-            f"--to {to}, which is the source",
-            "a folder of its own; only shards are indexed where they are",
-            "another --to",
+            f"--to {to} is the same folder as SOURCE",
+            "a folder that is not SOURCE, except for existing shards, which are indexed in their folder",
+            "choose another --to",
         )
     asked = [name for name in ("resize", "hold_out", "drop_unreadable") if getattr(options, name)]
     if found and asked:
         raise Stop(
             Exit.USAGE,
-            f"{', '.join('--' + name.replace('_', '-') for name in asked)} with shards that exist",
-            "they are indexed where they are, and not rewritten",
-            "drop it",
+            f"{', '.join('--' + name.replace('_', '-') for name in asked)} with existing shards",
+            "no such option, because existing shards are indexed and not rewritten",
+            "leave out this option",
         )
     work.mkdir(parents=True, exist_ok=True)
     lock = Lock(to / ".lock")
@@ -85,7 +91,7 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
         lock.release()
 
 
-# ---- archives and folders: one pass that scatters, one that indexes ----------------------------------------
+# ---- archives and folders: the first pass writes the shards, the second pass indexes them ------------------
 
 
 def _scattered(
@@ -108,9 +114,9 @@ def _scattered(
     if options.resize is None and free < sum(layout.bytes.values()):
         raise Stop(
             Exit.DISK,
-            f"{to} has {free / 1e9:.3g} GB free",
-            f"{sum(layout.bytes.values()) / 1e9:.3g} GB",
-            "another --to",
+            f"{to} has {free / 1e9:.3g} GB of free space",
+            f"{sum(layout.bytes.values()) / 1e9:.3g} GB of free space for the copy of the images",
+            "free some space, or choose --to on another disk",
         )
     if not scatter.state.get("scattered"):
         try:
@@ -124,32 +130,33 @@ def _scattered(
         if not sum(made["images"]):
             raise Stop(
                 Exit.USAGE,
-                f"--hold-out {options.hold_out:g} leaves no image in {split}",
-                "a share that gives each split some images",
-                f"another --hold-out, after rm -r {to}",
+                f"with --hold-out {options.hold_out:g} the split {split} has no image",
+                "a percentage with which each split has images",
+                f"rm -r {to}, then run the command with another --hold-out",
             )
         if made["content"] != scatter.state["content"].get(split, 0):
             raise Stop(
                 Exit.DISK,
-                f"{to}: the shards of {split} are not what was written",
-                "a disk that keeps what it is given",
-                "another --to",
+                f"{to}: the shards of {split} do not contain what was written",
+                "a disk that stores files without errors",
+                "check the disk, or choose --to on another disk",
             )
         if made["repeated"]:
             raise Stop(
                 Exit.DAMAGED,
                 f"two images of {split} have the key {made['repeated']}",
-                "a name of its own for each: a.jpg and a.jpeg share one, and so do a.b.jpg and a_b.jpg",
-                f"rename or remove one of the two; then rm -r {to} and the same command again",
+                "a different key for each image; a.jpg and a.jpeg have the same key, and so do a.b.jpg and"
+                " a_b.jpg",
+                f"rename or remove one of the two images; then rm -r {to} and run the same command again",
             )
     lossy = {"resize": options.resize, "quality": options.quality} if options.resize else None
     return indexing.about(to, plan, parts, lossy, scatter.state["dropped"])
 
 
 def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
-    """What decides the shards, fixed at the first start.
+    """Everything that decides the contents of the shards. It is saved at the first start.
 
-    Errors: Stop(USAGE) if this start asks for something else.
+    Errors: Stop(USAGE) if a later start has another source or other options.
     """
     asked = {
         "dataset": layout.dataset,
@@ -166,20 +173,25 @@ def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
         if changed := [name for name in asked if json.loads(json.dumps(asked[name])) != plan[name]]:
             raise Stop(
                 Exit.USAGE,
-                f"{work.parent} was begun with another {' and '.join(changed)}",
-                "the command that began it, which goes on where it stopped",
-                f"the same SOURCE and options; or rm -r {work.parent} to begin anew",
+                f"{work.parent} was started with different {' and '.join(changed)}",
+                "the same SOURCE and options as in the first start, to continue",
+                f"use the same SOURCE and options; or rm -r {work.parent} to start from the beginning",
             )
         return plan
     classes = layout.classes()
     if not classes:
-        raise Stop(Exit.MISSING, f"{layout.kind}: no class", "one folder or tar a class", "the path")
+        raise Stop(
+            Exit.MISSING,
+            f"{layout.kind} without any class",
+            "one folder or tar file for each class",
+            "correct the path SOURCE",
+        )
     if options.hold_out and "val" in layout.splits:
         raise Stop(
             Exit.USAGE,
-            f"--hold-out {options.hold_out:g} for a source with validation images",
-            "one or the other",
-            "no --hold-out",
+            f"--hold-out {options.hold_out:g}, but the source has validation images",
+            "--hold-out only for a source without validation images",
+            "leave out --hold-out",
         )
     held = {"train": 1 - options.hold_out / 100, "val": options.hold_out / 100} if options.hold_out else {}
     sizes = {split: layout.bytes["train"] * share for split, share in held.items()} or layout.bytes
@@ -201,11 +213,11 @@ def _scatter(
     threads: ThreadPoolExecutor,
     options: Options,
 ) -> None:
-    """Read in order, examine in parallel, write in order."""
+    """Write the shards. Images are read in order, checked in parallel, and written in order."""
     classes = [entry["synset"] for entry in plan["classes"]]
     state, splits = scatter.state, list(layout.splits)
     if state["taken"] or state["split"]:
-        say(f"going on after {sum(state['images'].values())} images")
+        say(f"continuing after {sum(state['images'].values())} images")
     with Meter("writing shards", sum(layout.bytes.values()) - state["read"]) as meter:
         for number in range(state["split"], len(splits)):
             split, skip = splits[number], state["taken"]
@@ -244,7 +256,7 @@ def _scatter(
 
 
 def _held_out(key: str, split: str, plan: dict[str, Any], options: Options) -> bool:
-    """A hash of the key decides: the same images on every machine."""
+    """Whether --hold-out takes this image. A hash of its key decides, so it is the same on every machine."""
     if not options.hold_out or "val" in plan["source"]["bytes"]:
         return False
     return (
@@ -263,10 +275,11 @@ def _in_order(
     threads: ThreadPoolExecutor,
     options: Options,
 ) -> Iterator[tuple[Taken, bytes, list[str]]]:
-    """Each sample after the first `skip` with its bytes and what is odd about it; `jobs` are examined at a
-    time, a few wait.
+    """Each sample after the first `skip`, with its bytes and a list of what is unusual about it. The threads
+    check up to `jobs` samples at the same time.
 
-    Single files are read by the threads as well; a stream has one place where it is.
+    Single files are also read in the threads. A stream is read only in this thread, because it has one
+    position.
     """
 
     def examine(taken: Taken, data: bytes | None) -> tuple[Taken, bytes, list[str]]:
@@ -278,8 +291,8 @@ def _in_order(
                 raise Stop(
                     Exit.DAMAGED,
                     f"{taken.name}: {bomb}",
-                    "images of a reasonable size",
-                    "remove it, or --drop-unreadable leaves it out",
+                    "images of a size that Pillow accepts",
+                    "remove the image, or add --drop-unreadable to leave it out",
                 ) from None
             return taken, data, [f"bomb: {bomb}"]
         if options.resize:

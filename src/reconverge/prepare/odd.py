@@ -1,6 +1,4 @@
-"""Odd files: what is strange about an image, found by decoding it once, and the smaller copy that --resize
-makes.
-"""
+"""Finds unusual and unreadable images by decoding them once, and makes the smaller copies for --resize."""
 
 import io
 import warnings
@@ -11,18 +9,18 @@ from PIL import Image
 
 from reconverge.base.errors import reason
 
-UNREADABLE = ("empty", "unreadable", "truncated")  # what --drop-unreadable drops
+UNREADABLE = ("empty", "unreadable", "truncated")  # --drop-unreadable leaves out these
 
 
 class Bomb(Exception):
-    """An image whose pixels would fill the memory."""
+    """An image with too many pixels for the memory."""
 
 
 @contextmanager
 def strict_exif() -> Iterator[None]:
-    """Within it, EXIF that Pillow warns about raises.
+    """Inside, Pillow's warnings about EXIF become exceptions.
 
-    For the main thread, around all others: filters belong to the process.
+    Use it in the main thread, around all other threads, because warning filters are global to the process.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="PIL.TiffImagePlugin")
@@ -31,7 +29,7 @@ def strict_exif() -> Iterator[None]:
 
 
 def oddities(data: bytes, suffix: str) -> list[str]:
-    """What is odd about an image file called *.`suffix`; nothing for a good one. Errors: Bomb."""
+    """What is unusual about an image file with this suffix; an empty list for a good file. Errors: Bomb."""
     if not data:
         return ["empty"]
     try:
@@ -54,7 +52,7 @@ def oddities(data: bytes, suffix: str) -> list[str]:
     except Exception as error:
         found.append(f"EXIF that cannot be parsed: {reason(error)}")
     try:
-        image.draft(image.mode, (1, 1))  # every bit of a JPEG is read, and most of the arithmetic saved
+        image.draft(image.mode, (1, 1))  # still reads every bit of a JPEG, but saves most computation
         image.load()
     except Exception as error:
         cut = "truncated" in str(error) or "Truncated" in str(error)
@@ -63,8 +61,8 @@ def oddities(data: bytes, suffix: str) -> list[str]:
 
 
 def shrunk(data: bytes, side: int, quality: int) -> bytes:
-    """A JPEG whose shorter side is `side` pixels at most, bicubic; the file itself where Pillow cannot read
-    it.
+    """A JPEG whose shorter side has at most `side` pixels (bicubic). A file that Pillow cannot read is
+    returned unchanged.
     """
     try:
         image = Image.open(io.BytesIO(data)).convert("RGB")

@@ -1,4 +1,4 @@
-"""Samples scattered over shards in one pass, with bounded memory, one open file, and a journal to go on from
+"""Distributes samples over shards in one pass with limited memory. A journal makes it possible to continue
 after a kill.
 """
 
@@ -14,18 +14,18 @@ from webdataset.writer import TarWriter
 
 from reconverge.base import files
 
-MEMORY = 256 << 20, 4 << 30  # bytes of samples that wait to be written: at least, at most
-# Bytes that a shard is to grow by at a time: for 6,000 shards on a disk that seeks, a sample at a time would
-# take weeks.
+MEMORY = 256 << 20, 4 << 30  # smallest and largest buffer for samples before they are written, in bytes
+# Bytes that are appended to a shard at a time. With 6,000 shards on a hard disk, appending single samples
+# would take weeks.
 PIECE = 1 << 20
 END = bytes(1024)  # end-of-archive blocks
 
 
 class Scatter:
-    """Shards of several splits. A sample's key alone chooses its shard; nothing is on disk until commit()
-    says so in the journal.
+    """The shards of several splits. Only the key of a sample decides its shard. Samples count as written when
+    commit() has written the journal.
 
-    After a kill, shards and report are cut back to what the journal knows.
+    After a kill, shards and report are truncated to the lengths in the journal.
     """
 
     def __init__(self, folder: Path, work: Path, shards: dict[str, int], threads: Executor):
@@ -78,7 +78,7 @@ class Scatter:
         return self._buffered >= self._limit
 
     def commit(self) -> None:
-        """Write what waits and sync it, then the journal, which alone says how far we are."""
+        """Write the buffered samples and sync them; then write the journal, which makes them valid."""
         lengths: dict[str, int] = self.state["lengths"]
 
         def append(name: str, data: bytes | memoryview) -> tuple[str, int]:
@@ -88,24 +88,24 @@ class Scatter:
 
         pieces: dict[str, bytes | memoryview] = {"report.jsonl": "".join(self._report).encode()}
         for name, (buffer, writer) in self._waiting.items():
-            size = writer.tarstream.offset  # without the end of the archive, which close() writes
+            size = writer.tarstream.offset  # without the end-of-archive blocks, which close() writes
             writer.close()
             pieces[name] = buffer.getbuffer()[:size]
         lengths.update(dict(self._threads.map(append, pieces.keys(), pieces.values())))
-        os.sync()  # once for all; a call for each of thousands of files would take longer than the writing
+        os.sync()  # one call, because fsync for each of thousands of files takes longer than writing them
         self._waiting.clear()
         self._report.clear()
         self._buffered = 0
         files.write_whole(self._work / "journal.json", json.dumps(self.state))
 
     def abandon(self) -> None:
-        """Forget what waits."""
+        """Discard the buffered samples."""
         for _, writer in self._waiting.values():
             writer.close()
         self._waiting.clear()
 
     def end(self) -> None:
-        """Give every shard its end-of-archive blocks; again after a kill, it changes nothing."""
+        """Append the end-of-archive blocks to every shard. It may be repeated after a kill."""
         for split in self._shards:
             for name in self.names(split):
                 with open(self.folder / name, "ab") as file:
@@ -115,7 +115,7 @@ class Scatter:
 
 
 def content(key: str, data: bytes) -> int:
-    """64 bits of a sample; those of a whole split are combined by exclusive or, in any order."""
+    """A 64-bit hash of a sample. The hashes of a split are combined with exclusive or, in any order."""
     return xxhash.xxh3_64_intdigest(
         data, seed=xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
     )

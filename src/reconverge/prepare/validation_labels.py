@@ -1,4 +1,4 @@
-"""Which synset each of ImageNet's validation images is of: they come in one heap, the labels beside it."""
+"""Labels of ImageNet's validation images, which are distributed in one folder with a separate label file."""
 
 import csv
 import io
@@ -10,22 +10,22 @@ from reconverge.base.errors import Exit, Stop
 
 
 def find(root: Path) -> dict[str, str]:
-    """File stem -> synset of validation images, by Kaggle's table or the devkit. Errors: Stop(MISSING)."""
+    """File stem -> synset of validation images, from Kaggle's table or the devkit. Errors: Stop(MISSING)."""
     if (solution := root / "LOC_val_solution.csv").exists():
         return of_kaggle(solution.read_bytes())
     if (devkit := root / "ILSVRC2012_devkit_t12.tar.gz").exists():
         return _devkit(devkit)
     raise Stop(
         Exit.MISSING,
-        f"{root} has validation images in one heap, and nothing that labels them",
-        "ILSVRC2012_devkit_t12.tar.gz or LOC_val_solution.csv",
-        f"put one of them into {root}",
+        f"{root} has validation images without class folders and without a file of labels",
+        "the labels in ILSVRC2012_devkit_t12.tar.gz or LOC_val_solution.csv",
+        f"put one of these files into {root}",
     )
 
 
 def of_kaggle(text: bytes) -> dict[str, str]:
-    """Rows read `ILSVRC2012_val_00000001,n01751748 111 108 329 150 ...`: the synset of each box, which is the
-    same in all.
+    """The rows are `ILSVRC2012_val_00000001,n01751748 111 108 329 150 ...`: a synset and a box, repeated. All
+    boxes of an image have the same synset.
     """
     try:
         return {
@@ -35,14 +35,14 @@ def of_kaggle(text: bytes) -> dict[str, str]:
     except (KeyError, IndexError, AttributeError, UnicodeDecodeError) as error:
         raise Stop(
             Exit.DAMAGED,
-            f"LOC_val_solution.csv: {error!r}",
-            "columns ImageId and PredictionString, which begins with a synset",
+            f"LOC_val_solution.csv is damaged: {error!r}",
+            "the columns ImageId and PredictionString; the latter begins with a synset",
             "download it again",
         ) from error
 
 
 def _devkit(path: Path) -> dict[str, str]:
-    """The ground truth lists challenge ids; meta.mat says which synset each one is (not in sorted order)."""
+    """The ground truth lists challenge ids. meta.mat has the synset of each id, which are not sorted."""
     from scipy.io import loadmat
 
     with _whole_archive(path) as archive:
@@ -55,8 +55,8 @@ def _devkit(path: Path) -> dict[str, str]:
         if truth is None or meta is None:
             raise Stop(
                 Exit.DAMAGED,
-                f"{path} lacks its ground truth or meta.mat",
-                "ILSVRC2012_devkit_t12.tar.gz",
+                f"{path} does not contain ILSVRC2012_validation_ground_truth.txt and meta.mat",
+                "ILSVRC2012_devkit_t12.tar.gz as published",
                 "download it again",
             )
         synsets = loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
@@ -74,5 +74,5 @@ def _whole_archive(path: Path) -> tarfile.TarFile:
         return tarfile.open(path)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise Stop(
-            Exit.DAMAGED, f"{path}: {error}", "the archive as it was published", "download it again"
+            Exit.DAMAGED, f"{path}: {error}", "the complete archive as published", "download it again"
         ) from error

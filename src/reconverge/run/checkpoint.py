@@ -1,7 +1,7 @@
-"""Checkpoints: saved whole or not at all, verified before they are believed. How, not when.
+"""Saves checkpoints atomically, and verifies them before they are loaded. milestones.py decides when.
 
-checkpoints/step-00001234/ holds one safetensors file a set of tensors, state.json, and MANIFEST.json, written
-last, with the size and sha256 of each. Nothing that is loaded can run code.
+checkpoints/step-00001234/ contains one safetensors file for each set of tensors, state.json, and
+MANIFEST.json with the size and sha256 of each file, which is written last. No loaded file can run code.
 """
 
 import json
@@ -24,9 +24,9 @@ FORMAT = "checkpoint-1"
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
 ) -> dict[str, str]:
-    """Write checkpoints of `step` below `folder`; return the sha256 of each file.
+    """Write the checkpoint of `step` below `folder`; return the sha256 of each file.
 
-    Errors: Stop(DISK), and the old ones are kept.
+    Errors: Stop(DISK); then older checkpoints are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _clean(folder)
@@ -37,9 +37,9 @@ def save(
     if free < needed + 2**20:
         raise Stop(
             Exit.DISK,
-            f"{free / 1e6:.0f} MB free for a checkpoint of {needed / 1e6:.0f} MB in {folder}",
-            "room for one more checkpoint than are kept",
-            "free some space and run the same command again; or keep=1",
+            f"{free / 1e6:.0f} MB free in {folder} for a checkpoint of {needed / 1e6:.0f} MB",
+            "free space for one more checkpoint than keep=",
+            "free some space, then run the same command again to continue; or use keep=1",
         )
     new = folder / f".new-{step:08d}"
     try:
@@ -59,18 +59,18 @@ def save(
         (new / "MANIFEST.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
         _sync(new / "MANIFEST.json")
         _sync(new)
-    except Exception as error:  # safetensors has an error of its own for a full disk
+    except Exception as error:  # safetensors raises its own exception type if the disk is full
         shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, OSError) or "I/O error" in str(error) or "No space" in str(error):
             raise Stop(
                 Exit.DISK,
                 f"saving step {step} in {folder}: {error}",
-                "a disk with room that can be written",
-                "free some space and run the same command again: the last good checkpoint is kept",
+                "a writable disk with free space",
+                "free some space, then run the same command again to continue from the last good checkpoint",
             ) from error
         raise
     final = checkpoint_of(folder, step)
-    if final.exists():  # damaged, and named when the run was resumed from an older one
+    if final.exists():  # a damaged checkpoint, which was reported when the run resumed from an older one
         final.rename(folder / f".old-{step:08d}")
     new.rename(final)
     _sync(folder)
@@ -79,9 +79,9 @@ def save(
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies (None: there is none at all), and why each newer one was skipped.
+    """The newest valid checkpoint (None: there is no checkpoint), and why each newer one was skipped.
 
-    Errors: Stop(DAMAGED) if there are some and all are bad.
+    Errors: Stop(DAMAGED) if there are checkpoints, but none is valid.
     """
     skipped = []
     for path in reversed(checkpoints(folder)):
@@ -92,15 +92,16 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     if skipped:
         raise Stop(
             Exit.DAMAGED,
-            "; ".join(skipped),
-            "at least one checkpoint that verifies",
-            f"restore one, or remove {folder} to start from step 0",
+            "all checkpoints are damaged: " + "; ".join(skipped),
+            "at least one checkpoint without damage",
+            f"restore one from a copy, or remove {folder} to start from the beginning",
         )
     return None, []
 
 
 def choose(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint at `path`, or the newest valid one of the run there, and why newer ones were skipped.
+    """The checkpoint at `path`, or the newest valid one of the run at `path`, and why newer ones were
+    skipped.
 
     Errors: Stop(MISSING, DAMAGED).
     """
@@ -110,16 +111,16 @@ def choose(path: Path) -> tuple[Path, list[str]]:
             raise Stop(
                 Exit.MISSING,
                 f"{path} has no checkpoint yet",
-                "a run that has saved one",
-                "save_every=, or wait",
+                "a run that has saved a checkpoint",
+                "wait until the run saves one, or start it with a smaller save_every=",
             )
         return newest, skipped
     if fault := verify(path):
         raise Stop(
             Exit.DAMAGED,
             f"{path}: {fault}",
-            "a checkpoint that verifies",
-            f"another checkpoint; {path.parent.parent} takes the newest valid one",
+            "a checkpoint without damage",
+            f"name another checkpoint, or {path.parent.parent} to use its newest valid one",
         )
     return path, []
 
@@ -129,7 +130,7 @@ def verify(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text())
         if manifest["format"] != FORMAT:
-            return f"of format {manifest['format']}, not {FORMAT}"
+            return f"its format is {manifest['format']}, not {FORMAT}"
         for name, entry in manifest["files"].items():
             file = path / name
             if not file.is_file():
@@ -137,7 +138,7 @@ def verify(path: Path) -> str | None:
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
             if sha256_of(file) != entry["sha256"]:
-                return f"{name} has another sha256 than recorded"
+                return f"the sha256 of {name} is not the recorded one"
     except FileNotFoundError:
         return "MANIFEST.json is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -146,22 +147,21 @@ def verify(path: Path) -> str | None:
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by set, on the CPU, and the state of a checkpoint that was verified."""
+    """The tensors of each set, on the CPU, and the state of a checkpoint. Verify it before."""
     return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, json.loads(
         (path / "state.json").read_text()
     )
 
 
 def prune(folder: Path, step: int, keep: int, best: Collection[int]) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step` and those of the steps `best`.
+    """Remove all checkpoints except the newest `keep` up to `step` and those of the steps `best`.
 
-    Newer ones than `step`, which was saved just now, are those that were found damaged when the run was
-    resumed.
+    `step` was saved just now. Checkpoints of later steps were found damaged when the run was resumed.
     """
     kept = [step_of(path) for path in checkpoints(folder) if step_of(path) <= step][-keep:]
     for path in checkpoints(folder):
         if step_of(path) not in (*kept, *best):
-            path.rename(folder / f".old-{path.name}")  # so that a kill leaves no half of one
+            path.rename(folder / f".old-{path.name}")  # so that a kill leaves no incomplete checkpoint
     _clean(folder)
 
 
@@ -171,7 +171,7 @@ def _clean(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Force a file or folder to the disk: a rename must not overtake what it names."""
+    """Force a file or folder to the disk, so that the following rename cannot reach the disk first."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,4 @@
-"""Where two runs that should be alike part: by the lines of their records, and by the tensors of their
-checkpoints.
-"""
+"""Finds the first difference between two runs that should be equal, in their records and checkpoints."""
 
 import json
 from pathlib import Path
@@ -15,15 +13,15 @@ VALUES = {
     "images": "the augmented images",
     "lr": "the learning rate",
     "loss": "the loss",
-    "grad_norm": "the gradient's norm",
+    "grad_norm": "the gradient norm",
 }
 
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json")
 
 
 def records(one: Path, other: Path, first: int, last: int) -> str | None:
-    """Of steps first..last of two runs the first that differs, and each value that does; None: they are the
-    same, bit for bit.
+    """The first of the steps first..last that differs between two runs, and its different values, as text.
+    None if all steps are equal bit for bit.
     """
     mine, theirs = (
         {line["step"]: line for line in files.json_lines(folder / "record.jsonl")} for folder in (one, other)
@@ -38,14 +36,14 @@ def records(one: Path, other: Path, first: int, last: int) -> str | None:
             )
             same = " and ".join(key for key in VALUES if key not in found)
             return f"step {step} is the first that differs: {values}" + (
-                f"; the same in it: {same}" if same else ""
+                f"; equal in this step: {same}" if same else ""
             )
     return None
 
 
 def checkpoints(one: Path, other: Path) -> str | None:
-    """Of two checkpoints' files the first that differs, and the first tensor in it; None: they have the same
-    hashes.
+    """The first file that differs between two checkpoints, and its first different tensor, as text. None if
+    all hashes are equal.
     """
     for path in (one, other):
         if not (path / "MANIFEST.json").exists():
@@ -57,9 +55,9 @@ def checkpoints(one: Path, other: Path) -> str | None:
         if mine.get(name) != theirs.get(name):
             where = f"{one.name}/{name}"
             if name not in mine or name not in theirs:
-                return f"{where} is in {one if name in mine else other} alone"
+                return f"{where} exists only in {one if name in mine else other}"
             tensors = name.endswith(".safetensors")
-            return f"{where}: {_first_tensor(one / name, other / name) if tensors else 'other contents'}"
+            return f"{where}: {_first_tensor(one / name, other / name) if tensors else 'the contents differ'}"
     return None
 
 
@@ -72,7 +70,7 @@ def _first_tensor(one: Path, other: Path) -> str:
     mine, theirs = load_file(one), load_file(other)
     for name in sorted(mine.keys() | theirs.keys(), key=numerically):
         if name not in mine or name not in theirs:
-            return f"{name} is in {one if name in mine else other} alone"
+            return f"{name} exists only in {one if name in mine else other}"
         here, there = mine[name], theirs[name]
         if here.shape != there.shape or here.dtype != there.dtype:
             return f"{name} is {here.dtype} {tuple(here.shape)} and {there.dtype} {tuple(there.shape)}"
@@ -82,13 +80,13 @@ def _first_tensor(one: Path, other: Path) -> str:
                 f"{int((apart != 0).sum())} of {here.numel()} numbers, by up to {float(apart.max()):.3g}"
             )
             return f"{name} {tuple(here.shape)} is the first tensor that differs: {numbers}"
-    return "the same tensors in other bytes"
+    return "the tensors are equal, but the files differ"
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)  # so that not-a-number equals itself
+    return tensor.reshape(-1).view(torch.uint8)  # as bytes, because NaN is not equal to NaN
 
 
 def numerically(name: str) -> list[str]:
-    """To sort the names of parameters by: block 10 comes after block 9."""
+    """Sorting key for names of parameters, which puts block 10 after block 9."""
     return [part.zfill(4) for part in name.split(".")]

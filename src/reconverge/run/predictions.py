@@ -1,5 +1,5 @@
-"""outcomes.npz: prediction, confidence and loss of each validation image, of the newest evaluation, for the
-report; and how often each class is predicted right.
+"""outcomes.npz: prediction, confidence and loss of each validation image in the latest evaluation, for the
+report; and the accuracy of each class.
 """
 
 import io
@@ -14,7 +14,7 @@ from reconverge.training.evaluate import Result
 
 
 class Predictions(NamedTuple):
-    """Of one kind of weights; one entry an image, in the order of the validation images."""
+    """The predictions of one kind of weights (raw or EMA), one entry in each array per validation image."""
 
     labels: np.ndarray  # int64
     predicted: np.ndarray  # int64
@@ -26,7 +26,7 @@ OF_WEIGHTS = Predictions._fields[1:]  # the labels are the same for all
 
 
 def save(path: Path, step: int, source: Source, results: dict[str, Result]) -> None:
-    """Replace the file whole."""
+    """Replace the file atomically."""
     arrays = {
         f"{kind}/{name}": getattr(result, name) for kind, result in results.items() for name in OF_WEIGHTS
     }
@@ -38,7 +38,7 @@ def save(path: Path, step: int, source: Source, results: dict[str, Result]) -> N
 
 def load(path: Path) -> tuple[int, str, dict[str, Predictions]]:
     """Step, fingerprint of the validation images, and the predictions by kind of weights: raw, ema."""
-    with open(path, "rb") as opened, np.load(opened) as file:  # numpy would leave a damaged one open
+    with open(path, "rb") as opened, np.load(opened) as file:  # np.load(path) does not close a damaged file
         kinds = dict.fromkeys(name.partition("/")[0] for name in file if "/" in name)
         found = {
             kind: Predictions(file["labels"], *(file[f"{kind}/{name}"] for name in OF_WEIGHTS))
@@ -58,7 +58,7 @@ class OfClass(NamedTuple):
 
 
 def per_class(labels: np.ndarray, predicted: np.ndarray) -> list[OfClass]:
-    """Each class that has images, in the order of labels."""
+    """The accuracy of each class that has images, in the order of labels."""
     images = np.bincount(labels)
     right = np.bincount(labels[labels == predicted], minlength=len(images))
     return [

@@ -1,7 +1,7 @@
-"""A run as it lies on the disk: the one place that knows its files, for eval.py, export, report, verify and a
-resumed training alike. Imports no torch.
+"""Reads the files of a run's folder, for eval.py, export, report, verify and resumed training. Imports no
+torch.
 
-What cannot be read as it was written is Stop(DAMAGED), with the file and the fault.
+A file that is damaged gives Stop(DAMAGED) with the name of the file and the fault.
 """
 
 import json
@@ -28,16 +28,16 @@ class Opened(NamedTuple):
 
 
 def opened(path: Path) -> Opened:
-    """The run that `path`, its folder or one of its checkpoints, belongs to.
+    """The run whose folder or checkpoint `path` is.
 
     Errors: Stop(MISSING, DAMAGED).
     """
-    if (path / "export.json").exists():  # one that timm reads does not come here
+    if (path / "export.json").exists():  # the callers handle exports for timm before
         raise Stop(
             Exit.MISSING,
             f"{path} is an export for other tools",
-            "a run, one of its checkpoints, or an export --to timm",
-            "the path",
+            "a run, one of its checkpoints, or a folder of reconverge export --to timm",
+            "name the run, or export it again with --to timm",
         )
     for folder in (path, *path.parents[:2]):
         if (folder / "config.yaml").exists() and (folder / "classes.txt").exists():
@@ -45,15 +45,15 @@ def opened(path: Path) -> Opened:
             return Opened(folder, cfg, (folder / "classes.txt").read_text().splitlines())
     raise Stop(
         Exit.MISSING,
-        f"{path} is no run and no checkpoint of one",
-        "runs/NAME or runs/NAME/checkpoints/step-..., and for eval.py what timm reads: timm:NAME,"
-        " hf-hub:OWNER/NAME, a folder with config.json",
-        "the path",
+        f"{path} is neither a run nor a checkpoint of a run",
+        "runs/NAME or runs/NAME/checkpoints/step-...; eval.py also takes timm:NAME, hf-hub:OWNER/NAME, or a"
+        " folder with timm's config.json",
+        "correct the path",
     )
 
 
 def is_timms(given: str) -> bool:
-    """Whether a checkpoint is meant that timm reads, and not a run."""
+    """Whether `given` names weights that timm loads, and not a run."""
     return given.startswith(("timm:", "hf-hub:")) or (Path(given).expanduser() / "config.json").exists()
 
 
@@ -61,7 +61,7 @@ def is_timms(given: str) -> bool:
 
 
 def environment(folder: Path, *needed: str) -> dict[str, Any]:
-    """environment.json, with what else is `needed` of it. Errors: Stop(MISSING, DAMAGED)."""
+    """environment.json, which must also have the keys `needed`. Errors: Stop(MISSING, DAMAGED)."""
     return _table(folder / "environment.json", "facts", "starts", "lost", *needed)
 
 
@@ -71,26 +71,26 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, none if there is no file. Errors: Stop(DAMAGED)."""
+    """The lines of metrics.jsonl, or none if there is no file. Errors: Stop(DAMAGED)."""
     path = folder / "metrics.jsonl"
     return as_written(path, lambda: [_numbers(line) for line in json_lines(path)])
 
 
 def record(folder: Path) -> list[dict[str, Any]]:
-    """The lines of record.jsonl, none if there is no file."""
+    """The lines of record.jsonl, or none if there is no file."""
     return json_lines(folder / "record.jsonl")
 
 
 def as_written(path: Path, load: Callable[[], Content]) -> Content:
-    """What `load` reads from the file `path`. Errors: Stop(DAMAGED), and OSError as it is."""
+    """The result of `load`, which reads the file `path`. Errors: Stop(DAMAGED); OSError is passed on."""
     try:
         return load()
     except (ValueError, TypeError, KeyError, AttributeError, EOFError, BadZipFile) as error:
         raise Stop(
             Exit.DAMAGED,
-            f"{path}: {reason(error)}",
+            f"{path} is damaged: {reason(error)}",
             "the file as the run wrote it",
-            "restore it, or leave this run out",
+            "restore the file from a copy, or leave this run out",
         ) from None
 
 
@@ -108,15 +108,15 @@ def _numbers(line: Any) -> dict[str, Any]:
         raise ValueError(f"a line without a step: {line}")
     for key, value in line.items():
         if not (value is None or type(value) in (int, float)):
-            raise ValueError(f"step {line['step']}: {key} is no number")
+            raise ValueError(f"step {line['step']}: {key} is not a number")
     return line
 
 
-# ---- accuracy, as the lines of metrics.jsonl have it ----
+# ---- accuracy, from the lines of metrics.jsonl ----
 
 
 def top1(lines: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """Of each evaluation, by step: top-1 by kind of weights (raw, and ema where there is one), percent."""
+    """Step of each evaluation -> top-1 in percent for each kind of weights (raw, and ema if there is one)."""
     return {
         line["step"]: {kind: line[f"{kind}_top1"] for kind in ("raw", "ema") if f"{kind}_top1" in line}
         for line in lines
@@ -125,7 +125,7 @@ def top1(lines: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
 
 
 def best_steps(evaluated: Mapping[int, Mapping[str, float]]) -> dict[str, int]:
-    """For each kind of weights that `top1` has, the first step with its best top-1."""
+    """For each kind of weights in the result of `top1`, the first step with its best top-1."""
     kinds = next(iter(evaluated.values()), {})
     return {kind: max(evaluated, key=lambda step: evaluated[step][kind]) for kind in kinds}
 
@@ -134,12 +134,12 @@ def best_steps(evaluated: Mapping[int, Mapping[str, float]]) -> dict[str, int]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those below a folder checkpoints/, oldest first, valid or not."""
+    """All checkpoints in a folder checkpoints/, oldest first, valid or not."""
     return sorted(folder.glob("step-*"))
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is, or would be, below a folder checkpoints/."""
+    """The path of the checkpoint of `step` in a folder checkpoints/; it need not exist."""
     return folder / f"step-{step:08d}"
 
 

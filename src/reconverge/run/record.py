@@ -1,6 +1,6 @@
-"""record.jsonl: a line a step, as exact as the numbers are.
+"""record.jsonl: one line for each step, with all digits of its numbers.
 
-Two runs that trained alike have the same lines (`reconverge verify`).
+Two runs that are equal bit for bit have the same lines; `reconverge verify` compares them.
 """
 
 from typing import NamedTuple
@@ -14,17 +14,15 @@ from reconverge.distributed.world import World
 
 
 class Pending(NamedTuple):
-    """A step as one rank knows it."""
+    """The values of a step on one rank."""
 
     step: int
-    losses: list[
-        Tensor
-    ]  # scalars, of this rank's forward passes in their order; those of all ranks add up to the step's
-    grad_norm: Tensor  # scalar, of the whole gradient
+    # Scalars, one for each forward pass of this rank in order. The sum over all ranks is the step's loss.
+    losses: list[Tensor]
+    grad_norm: Tensor  # scalar, norm of the whole gradient
     lr: float
-    images: list[
-        int
-    ]  # of each of this rank's microbatches, a hash of its augmented images, labels and sample ids
+    # For each microbatch of this rank, a hash of its augmented images, labels and sample ids.
+    images: list[int]
 
 
 class Step(NamedTuple):
@@ -32,13 +30,13 @@ class Step(NamedTuple):
     loss: float
     grad_norm: float
     lr: float
-    images: str  # hash of those of all microbatches, in their order
+    images: str  # hash over the hashes of all microbatches, in order
 
 
 def gathered(world: World, pending: list[Pending]) -> list[Step]:
-    """The steps from what all ranks know. Here the host waits for the device.
+    """Combine the values of all ranks. Here the host waits for the device.
 
-    Losses are added in the order of microbatches, on any number of ranks.
+    Losses are added in the order of microbatches, for any number of ranks.
     """
     losses = world.gather(
         torch.stack([torch.stack(step.losses) for step in pending])

@@ -1,6 +1,6 @@
-"""What a checkpoint holds: both sets of weights, the optimizer, and a few numbers.
+"""The contents of a checkpoint: raw and EMA weights, the optimizer, and a few numbers.
 
-Nothing random: that is a function of the step.
+It has no state of random generators, because random numbers are a function of the step.
 """
 
 from collections.abc import Collection
@@ -29,8 +29,8 @@ class State:
         return {"raw": self.net} | ({"ema": self.ema.model} if self.ema else {})
 
     def save(self, folder: Path, step: int, keep: int, best: Collection[int]) -> None:
-        """Write the checkpoint of `step`, and remove those that are neither among the newest `keep` nor of
-        the steps `best`.
+        """Write the checkpoint of `step`, and remove all others except the newest `keep` and those of the
+        steps `best`.
         """
         tensors = {"model": self.net.state_dict(), "optimizer": optim.state_tensors(self.optimizer)}
         if self.ema:
@@ -39,7 +39,8 @@ class State:
         checkpoint.prune(folder, step, keep, best)
 
     def restore(self, folder: Path) -> tuple[int, list[str]]:
-        """Load the newest valid checkpoint: its step (0: there is none), and why newer ones were skipped.
+        """Load the newest valid checkpoint. Returns its step (0: there is none), and why newer ones were
+        skipped.
 
         Errors: Stop(DAMAGED).
         """
@@ -49,9 +50,9 @@ class State:
         if not path.exists():
             raise Stop(
                 Exit.MISSING,
-                f"{path} is there for rank 0, and not for rank {launcher.HERE.rank}",
+                f"{path} exists on the host of rank 0, but not on the host of rank {launcher.HERE.rank}",
                 "a run's folder that all hosts share",
-                "start in a folder on a shared file system",
+                "start the run in a folder on a shared file system",
             )
         tensors, numbers = checkpoint.load(path)
         try:
@@ -63,8 +64,8 @@ class State:
             raise Stop(
                 Exit.NOT_COMPARABLE,
                 f"{path}: {str(error).splitlines()[0]}",
-                "a checkpoint of this model with these parts",
-                "run=NAME for a new run",
+                "a checkpoint of this model, with EMA weights if ema.decay is set",
+                "run=NAME to start a new run",
             ) from error
         self.scaler.load_state_dict(numbers["scaler"])
         return numbers["step"], skipped

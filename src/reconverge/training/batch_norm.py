@@ -1,9 +1,8 @@
-"""BatchNorm's running statistics follow microbatch 0 of each step, whatever the number of microbatches: one
-update a step.
+"""Updates BatchNorm's running statistics once per step, from microbatch 0 only.
 
-That is what the published runs kept: each GPU held one microbatch, and rank 0 saved. Every forward pass in
-training updates the buffers, and so does every recomputation under activation checkpointing; hence they are
-noted after the forward pass that counts, and set from the note when the step ends.
+The published runs did the same: each GPU had one microbatch, and rank 0 saved. In training, every forward
+pass updates the buffers, and so does every recomputation of activation checkpointing. Therefore the buffers
+are copied after the forward pass of microbatch 0, and restored from this copy at the end of the step.
 """
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """Of a model as it is now: every buffer that its checkpoints hold.
+    """Covers every buffer of the model that its checkpoints contain.
 
-    num_batches_tracked thus counts the steps, without suppressed ones.
+    So num_batches_tracked counts the steps, without the skipped ones.
     """
 
     def __init__(self, model: nn.Module):
@@ -24,16 +23,16 @@ class RunningStatistics:
 
     @torch.no_grad()
     def note(self) -> None:
-        """After the forward pass of microbatch 0, before its backward pass."""
+        """Call it after the forward pass of microbatch 0, before its backward pass."""
         for buffer, noted in zip(self._buffers, self._noted, strict=True):
             noted.copy_(buffer)
 
     @torch.no_grad()
     def settle(self, skip: Tensor) -> None:
-        """After a step.
+        """Call it at the end of a step.
 
-        `skip`: float scalar on the device, 1 where it was suppressed; its statistics may not be finite, and
-        do not stay.
+        `skip`: float scalar on the device, 1 if the step is skipped. The statistics of a skipped step may not
+        be finite, so they are discarded.
         """
         for buffer, settled, noted in zip(self._buffers, self._settled, self._noted, strict=True):
             settled.copy_(torch.where(skip.bool(), settled, noted))

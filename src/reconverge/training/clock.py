@@ -1,4 +1,4 @@
-"""One clock, the optimizer step: everything that is counted, derived once."""
+"""All durations of a run in optimizer steps, computed once from the settings."""
 
 from dataclasses import dataclass
 
@@ -8,26 +8,26 @@ from reconverge.config.settings import Train
 
 @dataclass(frozen=True)
 class Clock:
-    """All in steps, `microbatches` and `lr_factor` apart."""
+    """All values are in steps, except `microbatches` and `lr_factor`."""
 
     steps_per_epoch: int
     total: int  # length of the schedule
     warmup: int
-    end: int  # where this run stops
+    end: int  # last step of this run
     save_every: int  # 0: at the end only
     evaluate_every: int | None  # 0: at the end only; None: never
-    microbatches: int  # of one step: V
-    lr_factor: float  # batch / optim.lr_batch, the linear rule, where a recipe asks for it; else 1
+    microbatches: int  # in one step, over all ranks
+    lr_factor: float  # batch / optim.lr_batch (linear scaling of the learning rate); 1 without optim.lr_batch
 
     @classmethod
     def of(cls, cfg: Train, images: int) -> "Clock":
-        """The tail of an epoch that does not fill a batch is dropped, as published. Errors: Stop(USAGE)."""
+        """An incomplete last batch of an epoch is dropped, as published. Errors: Stop(USAGE)."""
         if cfg.batch > images:
             fitting = min(cfg.microbatch, max(2, images // 2 * 2))
             raise Stop(
                 Exit.USAGE,
-                f"batch={cfg.batch} with {images} training images",
-                "a batch within the data set",
+                f"batch={cfg.batch}, but there are only {images} training images",
+                "a batch that is not larger than the data set",
                 f"batch={images // fitting * fitting} microbatch={fitting}",
             )
         steps_per_epoch = images // cfg.batch
@@ -48,7 +48,8 @@ class Clock:
         )
 
     def due(self, every: int | None, step: int) -> bool:
-        """Whether something that happens `every` so many steps, and at the end, happens after `step` of them;
-        None: never.
+        """Whether an action that is due after each `every` steps, and at the end, is due after `step`.
+
+        `every`: 0 is only at the end, None is never.
         """
         return every is not None and (step == self.end or (every > 0 and step % every == 0))

@@ -1,6 +1,6 @@
-"""The images of a run, opened, and what follows from their number: the clock and the order.
+"""Opens the images of a run, and computes the clock and the order of images from their number.
 
-Imports no torch, so that data which cannot be trained on are refused within a second.
+Imports no torch, so that missing or wrong data are reported within a second.
 """
 
 from typing import NamedTuple
@@ -14,21 +14,21 @@ from reconverge.training.clock import Clock
 
 class Datasets(NamedTuple):
     training: Source
-    validation: Source | None  # None where data.val is null
+    validation: Source | None  # None if data.val is null
     clock: Clock
     order: order.Order
 
     def fingerprints(self) -> dict[str, str | None]:
-        """Of what decides the images of each step."""
+        """Hashes of everything that decides the images of each step."""
         validation = self.validation.fingerprint if self.validation else None
         return {"train": self.training.fingerprint, "val": validation, "order": order.VERSION}
 
     def notes(self) -> list[str]:
-        """What whoever trains on them should know."""
+        """Remarks about the data that the user should see before training."""
         return self.training.notes + (self.validation.notes if self.validation else [])
 
 
 def opened(cfg: Train) -> Datasets:
-    """On every rank, on rank 0 first. Errors: Stop, also for fewer images than a batch."""
+    """Open the data on rank 0 first, then on the others. Errors: Stop, also if a batch exceeds the images."""
     training, validation = ranks.rank_0_first(lambda: sources.open_sources(cfg.data))
     return Datasets(training, validation, Clock.of(cfg, len(training)), order.Order.of(cfg, training))

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights: the second of a run's two models."""
+"""The exponential moving average (EMA) of the weights, kept as a second model beside the raw one."""
 
 import copy
 
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """`model`: a copy of the raw model, after each update decay * average + (1 - decay) * raw; buffers are
-    copied (timm's ModelEma).
+    """`model` has the EMA weights. Each update sets them to decay * ema + (1 - decay) * raw; buffers are
+    copied from the raw model (as in timm's ModelEma).
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -17,9 +17,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, skip: Tensor) -> None:
-        """One step of the average.
+        """Update the EMA weights after a step.
 
-        `skip`: float scalar on the device, 1 where the step was suppressed and the average must stay.
+        `skip`: float scalar on the device, 1 if the step is skipped; then the EMA weights stay unchanged.
         """
         average = [parameter.data for parameter in self.model.parameters()]
         change = torch._foreach_sub([parameter.data for parameter in model.parameters()], average)

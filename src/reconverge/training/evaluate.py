@@ -1,4 +1,4 @@
-"""Exact top-1, top-5, loss and calibration, each image counted once, on any number of ranks."""
+"""Top-1, top-5, loss and calibration error. Each image counts exactly once, for any number of ranks."""
 
 import math
 from collections.abc import Callable
@@ -21,17 +21,17 @@ from reconverge.distributed.world import World
 
 class Result(NamedTuple):
     top1: float  # percent
-    top5: float  # percent; of all classes where there are fewer than five
+    top5: float  # percent; with fewer than five classes, all of them count
     loss: float  # cross-entropy without smoothing, mean over the images
-    ece: float  # percent: expected calibration error of the most probable class, in 15 bins of probability
+    ece: float  # percent: expected calibration error of the predicted class, in 15 bins of probability
     images: int
-    predicted: np.ndarray  # int64 (images,), class of each sample in order
-    confidence: np.ndarray  # float64 (images,), the probability that the model gives it
+    predicted: np.ndarray  # int64 (images,), predicted class of each sample id
+    confidence: np.ndarray  # float64 (images,), probability of the predicted class
     losses: np.ndarray  # float64 (images,), cross-entropy
 
 
 class Among(nn.Module):
-    """A classifier that answers among some of its classes: its logits (N, len(classes))."""
+    """A classifier restricted to some of its classes: returns their logits (N, len(classes))."""
 
     def __init__(self, net: nn.Module, classes: list[int]):
         super().__init__()
@@ -42,16 +42,18 @@ class Among(nn.Module):
 
 
 class Evaluator(NamedTuple):
-    """Looks at every image of a source, read once for all models, on every rank a share of them."""
+    """Evaluates models on every image of a source. Each image is read once for all models; each rank takes a
+    share of the images.
+    """
 
     settings: Evaluate
     normalise: Normalise
     world: World
     workers: int
-    stop: Callable[[], bool] = told_to_stop  # whether this rank is to leave off before the end
+    stop: Callable[[], bool] = told_to_stop  # whether this rank should stop before the end
 
     def __call__(self, models: dict[str, nn.Module], source: Source) -> dict[str, Result] | None:
-        """The result of each model (in evaluation mode), by name; None if any rank left off before the end.
+        """The result of each model (in evaluation mode), by name; None if a rank was stopped before the end.
 
         Errors: Stop(NOT_FINITE).
         """
@@ -63,9 +65,9 @@ class Evaluator(NamedTuple):
             if not math.isfinite(result.loss):
                 raise Stop(
                     Exit.NOT_FINITE,
-                    f"evaluating the {name} weights gives a loss of {result.loss}",
-                    "finite numbers: an accuracy from others would mean nothing",
-                    "precision=fp32 or bf16, or look at the weights",
+                    f"the evaluation of the {name} weights has the loss {result.loss}",
+                    "a finite loss, because otherwise the accuracy has no meaning",
+                    "precision=fp32 or precision=bf16; if that does not help, the weights are broken",
                 )
         return results
 
@@ -77,21 +79,22 @@ class Evaluator(NamedTuple):
         models: dict[str, nn.Module],
         source: Source,
     ) -> dict[str, Tensor] | None:
-        """Of each model a table, float64 (images, width): what `columns(logits (N, classes), labels (N,))`
-        gives, `width` tensors (N,), for each image in order. None if any rank left off before the end.
+        """A table for each model, float64 (images, width), with one row for each image in order. None if a
+        rank was stopped before the end.
 
-        A rank fills in the rows of its own images, so that no number hangs on who looked at them.
+        A row has the values of `columns(logits (N, classes), labels (N,))`, which returns `width` tensors of
+        shape (N,). Each rank fills the rows of its own images, so the result does not depend on the ranks.
         """
         world, images = self.world, len(source)
         batches = in_sequence(images, self.settings.batch)
         mine = batches[world.rank :: world.size]
         shown = Images(source, transforms.evaluation(self.settings), 0)
         feed = iter(Feed(shown, mine, self.workers, world.device, ahead=True))
-        # The first column says whether an image was seen.
+        # The first column is 1 for an image that was evaluated.
         tables = {name: torch.zeros(images, 1 + width, dtype=torch.float64) for name in models}
-        # BatchNorm's statistics are those of rank 0.
+        # Every rank uses the BatchNorm statistics of rank 0.
         world.broadcast(buffer for model in models.values() for buffer in model.buffers())
-        for number in range(-(-len(batches) // world.size)):  # of the last round, some ranks may have none
+        for number in range(-(-len(batches) // world.size)):  # in the last round, some ranks have no batch
             if world.any(self.stop()):
                 return None
             if number >= len(mine):
@@ -104,10 +107,10 @@ class Evaluator(NamedTuple):
                 found = [column.double().cpu() for column in columns(logits.float(), batch.labels)]
                 ids = torch.from_numpy(mine[number].ids)
                 tables[name][ids] = torch.stack([torch.ones(len(logits)), *found], dim=1)
-        # Of each row all ranks but one have zeros.
+        # Each row is filled on one rank and zero on all others.
         gathered = {name: world.gather(table).sum(0) for name, table in tables.items()}
         for table in gathered.values():
-            assert (table[:, 0] == 1).all(), f"{int(table[:, 0].sum())} of {len(table)} images were looked at"
+            assert (table[:, 0] == 1).all(), f"{int(table[:, 0].sum())} of {len(table)} images were evaluated"
         return {name: table[:, 1:] for name, table in gathered.items()}
 
 
@@ -134,19 +137,19 @@ def _result(table: Tensor) -> Result:
 
 
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Percent: how far the probability of the most probable class is from how often it is right, in 15 bins.
+    """Expected calibration error in percent, with 15 bins: the difference between confidence and accuracy.
 
-    `confidence`, `right`: (images,), the latter 1 or 0.
+    `confidence` (images,): probability of the predicted class. `right` (images,): 1 if it is right, else 0.
     """
     from torchmetrics.functional.classification import binary_calibration_error  # takes seconds
 
-    # Whether the most probable class is right is a question of two classes, asked with its probability.
+    # "Is the prediction right?" is a binary classification, and the confidence is its probability.
     return 100 * float(binary_calibration_error(confidence, right.int(), n_bins=15, validate_args=False))
 
 
 def top5(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """For Evaluator.table: the five most probable classes of each image, then their probabilities; of fewer
-    classes, all.
+    """Columns for Evaluator.table: the five most probable classes of each image (all, if there are fewer),
+    then their probabilities.
     """
     probabilities, classes = logits.softmax(1).topk(min(5, logits.shape[1]))
     return [*classes.T, *probabilities.T]

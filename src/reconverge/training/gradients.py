@@ -1,7 +1,6 @@
-"""The gradients of a model in one flat tensor, added up once a step: over the forward passes of a rank, and
-over ranks.
+"""The gradients of a model in one flat tensor, summed over the forward passes of a rank and over ranks.
 
-They are summed, not averaged: the loss is divided by the images of the whole batch.
+They are summed and not averaged, because the loss is already divided by the batch size.
 """
 
 from collections.abc import Callable
@@ -12,12 +11,13 @@ from torch import Tensor, nn, zeros, zeros_like
 from reconverge.distributed.world import World
 from reconverge.training.passes import Passes
 
-BUCKET = 25 * 2**20 // 4  # float32s that are sent together
+BUCKET = 25 * 2**20 // 4  # float32 numbers in one all-reduce
 
 
 def merges(leaves: int) -> list[int]:
-    """After each leaf, how many sums it completes, of tree(lo, hi) = tree(lo, mid) + tree(mid, hi) with mid =
-    (lo + hi) // 2.
+    """For each leaf, the number of sums that are complete after it.
+
+    The sums are tree(lo, hi) = tree(lo, mid) + tree(mid, hi) with mid = (lo + hi) // 2.
     """
     if leaves == 1:
         return [0]
@@ -26,36 +26,35 @@ def merges(leaves: int) -> list[int]:
 
 
 def copies(leaves: int) -> int:
-    """Gradients that lie in memory at most while a tree of `leaves` is added up on one rank: log2(leaves) +
+    """The largest number of gradient copies in memory while one rank sums a tree of `leaves`: log2(leaves) +
     1, rounded up.
     """
     return 1 + (leaves - 1).bit_length()
 
 
 class Gradients:
-    """`net`'s gradients are views of it. Two ways to add:
+    """The gradients of `net` become views of one flat tensor. There are two ways to sum them:
 
-    ddp: passes accumulate in place, and while the last one's backward pass still runs, finished buckets are
-    already sent. Unlike torch's DistributedDataParallel, whose buckets are laid anew after its first step (so
-    that from 3 ranks on a resumed run adds in another order), the buckets are a function of the model alone:
-    R2.
+    ddp: forward passes accumulate in place. Finished buckets are already sent while the last backward pass
+    still runs. The buckets depend only on the model, which keeps R2. (torch's DistributedDataParallel
+    rebuilds its buckets after the first step, so with 3 or more ranks a resumed run would add in another
+    order.)
 
-    tree: the gradient of each leaf stands alone and is added in one canonical order, first the leaves of a
-    rank, which are a subtree, then ranks by recursive doubling. So the sum does not hang on the number of
-    ranks: R4.
+    tree: the gradients of all leaves are added in one fixed order. Each rank first adds its own leaves, which
+    form a subtree; then the ranks are added by recursive doubling. So the sum does not depend on the number
+    of ranks, which gives R4.
     """
 
     def __init__(self, net: nn.Module, world: World, passes: Passes):
-        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad][
-            ::-1
-        ]  # nearly as backward meets them
+        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        parameters.reverse()  # about the order in which the backward pass finishes gradients
         self._world, self._passes = world, passes
         self._flat = zeros(sum(parameter.numel() for parameter in parameters), device=world.device)
         self._merges = merges(passes.leaves)
         self._buckets: list[Tensor] = []
-        self._members: list[int] = []  # parameters of each bucket
-        self._spare: list[Tensor] = []
-        self._sums: list[Tensor] = []  # of subtrees that wait for their right sibling
+        self._members: list[int] = []  # number of parameters in each bucket
+        self._spare: list[Tensor] = []  # buffers for reuse
+        self._sums: list[Tensor] = []  # sums of subtrees that wait for their right sibling
         first = begin = members = 0
         for parameter in parameters:
             parameter.grad = self._flat.as_strided(parameter.shape, parameter.stride(), begin)
@@ -68,27 +67,27 @@ class Gradients:
         self.clear()
 
     def clear(self) -> None:
-        """For a new step."""
+        """Set all gradients to zero for a new step."""
         self._flat.zero_()
         self._done = 0
-        self._missing = list(self._members)  # of each bucket, those that have no gradient yet
-        self._sent: list[Callable[[], object]] = []  # of each bucket on its way, what waits for it
+        self._missing = list(self._members)  # for each bucket, the parameters without a gradient so far
+        self._sent: list[Callable[[], object]] = []  # for each bucket that is sent, a function that waits
 
     def add(self) -> None:
-        """After the backward pass of each forward pass."""
+        """Call it after each backward pass."""
         self._done += 1
         leaf, rest = divmod(self._done, self._passes.slices)
         if not self._passes.tree or rest:
             return
         for _ in range(self._merges[leaf - 1]):
             self._spare.append(self._sums.pop())
-            self._flat.add_(self._spare[-1])  # left and right of a sum of two may change places
+            self._flat.add_(self._spare[-1])  # a + b and b + a have the same bits
         if leaf < self._passes.leaves:
             self._sums.append(self._room().copy_(self._flat))
             self._flat.zero_()
 
     def reduce(self) -> None:
-        """After the last one: over all ranks."""
+        """Sum the gradients over all ranks. Call it after the last backward pass of a step."""
         if not self._passes.tree:
             self._send(len(self._buckets))
             for wait in self._sent:
@@ -106,7 +105,7 @@ class Gradients:
         return self._spare.pop() if self._spare else zeros_like(self._flat)
 
     def _arrived(self, bucket: int, parameter: Tensor) -> None:
-        """The gradient of a parameter is there, in a backward pass."""
+        """Hook that runs when a backward pass has finished the gradient of a parameter."""
         if self._passes.tree or self._done < self._passes.count - 1:
             return
         self._missing[bucket] -= 1
@@ -115,6 +114,6 @@ class Gradients:
         )
 
     def _send(self, ready: int) -> None:
-        """Every bucket before number `ready`, in this order on all ranks."""
+        """Send all buckets before number `ready` that are not sent yet, in the same order on all ranks."""
         while len(self._sent) < ready:
             self._sent.append(self._world.add_up(self._buckets[len(self._sent)]))

@@ -1,4 +1,4 @@
-"""Learning rate, parameter groups and the optimizer: pure functions of their settings."""
+"""Learning rate, parameter groups and the optimizer, as functions of their settings."""
 
 import math
 
@@ -11,14 +11,16 @@ from reconverge.training.clock import Clock
 
 
 def learning_rate(optim: Optim, step: int, clock: Clock) -> float:
-    """Learning rate of step 0..total-1, times clock.lr_factor.
+    """Learning rate of step 0..total-1, multiplied by clock.lr_factor.
 
-    convnext (official code's cosine_scheduler): the warm-up is linspace(warmup_lr, lr, warmup), both ends
-    included; then min_lr + (lr - min_lr) (1 + cos(pi i / n)) / 2 for i = 0..n-1 with n = total - warmup, so
-    that lr itself comes twice. swin, deit: timm's CosineLRScheduler, whose warm-up stops a step short of lr.
-    Both codes set the rate after a step (swin) or an epoch (deit), with its number: each rate comes one later
-    than its number says, the first one twice. deit's cosine runs from the start of training, the warm-up laid
-    over it.
+    convnext (official code's cosine_scheduler): the warm-up is linspace(warmup_lr, lr, warmup) with both
+    ends; then min_lr + (lr - min_lr) (1 + cos(pi i / n)) / 2 for i = 0..n-1 with n = total - warmup. So lr
+    itself is used twice.
+
+    swin, deit: timm's CosineLRScheduler, whose warm-up ends one step before it reaches lr. Both codes set the
+    rate of number i after step i (swin) or epoch i (deit), so each rate is used one step or epoch later than
+    its number says, and the first rate is used twice. In deit the cosine starts at the beginning of training,
+    and the warm-up replaces its first part.
     """
     if optim.schedule == "convnext":
         at, total, warmup, past, last = step, clock.total, clock.warmup, clock.warmup, clock.warmup - 1
@@ -40,12 +42,12 @@ def learning_rate(optim: Optim, step: int, clock: Clock) -> float:
 
 
 def parameter_groups(model: nn.Module, optim: Optim) -> list[dict]:
-    """Of each layer two groups: decayed; and not decayed: what has one dimension (norms, layer scale),
-    biases, and the model's own exceptions.
+    """Two groups for each layer, with and without weight decay. Parameters without weight decay are those
+    with one dimension (norms, layer scale), biases, and the model's own exceptions.
 
-    Without layer decay the whole model is one layer. Each group holds `names` beside `params`, its `layer`,
-    and an `lr_scale` that multiplies the learning rate: layer_decay to the power of how many layers lie above
-    it (official code's optim_factory). Errors: Stop(USAGE).
+    Without layer decay the whole model is one layer. Each group has `params`, their `names`, its `layer`, and
+    `lr_scale`, a factor for the learning rate: layer_decay ** (number of layers above it), as in the official
+    code's optim_factory. Errors: Stop(USAGE).
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     layer_of = layers(model, optim.layer_groups) if optim.layer_decay != 1 else {}
@@ -81,7 +83,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The moments and step counts of every parameter, as "name/exp_avg" and so on, for a checkpoint."""
+    """AdamW's moments and step counts for a checkpoint, named "PARAMETER/exp_avg" and so on."""
     return {
         f"{name}/{kind}": tensor
         for group in optimizer.param_groups
@@ -91,9 +93,9 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Set what `state_tensors` gave.
+    """Load the tensors that `state_tensors` returned.
 
-    Only tensors: rates and flags such as fused stay those of this optimizer.
+    Learning rates and flags such as fused stay as they are in this optimizer.
     """
     named = [
         pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)
@@ -103,17 +105,17 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torc
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
         parameter = named[index[name]][1]
-        if (
-            tensor.shape == parameter.shape
-        ):  # in the parameter's memory format: fused AdamW reads both in the order of memory
+        # Fused AdamW reads parameter and moments in memory order, so both need the same memory format.
+        if tensor.shape == parameter.shape:
             tensor = torch.empty_like(parameter.data).copy_(tensor)
         state.setdefault(index[name], {})[kind] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def update(optimizer: torch.optim.AdamW, skip: torch.Tensor) -> None:
-    """One step, suppressed on the device where `skip` (a float scalar there) is 1; unfused AdamW cannot, so
-    there the host waits for it.
+    """One optimizer step, or none if `skip`, a float scalar on the device, is 1.
+
+    Fused AdamW reads `skip` on the device. Without fused=true, the host waits for its value.
     """
     if optimizer.defaults["fused"]:
         optimizer.found_inf = skip  # type: ignore[attr-defined]

@@ -1,7 +1,6 @@
-"""How the microbatches of a rank become forward passes.
+"""Splits or joins the microbatches of a rank into forward passes.
 
-What is drawn for a microbatch is drawn for all of it, whoever takes it and in however many passes it goes
-through the model.
+Random numbers are drawn for whole microbatches, so they do not depend on the ranks and the forward passes.
 """
 
 from collections.abc import Iterator
@@ -13,29 +12,29 @@ from reconverge.base.errors import Exit, Stop
 
 
 class Passes:
-    """The forward passes of one rank in a step. `forward_images`: in one of them; None: a microbatch. `tree`:
-    how leaves are added.
+    """The forward passes of one rank in a step. `forward_images`: images of one pass; None means one
+    microbatch. `tree`: whether reduce=tree adds the leaves.
 
-    A leaf is what has one gradient when microbatches are added up: a microbatch, in one pass or several, or
-    the joined ones of a pass.
+    A leaf is a part of the step with one gradient: a microbatch, in one or several passes, or several
+    microbatches that are joined in one pass.
     """
 
     def __init__(self, microbatches: int, microbatch: int, forward_images: int | None, tree: bool = False):
-        """`microbatches`: of this rank. Errors: Stop(USAGE)."""
+        """`microbatches`: number of microbatches of this rank. Errors: Stop(USAGE)."""
         images = forward_images or microbatch
         self.tree = tree
         self._joined = min(max(1, images // microbatch), microbatches)
-        self.images = min(images, self._joined * microbatch)  # of the largest pass
+        self.images = min(images, self._joined * microbatch)  # images of the largest pass
         self._microbatches = microbatches
-        self.slices = max(1, microbatch // images)  # passes of a leaf
+        self.slices = max(1, microbatch // images)  # passes of one leaf
         self.leaves = -(-microbatches // self._joined)
         self.count = self.leaves * self.slices
         if tree and microbatches % self._joined:
             raise Stop(
                 Exit.USAGE,
-                f"forward_images={forward_images} joins {self._joined} microbatches of {microbatch}, and each"
-                f" rank has {microbatches}",
-                "with reduce=tree a number of them that divides a rank's: each pass is a leaf of the tree",
+                f"forward_images={forward_images} joins {self._joined} microbatches of {microbatch} images,"
+                f" but each rank has {microbatches} microbatches",
+                "with reduce=tree, forward passes that divide the microbatches of a rank evenly",
                 f"forward_images={microbatch}",
             )
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -44,8 +43,8 @@ class Passes:
     def __call__(
         self, images: Tensor, targets: Tensor, masks: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Takes a microbatch (N, 3, H, W), (N, classes), (drops, N); gives the passes that can be made now:
-        none while it is held back to be joined.
+        """Takes a microbatch (N, 3, H, W), (N, classes), (drops, N) and yields the forward passes that are
+        ready. It yields none while it collects microbatches that are to be joined.
         """
         self._seen += 1
         if self.slices > 1:
@@ -67,7 +66,9 @@ class Passes:
 
 
 def refuse_other_passes(net: nn.Module, microbatch: int, forward_images: int | None) -> None:
-    """BatchNorm averages over a forward pass, which is to be a microbatch. Errors: Stop(USAGE)."""
+    """A model with BatchNorm needs forward passes of exactly one microbatch, because it averages over a
+    forward pass. Errors: Stop(USAGE).
+    """
     if forward_images in (None, microbatch) or not any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()
     ):
@@ -75,7 +76,7 @@ def refuse_other_passes(net: nn.Module, microbatch: int, forward_images: int | N
     raise Stop(
         Exit.USAGE,
         f"forward_images={forward_images} with a model that has BatchNorm",
-        f"forward passes of one microbatch, {microbatch} images: BatchNorm averages over them",
-        f"forward_images={microbatch}; checkpointing=true saves memory, and a smaller microbatch= is another"
-        " training",
+        f"forward passes of one microbatch, {microbatch} images, because BatchNorm averages over a pass",
+        f"forward_images={microbatch}; to save memory use checkpointing=true; a smaller microbatch= also"
+        " saves memory, but it changes the training",
     )

@@ -1,5 +1,5 @@
-"""Weights from elsewhere into a model: every key is accounted for, the head has a rule of its own, position
-tables are resampled.
+"""Loads weights of init= into a model. Every key of the file is reported, the head is loaded by a separate
+rule, and position tables are resampled.
 """
 
 import sys
@@ -16,26 +16,23 @@ from reconverge.weights.names import Entry
 from reconverge.weights.read import Pretrained
 
 SHOWN = 8  # names of one kind in a message; environment.json has them all
-# What became of a key: five kinds that are always counted, and three that are named where there are any. The
-# resampled are converted too.
+# The possible results for a key. The numbers of the first five are always printed; the others only if there
+# are any. Resampled keys are also in "converted".
 ALWAYS = ("loaded", "converted", "missing", "unexpected", "of another shape")
 RARE = ("resampled", "recomputed", "of the head")
 POSITIONS = ("pos_embed", "relative_position_bias_table")
-BUFFERS = (
-    "relative_position_index",
-    "attn_mask",
-    "num_batches_tracked",
-)  # in old files of Swin, and not in those of ResNet: no weights
+# Not weights: old files of Swin have the first two, and old files of ResNet lack the last.
+BUFFERS = ("relative_position_index", "attn_mask", "num_batches_tracked")
 
 
 @torch.no_grad()
 def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str]) -> dict[str, Any]:
-    """Put the weights that `init` names into `net`, whose head has a row for each of `classes`; the fresh
-    rows are those it has.
+    """Load the weights that `init` names into `net`, whose head has one row for each of `classes`. Rows that
+    are not loaded keep their initial weights.
 
-    `strict`, `head`: settings init_strict and init_head. Returns, for environment.json, where the weights
-    came from, and each key by what became of it. Errors: Stop(USAGE, MISSING, DAMAGED, PERMISSION); the net
-    is then as it was.
+    `strict`, `head`: the settings init_strict and init_head. Returns, for environment.json, the source of the
+    weights and the keys by result. Errors: Stop(USAGE, MISSING, DAMAGED, PERMISSION); then `net` is
+    unchanged.
     """
     found = read.read(init)
     layout, entries = names.converted(_stripped(found.tensors, init))
@@ -49,8 +46,8 @@ def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str])
             raise Stop(
                 Exit.DAMAGED,
                 f"init={init}: {entry.given} has values that are not finite",
-                "finite weights",
-                "the file",
+                "weights with finite values only",
+                "use another file or checkpoint",
             )
     said = _load_head(own, head_names, head_entries, head, found, classes, init)
     for entry in fitting:
@@ -65,9 +62,7 @@ def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str])
 
 
 def table(origin: dict[str, Any]) -> dict[str, str]:
-    """What `load` returned, a name and a text a row: source, counts, the names of what was not loaded, the
-    head.
-    """
+    """The result of `load` as rows (name -> text): source, counts, keys that were not loaded, the head."""
     keys = origin["keys"]
     counts = ", ".join(f"{len(keys[kind])} {kind}" for kind in (*ALWAYS, *RARE) if kind in keys)
     rows = {
@@ -89,16 +84,16 @@ def _stripped(tensors: dict[str, Tensor], init: str) -> dict[str, Tensor]:
         twice = [name for name, count in Counter(map(names.stripped, tensors)).items() if count > 1]
         raise Stop(
             Exit.USAGE,
-            f"init={init} has {_listed(twice)} more than once, with prefixes and without",
-            "each weight once",
-            "the file",
+            f"init={init} has {_listed(twice)} more than once, with and without a prefix such as module.",
+            "a file that has each weight once",
+            "save the state_dict() of the model without DistributedDataParallel or torch.compile",
         )
     return stripped
 
 
 def _resampled(net: nn.Module, entries: list[Entry]) -> tuple[list[Entry], dict[str, list[str]]]:
-    """Where the model has position tables, the entries with theirs at its resolution, by timm's filter of its
-    family; and an account.
+    """The entries, with position tables resampled to the model's resolution, if it has such tables; and the
+    keys by result. timm's checkpoint_filter_fn of the model does the resampling.
     """
     keys: dict[str, list[str]] = {kind: [] for kind in (*ALWAYS, *RARE)}
     adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
@@ -107,15 +102,14 @@ def _resampled(net: nn.Module, entries: list[Entry]) -> tuple[list[Entry], dict[
     try:
         adapted = adapt({entry.name: entry.tensor for entry in entries}, net)
     except (AttributeError, KeyError, RuntimeError, ValueError, IndexError):
-        return entries, keys  # the weights of another architecture: the account will say so
+        return entries, keys  # weights of another architecture: _refuse_partial will report them
     came = {id(entry.tensor): entry for entry in entries}
     by_name = {entry.name: entry for entry in entries}
     result = []
     for name, tensor in adapted.items():
         entry = by_name.get(name)
-        if (
-            entry is None or entry.tensor is not tensor
-        ):  # renamed; or another tensor of the same name; or made of several
+        # timm may have renamed the tensor, replaced it, or made it from several tensors.
+        if entry is None or entry.tensor is not tensor:
             entry = came.get(id(tensor)) or entry or Entry(name, name, tensor)
         if tensor.shape != entry.tensor.shape:
             keys["resampled"].append(f"{entry.given} {tuple(entry.tensor.shape)} to {tuple(tensor.shape)}")
@@ -129,14 +123,14 @@ def _resampled(net: nn.Module, entries: list[Entry]) -> tuple[list[Entry], dict[
 def _sorted(
     entries: list[Entry], own: dict[str, Tensor], head_names: list[str], keys: dict[str, list[str]]
 ) -> tuple[list[Entry], list[Entry]]:
-    """The entries that fit a weight of the model, and those of its head, with any number of rows.
+    """The entries that fit a weight of the model, and the entries of the head, with any number of rows.
 
-    Every other key goes into `keys`.
+    `keys` gets the result for every key.
     """
     fitting, head_entries, met = [], [], set()
     resampled = {text.partition(" ")[0] for text in keys["resampled"]}
     for entry in entries:
-        if entry.name not in own or entry.name in met:  # the latter: a second name for one weight
+        if entry.name not in own or entry.name in met:  # in met: two keys of the file name one weight
             keys["unexpected"].append(entry.given)
             continue
         met.add(entry.name)
@@ -158,7 +152,7 @@ def _sorted(
 
 
 def _head_names(net: nn.Module) -> list[str]:
-    """The head's weights in the state dict."""
+    """Names of the head's weights in the state dict."""
     head = net.get_classifier()  # type: ignore[operator]
     prefix = next(name for name, module in net.named_modules() if module is head)
     return [f"{prefix}.{part}" for part in head.state_dict()]
@@ -172,14 +166,14 @@ def _refuse_partial(init: str, found: Pretrained, keys: dict[str, list[str]], st
     counts = ", ".join(f"{len(keys[kind])} {kind}" for kind in ALWAYS)
     names = "".join(f"\n           {kind:<16} {_listed(keys[kind])}" for kind in refused)
     made_for = (
-        f" (the weights are of {found.origin['architecture']})" if "architecture" in found.origin else ""
+        f" (these weights are of {found.origin['architecture']})" if "architecture" in found.origin else ""
     )
     raise Stop(
         Exit.USAGE,
         f"init={init}: {counts}{names}",
-        "every weight of the model but the head, and none besides"
-        + ("" if fit else "; nothing of this fits"),
-        f"model={made_for}" + (f", or init_strict=false to load the {fit} that fit" if fit else ""),
+        "weights of exactly this model; only the head may differ" + ("" if fit else ". No weight fits here"),
+        f"choose the model= of these weights{made_for}"
+        + (f", or init_strict=false to load only the {fit} that fit" if fit else ""),
     )
 
 
@@ -192,10 +186,10 @@ def _load_head(
     classes: list[str],
     init: str,
 ) -> str:
-    """Fill the head's rows by the rule of init_head, and say in words what was done. Errors: Stop(USAGE)."""
+    """Load the head's rows by the rule of init_head. Returns a text about it. Errors: Stop(USAGE)."""
     rows = len(entries[0].tensor) if len(entries) == len(names) else 0
     theirs = found.classes if found.classes and len(found.classes) == rows else None
-    by_count = "" if theirs else f"; taken for ImageNet's {rows} synsets by their number"
+    by_count = "" if theirs else f"; assumed to be ImageNet's {rows} synsets, from their number"
     theirs = theirs or imagenet.of_head(rows)
     if rule == "auto":
         rule = "keep" if rows and theirs == classes else "fresh"
@@ -204,41 +198,38 @@ def _load_head(
     if not rows:
         raise Stop(
             Exit.USAGE,
-            f"init_head={rule}, and init={init} has no head of this width",
-            "weights with a head",
-            "init_head=fresh",
+            f"init_head={rule}, but init={init} has no head of the model's width",
+            "weights with a head of the model's width",
+            "init_head=fresh, which keeps the initial weights of the head",
         )
     if rule == "mapped":
         return _map_rows(own, entries, theirs or [], classes) + by_count
     if rows != len(classes):
         raise Stop(
             Exit.USAGE,
-            f"init_head=keep with a head of {rows} classes for data of {len(classes)}",
-            "as many classes",
-            "init_head=mapped by their names, or init_head=fresh",
+            f"init_head=keep, but the head has {rows} classes and the data {len(classes)}",
+            "a head with as many classes as the data",
+            "init_head=mapped to load rows by the names of classes, or init_head=fresh",
         )
     for entry in entries:
         own[entry.name].copy_(entry.tensor)
     if theirs == classes:
         return f"kept, {rows} classes{by_count}"
-    return f"kept, {rows} classes by position: their names " + ("are others" if theirs else "are unknown")
+    return f"kept, {rows} classes by position: their names " + ("differ" if theirs else "are unknown")
 
 
 def _why_fresh(rows: int, theirs: list[str] | None, classes: list[str]) -> str:
     if not rows:
-        return "the weights have no whole one"
+        return "the file has no complete head"
     if theirs == classes:
-        return f"the {rows} rows of the weights, of the same classes, are unused"
+        return f"the {rows} rows of the file have the same classes, but are not used"
     if theirs is None and rows == len(classes):
-        return (
-            f"the names of the {rows} classes of the weights are unknown: init_head=keep would take them by"
-            " position"
-        )
-    return f"the {rows} classes of the weights are others"
+        return f"the file does not name its {rows} classes; init_head=keep would load them by position"
+    return f"the {rows} classes of the file are different ones"
 
 
 def _map_rows(own: dict[str, Tensor], entries: list[Entry], theirs: list[str], classes: list[str]) -> str:
-    """Each class of the data gets the row of its own name; one that the weights lack keeps its fresh row.
+    """Each class of the data gets the row with its name. Classes that the file lacks keep initial weights.
 
     Errors: Stop(USAGE).
     """
@@ -249,13 +240,13 @@ def _map_rows(own: dict[str, Tensor], entries: list[Entry], theirs: list[str], c
         raise Stop(
             Exit.USAGE,
             f"init_head=mapped with a head of {len(entries[0].tensor)} classes, {reason}",
-            "names in common: synset ids, for ImageNet",
-            "init_head=fresh, or init_head=keep where the order is the same",
+            "classes with common names (for ImageNet: synset ids)",
+            "init_head=fresh, or init_head=keep if both have the same classes in the same order",
         )
     to, of = torch.tensor(pairs).T
     for entry in entries:
         weight = own[entry.name]
         weight[to.to(weight.device)] = entry.tensor[of].to(weight)
     lacking = [label for label in classes if label not in index]
-    fresh = f"; fresh rows for {_listed(lacking)}" if lacking else ""
+    fresh = f"; initial weights for {_listed(lacking)}" if lacking else ""
     return f"mapped by name, {len(pairs)} of {len(classes)} classes from {len(theirs)}{fresh}"

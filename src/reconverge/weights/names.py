@@ -1,15 +1,12 @@
-"""The names that other code gives to ConvNeXt's weights, and ours, which are timm's.
-
-Pure functions of names and tensors.
-"""
+"""Converts the names of ConvNeXt weights in other code to ours, which are timm's."""
 
 import re
 from typing import NamedTuple
 
 from torch import Tensor
 
-# name -> how it is known, and (their name, ours) as regular expressions; a name that none fits stays as it
-# is, and is then unexpected.
+# Layout -> a name that only this layout has, and pairs (their name, our name), as regular expressions. A name
+# that matches no pair is kept, and is then reported as unexpected.
 LAYOUTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "official ConvNeXt": (
         r"downsample_layers\.0\.0\.weight",
@@ -49,21 +46,19 @@ LAYOUTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
 
 
 def stripped(name: str) -> str:
-    """Without the prefixes that DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) put
-    before and into names.
-    """
+    """The name without the prefixes of DistributedDataParallel (module.) and torch.compile (_orig_mod.)."""
     return re.sub(r"^(module\.)+", "", re.sub(r"(^|\.)_orig_mod\.", r"\1", name))
 
 
 class Entry(NamedTuple):
-    name: str  # ours
-    given: str  # the file's
-    tensor: Tensor  # in our shape
+    name: str  # our name
+    given: str  # name in the file
+    tensor: Tensor  # with the shape of our weight
 
 
 def converted(tensors: dict[str, Tensor]) -> tuple[str | None, list[Entry]]:
-    """The layout that the names betray (None: ours, or none that is known), and every tensor by our name and
-    theirs.
+    """The layout of the file, recognised by its names (None: ours, or unknown), and all its tensors with our
+    name and the file's name.
     """
     for layout, (sign, rules) in LAYOUTS.items():
         if any(re.fullmatch(sign, name) for name in tensors):
@@ -76,11 +71,11 @@ def converted(tensors: dict[str, Tensor]) -> tuple[str | None, list[Entry]]:
 def _renamed(name: str, rules: list[tuple[str, str]]) -> str:
     for theirs, ours in rules:
         if found := re.fullmatch(theirs, name):
-            # torchvision counts stages and what lies between them in one row: 1, 3, 5, 7 and 2, 4, 6.
+            # torchvision numbers stages (1, 3, 5, 7) and downsampling layers (2, 4, 6) in one sequence.
             return found.expand(ours.replace("{half}", str(int(found[1]) // 2)) if "{half}" in ours else ours)
     return name
 
 
 def _gamma(name: str, tensor: Tensor) -> Tensor:
-    """torchvision keeps layer scale as (d, 1, 1)."""
+    """torchvision stores layer scale with the shape (d, 1, 1)."""
     return tensor.flatten() if name.endswith("layer_scale") else tensor

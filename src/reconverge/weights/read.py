@@ -1,4 +1,4 @@
-"""What `init=` names, read: a run, a file, a folder, or a download. Nothing that is read can run code."""
+"""Reads the weights that `init=` names: a run, a file, a folder, or a download. No file can run code."""
 
 import argparse
 import difflib
@@ -29,8 +29,8 @@ FORMS = (
     "runs/NAME, one of its checkpoints, a .safetensors, .pth or .pt file, a folder with config.json,"
     " timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME"
 )
-# The names by which training code saves its two sets of weights: the official ConvNeXt's, DeiT's and Swin's;
-# timm's.
+# Names of the raw and the EMA weights in checkpoint files: first those of the official code of ConvNeXt, DeiT
+# and Swin, then those of timm.
 SETS = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
 LOCAL_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order
 
@@ -38,8 +38,8 @@ LOCAL_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order
 @dataclass(frozen=True)
 class Pretrained:
     tensors: dict[str, Tensor]  # names as in the file
-    classes: list[str] | None  # of the rows of its head, where something says so
-    origin: dict[str, Any]  # for environment.json; always with `text` and `sha256`
+    classes: list[str] | None  # of the rows of the head; None if they are not known
+    origin: dict[str, Any]  # for environment.json; always has `text` and `sha256`
 
 
 def read(init: str) -> Pretrained:
@@ -50,15 +50,18 @@ def read(init: str) -> Pretrained:
     elif Path(init).exists():
         raise Stop(
             Exit.USAGE,
-            f"init={init} is a path, and the {wanted} weights of {rest} are meant by it too",
-            "one meaning",
-            "another name for it",
+            f"init={init} can mean the path {init}, or the {wanted} weights of {rest}",
+            "a name with one meaning",
+            f"rename the file or folder {init}",
         )
     scheme, _, name = rest.partition(":")
     if scheme in DOWNLOADS and not Path(rest).exists():
         if wanted:
             raise Stop(
-                Exit.USAGE, f"init={init}", f"{scheme}:NAME: it has one set of weights", f"init={rest}"
+                Exit.USAGE,
+                f"init={init}",
+                f"{scheme}:NAME without :{wanted}, because it has only one set of weights",
+                f"init={rest}",
             )
         return DOWNLOADS[scheme](name)
     path = Path(rest).expanduser()
@@ -70,7 +73,7 @@ def read(init: str) -> Pretrained:
 
 
 def _absent(path: Path) -> Stop:
-    change = f"init=runs/{path}" if (Path("runs") / path).exists() else "the path"
+    change = f"init=runs/{path}" if (Path("runs") / path).exists() else "correct the path"
     return Stop(Exit.MISSING, f"init={path}: there is no such file or folder", FORMS, change)
 
 
@@ -80,36 +83,42 @@ def _folder(path: Path, wanted: str) -> Pretrained:
     if is_run and is_timm:
         raise Stop(
             Exit.USAGE,
-            f"init={path} holds checkpoints/ and config.json",
-            "a run or a timm folder",
-            "name a checkpoint or the file",
+            f"init={path} contains both checkpoints/ and config.json",
+            "the folder of a run, or a timm folder with config.json",
+            "name one of its checkpoints, or the file with the weights",
         )
     if is_run:
         return _run(path, wanted or "raw")
     if is_timm:
         return _timm_folder(path, wanted)
     raise Stop(
-        Exit.MISSING, f"init={path} is a folder without checkpoints/ or config.json", FORMS, "the path"
+        Exit.MISSING,
+        f"init={path} is a folder without checkpoints/ and config.json",
+        FORMS,
+        "correct the path",
     )
 
 
 def _run(path: Path, wanted: str) -> Pretrained:
-    """A run's newest valid checkpoint, or the one that is named, with its sha256 verified."""
+    """The newest valid checkpoint of a run, or the named one, after its sha256 was verified."""
     chosen, skipped = checkpoint.choose(path.absolute())
     run = chosen.parents[1]
     files = {"raw": chosen / "model.safetensors", "ema": chosen / "ema.safetensors"}
     if not files[wanted].exists():
         raise Stop(
             Exit.USAGE,
-            f"init={path}:{wanted}, and {chosen} has no EMA weights",
-            "the raw weights",
+            f"init={path}:{wanted}, but {chosen} has no EMA weights",
+            "the raw weights of this run",
             f"init={path}",
         )
     try:
         classes = (run / "classes.txt").read_text().splitlines()
     except FileNotFoundError:
         raise Stop(
-            Exit.MISSING, f"{run} has no classes.txt", "a run's folder as it was left", "restore the file"
+            Exit.MISSING,
+            f"{run} has no classes.txt",
+            "a run's folder with all its files",
+            "restore the file from a copy",
         ) from None
     step = json.loads((chosen / "state.json").read_text())["step"]
     digest = json.loads((chosen / "MANIFEST.json").read_text())["files"][files[wanted].name]["sha256"]
@@ -140,21 +149,21 @@ def _timm_config(path: Path) -> tuple[str, Any]:
         raise Stop(
             Exit.DAMAGED,
             f"{path / 'config.json'}: {error!r}",
-            "timm's config.json, with an architecture",
-            "the folder, or its file of weights",
+            "timm's config.json with the key architecture",
+            "name another folder, or name the file with the weights instead",
         ) from error
 
 
 def _timm_folder(path: Path, wanted: str) -> Pretrained:
-    """What timm's save_for_hf writes and its local-dir: names read."""
+    """A folder that timm's save_for_hf writes, and timm reads by the name local-dir:PATH."""
     architecture, names = _timm_config(path)
     found = [path / name for name in LOCAL_FILES if (path / name).exists()]
     if not found:
         raise Stop(
             Exit.MISSING,
-            f"init={path} has no weights",
-            f"{' or '.join(LOCAL_FILES)} beside config.json",
-            "the folder",
+            f"init={path} has no file with weights",
+            f"a folder with config.json and {' or '.join(LOCAL_FILES)}",
+            "correct the path, or name the file with the weights",
         )
     weights = _file(found[0], wanted)
     origin = {**weights.origin, "architecture": architecture, "text": f"{found[0]}: {architecture}"}
@@ -165,12 +174,15 @@ def _timm_folder(path: Path, wanted: str) -> Pretrained:
 
 def _file(path: Path, wanted: str) -> Pretrained:
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
-        raise Stop(Exit.USAGE, f"init={path}", FORMS, "the path")
+        raise Stop(Exit.USAGE, f"init={path}", FORMS, "name one of these")
     if (path.parent / "MANIFEST.json").exists():
-        # Its sha256, its classes and the name of its run would go unread.
+        # Read as a single file, its sha256 and classes and the name of its run would be lost.
         change = f"init={path.parent}{':ema' if path.stem == 'ema' else ''}"
         raise Stop(
-            Exit.USAGE, f"init={path} is a part of a checkpoint", "the folder of the checkpoint", change
+            Exit.USAGE,
+            f"init={path} is one file of a checkpoint",
+            "the folder of the checkpoint",
+            change,
         )
     content = _load(path)
     tensors, chosen = content, "one set of weights"
@@ -181,8 +193,9 @@ def _file(path: Path, wanted: str) -> Pretrained:
             change = f"init={path}:ema" if held["ema"] and not wanted else f"init={path}"
             raise Stop(
                 Exit.USAGE,
-                f"init={path}{wanted and ':' + wanted}, whose keys are {', '.join(map(str, content))}",
-                "one of model, state_dict; with :ema one of model_ema, state_dict_ema",
+                f"init={path}{wanted and ':' + wanted}; the keys of this file are"
+                f" {', '.join(map(str, content))}",
+                "a file with one of the keys model, state_dict; with :ema one of model_ema, state_dict_ema",
                 change,
             )
         tensors, chosen = content[keys[0]], f"key {keys[0]}"
@@ -190,7 +203,7 @@ def _file(path: Path, wanted: str) -> Pretrained:
         raise Stop(
             Exit.USAGE,
             f"init={path}:{wanted}",
-            "no :raw or :ema: this file has one set of weights",
+            "the path without :raw or :ema, because this file has only one set of weights",
             f"init={path}",
         )
     if not tensors or not all(
@@ -198,9 +211,10 @@ def _file(path: Path, wanted: str) -> Pretrained:
     ):
         raise Stop(
             Exit.USAGE,
-            f"init={path}, whose keys are {', '.join(map(str, list(content)[:8]))}",
-            "tensors by name; or model, model_ema, state_dict or state_dict_ema with such inside",
-            "the file",
+            f"init={path}; the keys of this file are {', '.join(map(str, list(content)[:8]))}",
+            "a state dict (name -> tensor), or a file with a state dict in one of the keys model, model_ema,"
+            " state_dict, state_dict_ema",
+            "save the state_dict() of the model, or name another file",
         )
     digest = sha256_of(path)
     return Pretrained(
@@ -211,8 +225,8 @@ def _file(path: Path, wanted: str) -> Pretrained:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Tensors and plain values, with argparse.Namespace (the official checkpoints keep their options in one)
-    and nothing else.
+    """Reads tensors and plain values only; argparse.Namespace is also allowed, because the official
+    checkpoints store their options in one.
     """
     try:
         if path.suffix == ".safetensors":
@@ -231,8 +245,8 @@ def _unreadable(init: str, error: Exception) -> Stop:
     code = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.\w+)", str(error))
     if code:
         reason = f"it asks for {code[1]}, which could run code"
-    elif isinstance(error, pickle.UnpicklingError):  # torch's message would advise to load it all the same
-        reason = "not what torch.save writes"
+    elif isinstance(error, pickle.UnpicklingError):  # torch's own message advises to load it unsafely
+        reason = "not a file of torch.save"
     else:
         reason = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
     return Stop(
@@ -243,14 +257,12 @@ def _unreadable(init: str, error: Exception) -> Stop:
     )
 
 
-# ---- downloads, which the libraries keep in their own caches ----
+# ---- downloads; the libraries store them in their own caches ----
 
 
 @contextmanager
 def _downloading(init: str) -> Iterator[None]:
-    """Whatever a library loads meanwhile is loaded as weights only, whichever its version; its failures
-    become a Stop.
-    """
+    """Inside, libraries of all versions load weights only, so no code can run. Their errors become a Stop."""
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
@@ -264,8 +276,8 @@ def _downloading(init: str) -> Iterator[None]:
         raise Stop(
             Exit.MISSING,
             f"{init}: {type(error).__name__} {str(error).partition(chr(10))[0]}",
-            "a network, or weights that this machine downloaded before",
-            "try again; or download them elsewhere and give the file or folder",
+            "a network connection, or weights that this machine has already downloaded",
+            "try again; or download the weights on another machine and name the file or folder in init=",
         ) from error
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
@@ -274,7 +286,7 @@ def _downloading(init: str) -> Iterator[None]:
 
 
 def model(given: str) -> nn.Module:
-    """timm's own model with the weights of timm:NAME, hf-hub:OWNER/NAME or a folder that timm reads.
+    """A timm model with the weights of timm:NAME, hf-hub:OWNER/NAME or a folder with timm's config.json.
 
     Errors: Stop(USAGE, MISSING, DAMAGED).
     """
@@ -286,7 +298,7 @@ def model(given: str) -> nn.Module:
             raise Stop(
                 Exit.USAGE,
                 f"timm:{name}",
-                f"the {len(known)} names of timm.list_pretrained()",
+                f"one of the {len(known)} names of timm.list_pretrained()",
                 f"timm:{' or timm:'.join(near)}",
             )
     elif scheme == "hf-hub":
@@ -302,10 +314,8 @@ def model(given: str) -> nn.Module:
         folder = Path(given).expanduser()
         _timm_config(folder)
         name = f"local-dir:{folder}"
-    with (
-        _downloading(given),
-        chance.scope("init", given),
-    ):  # timm knows where the weights lie, and how old names became today's
+    # timm knows the addresses of the weights, and converts old names of weights.
+    with _downloading(given), chance.scope("init", given):
         return timm.create_model(name, pretrained=True)
 
 
@@ -328,7 +338,7 @@ def _created(given: str) -> Pretrained:
 
 
 def _from_torchvision(name: str) -> Pretrained:
-    """`name`: a model with one set of weights, or the full name of a set: ResNet50_Weights.IMAGENET1K_V2."""
+    """`name`: a model that has one set of weights, or the name of a set: ResNet50_Weights.IMAGENET1K_V2."""
     try:
         sets = (
             [torchvision.models.get_weight(name)]
@@ -342,7 +352,7 @@ def _from_torchvision(name: str) -> Pretrained:
         raise Stop(
             Exit.USAGE,
             f"init=torchvision:{name}",
-            "a model of torchvision, or the full name of its weights",
+            "a model of torchvision, or the full name of a set of weights",
             f"init=torchvision:{near[0]}",
         ) from None
     if len(sets) > 1:
@@ -361,7 +371,7 @@ DOWNLOADS = {
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 of names and values: of what came, wherever the library keeps the file."""
+    """sha256 of names and values, which does not depend on the file that the library downloaded."""
     return sha256(
         safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
     ).hexdigest()

@@ -1,4 +1,4 @@
-"""Measure a part of a training job by itself, with the settings of train.py."""
+"""Measure the data loader or the model alone, with the settings of train.py."""
 
 import argparse
 from pathlib import Path
@@ -7,34 +7,43 @@ from reconverge.base.errors import Exit, Stop
 from reconverge.config import compose, rules
 
 OVERRIDES = (
-    "as for train.py: model=convnext_t recipe=in1k precision=bf16 data=imagenet1k data.root=/path workers=8"
+    "settings as for train.py: model=convnext_t recipe=in1k precision=bf16 data=imagenet1k data.root=/path"
+    " workers=8"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts = parser.add_subparsers(required=True, metavar="PART", dest="part")
     data = parts.add_parser(
-        "data", help="the loader alone, at full speed", description="Measure the loader alone, at full speed."
+        "data",
+        help="speed of the data loader without a model",
+        description="Measure the speed of the data loader without a model.",
     )
-    data.add_argument("--seconds", type=float, default=20.0, metavar="S", help="to measure (default: 20)")
+    data.add_argument("--seconds", type=float, default=20.0, metavar="S", help="measuring time (default: 20)")
     data.add_argument(
-        "--gpu", type=float, default=1000.0, metavar="X", help="images/s that one GPU trains (default: 1000)"
+        "--gpu",
+        type=float,
+        default=1000.0,
+        metavar="X",
+        help="images/s that one GPU trains, to compute how many GPUs the loader can feed (default: 1000)",
     )
-    what = "inference and training by batch size: images/s and peak memory, beside the published figures"
+    what = "images/s and peak memory of inference and training for each batch size, with published figures"
     model = parts.add_parser("model", help=what, description=f"Measure {what}.")
     model.add_argument(
         "--batches",
         default="1,2,4,8,16,32,64,128,256,512",
         metavar="N,N",
-        help="batch sizes, until one does not fit",
+        help="batch sizes to try in this order; stops at the first that does not fit into memory",
     )
-    model.add_argument("--seconds", type=float, default=3.0, metavar="S", help="to measure each (default: 3)")
-    model.add_argument("--phase", choices=("inference", "training"), help="only this")
+    model.add_argument(
+        "--seconds", type=float, default=3.0, metavar="S", help="measuring time of each size (default: 3)"
+    )
+    model.add_argument("--phase", choices=("inference", "training"), help="measure only this (default: both)")
     model.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="what was measured, for programs; the table on the terminal is Markdown",
+        help="also write the results to this JSON file; the terminal shows a Markdown table",
     )
     for part in (data, model):
         part.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
@@ -46,7 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise Stop(
             Exit.USAGE,
             f"--seconds {arguments.seconds:g} --gpu {gpu:g}",
-            "numbers above 0",
+            "numbers more than 0",
             "--seconds 20 --gpu 1000",
         )
     batches = [int(text) if text.isdigit() else 0 for text in getattr(arguments, "batches", "1").split(",")]
@@ -54,7 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise Stop(
             Exit.USAGE,
             f"--batches {arguments.batches}",
-            "numbers from 1, with commas between",
+            "whole numbers of 1 or more, separated by commas",
             "--batches 1,32,256",
         )
     cfg = compose.of_training(arguments.overrides)

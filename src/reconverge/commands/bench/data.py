@@ -1,5 +1,6 @@
-"""How fast the loader is by itself, and where its time goes."""
+"""Measure how fast the data loader is without a model, and which part takes how long."""
 
+import math
 import statistics
 import sys
 import time
@@ -20,9 +21,9 @@ from reconverge.training import datasets
 
 
 def bench(cfg: Train, seconds: float, gpu: float) -> int:
-    """Measure with the data, augmentation and workers of `cfg`. `seconds`: of the loader.
+    """Measure with the data, augmentation and workers of `cfg`.
 
-    `gpu`: images/s that one GPU trains.
+    `seconds`: how long the loader is measured. `gpu`: images/s that one GPU trains.
     """
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     workers = default_workers(world.device) if cfg.workers is None else cfg.workers
@@ -35,7 +36,7 @@ def bench(cfg: Train, seconds: float, gpu: float) -> int:
     )
     say(f"decoder: {native.choose(cfg.data.native)}")
 
-    # ---- one image after the other, in this process: where the time goes ----
+    # ---- the time of each part, one image after the other in this process ----
     ids = order.microbatch(0, 0).ids[:64].tolist()
     cropping = build.augmented(replace(cfg, augment=replace(cfg.augment, auto="none", flip=0.0)), training)
     read = _milliseconds(training.read, ids, seconds / 10)
@@ -51,27 +52,27 @@ def bench(cfg: Train, seconds: float, gpu: float) -> int:
     ):
         say(f"  {name:<22} {value:7.3f} ms an image")
     say(
-        f"  {'together':<22} {whole + collate:7.3f} ms: {1000 / (whole + collate):.0f} images/s of one"
+        f"  {'together':<22} {whole + collate:7.3f} ms: {1000 / (whole + collate):.0f} images/s in one"
         " process"
     )
 
-    # ---- the loader, with its workers, as train.py has it ----
+    # ---- the loader with its workers, as train.py uses it ----
     microbatches = order.steps(0, sys.maxsize // order.microbatches)
     feed = iter(Feed(images, microbatches, workers, world.device, cfg.copy_ahead))
     speed, latencies = _drain(feed, cfg.microbatch, seconds)
-    per_worker = f", {speed / workers:.0f} a worker" if workers else ""
-    say(f"{workers} workers: {speed:.0f} images/s{per_worker}")
+    per_worker = f", {speed / workers:.0f} for each worker" if workers else ""
+    say(f"{workers} worker{'s' * (workers != 1)}: {speed:.0f} images/s{per_worker}")
     say(
-        f"a microbatch comes after {latencies[len(latencies) // 2] * 1000:.1f} ms (p50),"
-        f" {latencies[len(latencies) * 99 // 100] * 1000:.1f} ms (p99)"
+        f"time between two microbatches: {latencies[len(latencies) // 2] * 1000:.1f} ms (median),"
+        f" {latencies[len(latencies) * 99 // 100] * 1000:.1f} ms (99th percentile)"
     )
-    needed = f"; one needs {gpu / (speed / workers):.0f} workers" if workers else ""
-    say(f"feeds {speed / gpu:.2g} GPUs that train {gpu:g} images/s each{needed}")
+    needed = f"; workers that one such GPU needs: {math.ceil(gpu / (speed / workers))}" if workers else ""
+    say(f"enough for {speed / gpu:.2g} GPUs that train {gpu:g} images/s each{needed}")
     return Exit.DONE
 
 
 def _milliseconds(job: Callable[[int], object], ids: list[int], seconds: float) -> float:
-    """Median time of job(id), over all of `ids` at least once and for `seconds` at least."""
+    """Median time of job(id): over all `ids` at least once, and for `seconds` at least."""
     spent: list[float] = []
     began = time.perf_counter()
     for number in count():
@@ -84,9 +85,9 @@ def _milliseconds(job: Callable[[int], object], ids: list[int], seconds: float) 
 
 
 def _drain(batches: Iterator[object], images: int, seconds: float) -> tuple[float, list[float]]:
-    """Images/s of batches of so many `images`, and the sorted times between them.
+    """Images/s of batches of `images` images each, and the sorted seconds between two batches.
 
-    The first few fill the queues and do not count.
+    The first three batches only fill the queues, so they do not count.
     """
     for _ in range(3):
         next(batches)

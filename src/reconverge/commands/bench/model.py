@@ -1,5 +1,5 @@
-"""How fast a model is, and how much memory it takes: inference and training, by batch size, up to where the
-memory ends.
+"""Measure the speed and memory of a model: inference and training for each batch size, until one does not
+fit.
 """
 
 import json
@@ -30,7 +30,8 @@ CLASSES = 1000
 def bench(cfg: Train, batches: list[int], seconds: float, phases: list[str], json_to: Path | None) -> int:
     """Measure with the model, precision, compile, channels_last, checkpointing, threads and sizes of `cfg`.
 
-    `batches`: tried in this order, until one does not fit. `seconds`: to measure each. Says a Markdown table.
+    `batches`: batch sizes, tried in this order until one does not fit into memory. `seconds`: measuring time
+    of each. Prints a Markdown table.
     """
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     world.set_threads(cfg.threads or default_threads(world.device, 0))
@@ -51,7 +52,7 @@ def bench(cfg: Train, batches: list[int], seconds: float, phases: list[str], jso
                 stop = explain(error)
                 if stop is None or stop.code != Exit.OUT_OF_MEMORY:
                     raise
-                ended[phase] = f"a batch of {batch} does not fit"
+                ended[phase] = f"a batch of {batch} does not fit into memory"
                 break
             speed = 1000 * batch / milliseconds
             row = {"phase": phase, "size": sizes[phase], "batch": batch}
@@ -97,15 +98,15 @@ def _inference(cfg: Train, world: World) -> Pass:
 
 
 def _training(cfg: Train, world: World) -> Pass:
-    """A step as train.py has it, of one microbatch: stochastic depth, forward, backward, AdamW; no images, no
-    EMA.
+    """A training step as in train.py, with one microbatch: stochastic depth, forward, backward, AdamW. It
+    loads no images and has no EMA.
     """
     without_ema = replace(cfg, ema=replace(cfg.ema, decay=None))
     net, masked, rates, _, optimizer, scaler, gradients = build.model(
         without_ema, world, Passes(1, cfg.microbatch, None), CLASSES
     )
     net.train()
-    optim.set_learning_rate(optimizer, 0.0)  # the weights stay, and so do the times
+    optim.set_learning_rate(optimizer, 0.0)  # the weights stay the same, so every step takes equally long
     skip = torch.zeros((), device=world.device)
 
     def train(images: Tensor) -> None:
@@ -128,14 +129,14 @@ PHASES = {"inference": _inference, "training": _training}
 
 
 def _measured(run: Pass, batch: int, size: int, world: World, seconds: float) -> tuple[float, float]:
-    """Median milliseconds of a batch, and peak GB: what torch allocated on a GPU, on a CPU what the process
-    held.
+    """Median milliseconds of a batch, and peak GB: memory that torch allocated on a GPU, or on a CPU the
+    resident memory of the process.
     """
     images = torch.randn(batch, 3, size, size, generator=chance.generator("bench", batch)).to(world.device)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the largest resident size begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the resident memory (VmHWM)
     for _ in range(2):
         run(images)
     times: list[float] = []
