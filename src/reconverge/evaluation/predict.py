@@ -87,7 +87,10 @@ def predict(
                 pairs = zip(names, (f"{share:.6f}" for share in of), strict=True)
                 csv.writer(file).writerow([path, *chain.from_iterable(pairs)])
         shown = range(min(32, len(source)))
-        captions = [f"{shares[sample, 0]:.0%}\n{answers[sample][0]}" for sample in shown]
+        captions = [
+            pictures.captioned(answers[sample][0], shares[sample, 0], source.where(sample))
+            for sample in shown
+        ]
         title = f"{len(source)} images: the most probable class by the {weights} weights"
         pictures.sheet(picture, pixels(source, shown, evaluator.settings), captions, title)
     say(f"{len(source)} images by the {weights} weights: {rows}, and the first of them in {picture}")
