@@ -69,7 +69,7 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
             images, targets = inputs.mix(inputs.normalise(images), labels, key)
             masks = drop_path.draw(model.rates, len(images), key, world.device)
             if step == microbatch == 0:
-                pictures.first_batch(run.folder, images, targets, data.training.classes, cfg.data)
+                pictures.first_batch(run.folder, images, targets, data.training.classes, cfg.data, cfg.mix)
             for x, y, drops in passes(images, targets, masks):  # one forward pass, unless forward_images says
                 with world.autocast():
                     loss = cross_entropy(model.masked(x, drops).float(), y, reduction="sum") / cfg.batch

@@ -28,6 +28,7 @@ from reconverge.commands.report import summary
 from reconverge.config import published
 from reconverge.report import charts, numbers
 from reconverge.report.numbers import Ran
+from reconverge.run import reader
 from reconverge.run.predictions import Predictions
 from reconverge.training.clock import Clock
 from reconverge.training.evaluate import calibration_error
@@ -226,6 +227,33 @@ def test_classes_and_confusions_by_plain_counting(said):
     assert numbers.confusions(Predictions(found.labels, found.labels, found.confidence, found.losses)) == []
 
 
+def test_the_confusion_matrix_by_plain_counting(said):
+    found, _ = said
+    matrix = numbers.confusion_matrix(found, 7)
+    counted = Counter(zip(found.labels.tolist(), found.predicted.tolist(), strict=True))
+    assert {(true, at): matrix[true, at] for true, at in np.argwhere(matrix).tolist()} == counted
+    chart, width = charts.confusions(matrix, ["a", "b", "c", "d" * 20, "$\\frac{1}$", "<b>", "g"], "x")
+    texts = [html.unescape(text) for text in re.findall("<text[^>]*>([^<]*)</text>", chart)]
+    assert Counter(texts) >= Counter(map(str, counted.values()))
+    assert {"d" * 13 + "…", "$\\frac{1}$", "<b>", "true class", "predicted class"} <= set(texts)
+    assert 200 < width < 500
+
+
+def test_the_best_evaluation(ran):
+    lines = [
+        {"step": 10, "raw_top1": 50.0, "ema_top1": 70.0},
+        {"step": 15, "loss": 1.0},
+        {"step": 20, "raw_top1": 80.0, "ema_top1": 60.0},
+        {"step": 30, "raw_top1": 80.0, "ema_top1": 75.0},
+    ]
+    assert reader.best(lines) == (20, "raw", 80.0)
+    assert reader.best(lines[:2]) == (10, "ema", 70.0)
+    assert reader.best(lines[1:2]) is None
+    said = summary([numbers.row([ran(lines)])]).splitlines()
+    assert said[0].split("  ")[-1] == "best top-1"  # neither published nor a speed: no columns of dashes
+    assert said[1].split() == ["a", "30", "80.00", "75.00", "80.00"]
+
+
 def test_calibration_by_torchmetrics_and_by_plain_counting(said):
     found, probabilities = said
     bins = numbers.reliability(found)
@@ -285,9 +313,10 @@ def test_the_verdict_is_the_sentence_of_the_last_line(train, ran):
     for sentence in (within, published.comparison(cfg, clock.total, 7, range(120), range(30), {})):
         assert numbers.verdict(ran([], *recipe, comparison=sentence)) == sentence
     assert (
-        numbers.verdict(ran([], *recipe, reason="running")) == "not compared: the run has not come to its end"
+        numbers.verdict(ran([], *recipe, reason="running"))
+        == "not compared with the published number: the run has not finished"
     )
-    assert numbers.verdict(ran([])) == "recipe=demo reproduces no published number"
+    assert numbers.verdict(ran([])) == "recipe=demo has no published number to compare with"
     assert numbers.row([ran([], *recipe)]).published == "82.1 ± 0.2"
 
 
@@ -312,8 +341,8 @@ def test_three_runs(runs, command, capsys):
 
     page = Page("report.html")
     assert expected in page.text
-    assert f"{last['s1']['ema_top1']:.2f} % top-1, EMA" in page.text
-    assert page.count("svg") == 7 + 3
+    assert f"{last['s1']['ema_top1']:.2f} % top-1, EMA weights" in page.text
+    assert page.count("svg") == 7 + 3 * 2
     assert page.count("img") == 3 * (12 + 12 + 1)
     assert page.count("script") == page.count("link") == 0
     for tag, attributes in page.tags:
@@ -330,10 +359,27 @@ def test_three_runs(runs, command, capsys):
         for address in re.findall(r"https?://[^\"'<> ]+", text)
         if not address.startswith("http://www.w3.org/")
     ]
+    assert "Runs that differ only in seed are averaged" in page.text
+    assert "training loss (mixed images, smoothed labels)" in page.text
     assert "seed 0 1 1 optim.lr" in page.text.partition("Settings in which the runs differ")[2]
 
     command("runs/s0", "runs/s1", "runs/lr", "--to", "again.html")
     assert Path("again.html").read_bytes() == Path("report.html").read_bytes()
+
+
+def test_the_best_evaluation_is_named_beside_the_last(runs, command):
+    run = runs / "s0"
+    metrics = (run / "metrics.jsonl").read_text()
+    assert command("runs/s0")[0] == 0
+    assert "Evaluated after step 14 (epoch 2). No evaluation was better." in Page(run / "report.html").text
+    better = json.dumps({"step": 7, "raw_top1": 99.5, "ema_top1": 1.0})
+    (run / "metrics.jsonl").write_text(better + "\n" + metrics)
+    assert command("runs/s0")[0] == 0
+    page = Page(run / "report.html").text
+    assert "step 14 (epoch 2). Best: 99.50 % by the raw weights after step 7 (epoch 1). recipe" in page
+    (run / "checkpoints" / "step-00000007").mkdir(exist_ok=True)
+    assert command("runs/s0")[0] == 0
+    assert "(epoch 1), saved in checkpoints/step-00000007 ." in Page(run / "report.html").text
 
 
 def test_one_run_is_its_own_page_and_is_opened(runs, command, monkeypatch):
@@ -348,7 +394,9 @@ def test_one_run_is_its_own_page_and_is_opened(runs, command, monkeypatch):
     assert environment["starts"][0]["command"] in " ".join(page._text)
     assert f"torch {environment['packages']['torch']}" in page.text
     assert "R1 re-run, R2 resume, R3 data-elastic; not R4 weight-elastic" in page.text
-    assert "recipe=demo reproduces no published number" in page.text
+    assert "recipe=demo has no published number to compare with" in page.text
+    assert "optim.lr 0.003 peak learning rate" in page.text.partition("All settings")[2]
+    assert "recipe.drop_path" not in page.text
     assert not list((runs / "s0").glob(".report*"))
 
 
@@ -371,7 +419,7 @@ def test_the_images_are_the_best_and_the_worst(runs, command, digits):
     ]
     worst = order[-1]
     assert predicted[worst] != labels[worst]
-    assert f"{predicted[worst]} , is {labels[worst]}" in Page("runs/s0/report.html").text
+    assert f"predicted {predicted[worst]} , true {labels[worst]}" in Page("runs/s0/report.html").text
 
 
 HOSTILE = [
@@ -418,10 +466,11 @@ def test_a_thousand_classes_by_their_names(runs, command):
     assert command("runs/s0")[0] == 0
     page = Page("runs/s0/report.html")
     assert "the 30 worst of 1000" in page.text
-    table = page.text.partition("class images right, %")[2]
+    table = page.text.partition("class images accuracy, %")[2]
     assert table.startswith(" tench, Tinca tinca 5 0.0 ")
     assert "tench, Tinca tinca goldfish, Carassius auratus 5 100.0" in page.text
     assert "No images are shown" in page.text
+    assert "Confusion matrix" not in page.text
     assert page.count("img") == 1
 
 
@@ -434,7 +483,11 @@ def test_a_thousand_classes_by_their_names(runs, command):
             ["Not evaluated.", "no outcomes.npz"],
         ),
         (["steps=1"], [], ["evaluated"]),
-        (["steps=3", "ema.decay=null"], [], ["top-1, raw", "What the raw weights said of 30"]),
+        (
+            ["steps=3", "ema.decay=null"],
+            [],
+            ["top-1, raw weights", "Predictions of the raw weights for 30 validation images"],
+        ),
         (
             ["steps=1", "data.val=null", "evaluate_every=never"],
             ["validation loss", "top-1, %"],
@@ -450,10 +503,12 @@ def test_runs_that_lack_something(train, command, arguments, lacks, said):
     page = Page("runs/odd/report.html")
     for part in said:
         assert part in page.text or part == "evaluated"
-    assert page.count("svg") == 7 - len(lacks) + (not lacks)
+    assert page.count("svg") == 7 - len(lacks) + 2 * (not lacks)
     for title in lacks:
-        assert title in page.text.partition("Nothing is logged of: ")[2].partition(".")[0]
-    assert "EMA, %" in page.text
+        assert title in page.text.partition("because nothing is logged: ")[2].partition(".")[0]
+    assert ("EMA, %" in page.text) == (not {"ema.decay=null", "evaluate_every=never"} & set(arguments))
+    assert "published, %" not in page.text
+    assert "published" not in printed
 
 
 def test_a_run_in_progress_and_its_seeds(runs, command):
@@ -490,7 +545,7 @@ def test_the_images_are_gone_or_others(runs, command, digits, tmp_path):
     shutil.copytree(digits, "gone")
     next(Path("gone/val/0").iterdir()).unlink()
     assert command("runs/s0")[0] == 0
-    assert "the validation images are others now" in Page("runs/s0/report.html").text
+    assert "the validation images have changed" in Page("runs/s0/report.html").text
 
 
 def damage(name, change):
@@ -619,14 +674,14 @@ def test_in_a_browser(runs, command, chromium, names, width):
     assert command(*(runs / name for name in names), "--to", "page.html")[0] == 0
     dom, log = chromium("--dump-dom", "page.html", width)
     assert "CONSOLE" not in log
-    assert len(re.findall("<svg", dom)) == 7 + len(names)
+    assert len(re.findall("<svg", dom)) == 7 + 2 * len(names)
 
     Path("frame.html").write_text(FRAME.format(page=html.escape(Path("page.html").read_text()), width=width))
     dom, log = chromium("--dump-dom", "frame.html", 1500)
     assert "CONSOLE" not in log
     measured = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
     assert measured["inner"] == measured["page"] == width
-    assert len(measured["sizes"]) == 7 + len(names) * (1 + 25)
+    assert len(measured["sizes"]) == 7 + len(names) * (2 + 25)
     assert all(across > 50 and down > 50 for across, down in measured["sizes"])
 
     grounds = []

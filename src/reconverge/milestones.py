@@ -77,5 +77,5 @@ class Milestones:
         if self._run.writes:
             folder = self._run.folder
             predictions.save(folder / "outcomes.npz", step, validation, results)
-            pictures.curves(folder, reader.metrics(folder), self._clock.steps_per_epoch)
+            pictures.curves(folder, reader.metrics(folder), self._clock.steps_per_epoch, self._cfg.mix)
             pictures.predictions(folder, validation, self._cfg.evaluate, results)

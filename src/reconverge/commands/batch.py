@@ -111,6 +111,6 @@ def _show(run: Opened, step: int, numbers: range | list[int], images: Any, order
     path = run.folder / f"batch-{step + 1:08d}.png"
     last = f" to {numbers[len(drawn) - 1]}" if len(drawn) > 1 else ""
     which = f"microbatch{'es' * bool(last)} {numbers[0]}{last}"
-    title = f"step {step + 1}, {which}, augmented and mixed, as the model sees it"
-    pictures.seen(path, pixels, targets, run.classes, cfg.data, title)
+    title = f"{pictures.short(run.folder.name, 60)}: step {step + 1}, {which}"
+    pictures.seen(path, pixels, targets, run.classes, cfg.data, cfg.mix, title)
     say(f"drew {len(pixels)} of {len(numbers) * cfg.microbatch} images: {path}")

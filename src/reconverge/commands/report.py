@@ -1,6 +1,6 @@
-"""One self-contained page of one or several runs: what they came to beside the published number, curves,
-predictions, confusions, calibration, environment, and in what the runs differ. Runs that differ in their seed
-alone are averaged.
+"""One self-contained HTML page on one or several runs: top-1 (beside the published number, where there is
+one), curves, predictions, confusions, calibration, settings and environment. Runs that differ only in seed
+are averaged.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         type=Path,
         metavar="FILE",
-        help="default: runs/NAME/report.html, of several runs report.html here",
+        help="default: runs/NAME/report.html; for several runs, report.html in this folder",
     )
     parser.add_argument("--open", action="store_true", help="show it in a browser")
 
@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> int:
     say(summary([numbers.row(group) for group in numbers.groups(runs)]))
     say(f"{path}")
     if arguments.open and not webbrowser.open(path.resolve().as_uri()):
-        say("no browser was found that opens it")
+        say("no browser was found to open it")
     return Exit.DONE
 
 
@@ -56,14 +56,19 @@ def _write(path: Path, text: str) -> None:
 
 
 def summary(rows: Sequence["Row"]) -> str:
-    """A row a group of runs, with mean ± (sample) standard deviation over its seeds."""
+    """A row a group of runs, with mean ± (sample) standard deviation over its seeds; without the columns in
+    which no row has anything.
+    """
+    heads = ["run", "step", "raw top-1", "EMA top-1", "best top-1", "published", "images/s", "data-wait, %"]
     lines = []
     for row in rows:
         name = row.runs[0]
         if len(row.runs) > 1:
             name += f" ... {row.runs[-1]} (mean ± std of {row.counted})"
-        step = "-" if row.step is None else str(row.step)
-        numbers = (row.top1["raw"], row.top1["ema"], row.speed, row.data_wait)
-        raw, ema, speed, wait = map(mean_and_std, numbers)
-        lines.append([name, step, raw, ema, row.published or "-", speed, wait])
-    return table(["run", "step", "raw top-1", "EMA top-1", "published", "images/s", "data-wait, %"], lines)
+        step, best = "-" if row.step is None else str(row.step), [one.top1 for one in row.best]
+        numbers = (row.top1["raw"], row.top1["ema"], best, row.speed, row.data_wait)
+        raw, ema, highest, speed, wait = map(mean_and_std, numbers)
+        lines.append([name, step, raw, ema, highest, row.published or "-", speed, wait])
+    kept = [column for column in zip(heads, *lines, strict=True) if set(column[1:]) != {"-"}]
+    head, *lines = map(list, zip(*kept, strict=True))
+    return table(head, lines)

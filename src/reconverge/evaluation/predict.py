@@ -85,7 +85,10 @@ def predict(
                 pairs = zip(names, (f"{share:.6f}" for share in of), strict=True)
                 csv.writer(file).writerow([path, *chain.from_iterable(pairs)])
         shown = range(min(32, len(source)))
-        captions = [f"{shares[sample, 0]:.0%}\n{answers[sample][0]}" for sample in shown]
+        captions = [
+            pictures.captioned(answers[sample][0], shares[sample, 0], source.where(sample))
+            for sample in shown
+        ]
         title = f"{len(source)} images: most probable class ({weights} weights)"
         pictures.sheet(picture, pixels(source, shown, evaluator.settings), captions, title)
     say(f"predicted {len(source)} images with the {weights} weights: {rows}; the first images: {picture}")

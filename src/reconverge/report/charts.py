@@ -1,11 +1,12 @@
 """The report's figures, as text for a page: charts as SVG, pictures as data: addresses.
 
-No text in them is anybody's but ours.
+Names of classes, which may be any text, are drawn as they are: matplotlib escapes them, and reads no formula.
 """
 
 import base64
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,29 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from reconverge.report.numbers import Bin, Ran, curve, series, steps_per_epoch
-from reconverge.report.pictures import named
+from reconverge.report.pictures import BLUE, EMA, RAW, RED, named, over_epochs, padded, percent_ticks, short
 
 THUMBNAIL = 160  # pixels, longer side of a picture of one image
 POINTS = 1500  # of a line, at most: a point stands for the mean of the steps around it
-SIZE = (4.4, 2.7)  # inches: as wide as a narrow screen, so that text keeps its size there
+SIZE = (4.0, 2.6)  # inches: as wide as a narrow screen, so that text keeps its size there
 
 # The same bytes from the same numbers; text stays text, which is shorter, and can be searched and read aloud.
 STYLE: Any = {"svg.hashsalt": "reconverge", "svg.fonttype": "none", "font.size": 9.0}
 
-EMA: Any = {"linestyle": "-", "marker": "o"}
-RAW: Any = {"linestyle": "--", "marker": "x"}
+# Ten that colour-blind people tell apart too: "petroff10", which matplotlib has since 3.10.
+COLOURS = [
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581",
+    "#92dadd",
+]  # fmt: skip
 
 
 def colours(count: int) -> list[str]:
-    """One a group, as CSS and matplotlib know them; ten that are easy to tell apart, else as many as are
-    asked for.
-    """
-    table = (
-        matplotlib.color_sequences["tab10"]
-        if count <= 10
-        else matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))
-    )
-    return [matplotlib.colors.to_hex(colour) for colour in table[:count]]
+    """One a group, as CSS and matplotlib know them."""
+    if count <= len(COLOURS):
+        return COLOURS[:count]
+    return [
+        matplotlib.colors.to_hex(one) for one in matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))
+    ]
 
 
 def curves(
@@ -54,15 +55,17 @@ def curves(
     if not any(found for of_key in drawn.values() for found in of_key):
         return None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
+        figure = padded(SIZE, 0.08)
+        axes, last = figure.subplots(), 0.0
         both = ema is not None and any(drawn[ema])
         looks = {key: (RAW if key == raw else EMA) if both else {} for key in drawn}
         for key, of_key in drawn.items():
             for group, found, colour in zip(groups, of_key, colours(len(groups)), strict=True):
-                if found is not None:
-                    _line(axes, found.epochs, scale * found.mean, color=colour, linewidth=1.4, **looks[key])
-                if found is not None and found.std is not None:
+                if found is None:
+                    continue
+                last = max([last, *found.epochs])
+                _line(axes, found.epochs, scale * found.mean, color=colour, linewidth=1.4, **looks[key])
+                if found.std is not None:
                     low, high = scale * (found.mean - found.std), scale * (found.mean + found.std)
                     axes.fill_between(
                         thinned(found.epochs),
@@ -74,19 +77,16 @@ def curves(
                     )
                     for run in group:
                         steps, values = np.array([*series(run, key).items()]).reshape(-1, 2).T
-                        _line(
-                            axes,
-                            steps / steps_per_epoch(run),
-                            scale * values,
-                            color=colour,
-                            alpha=0.3,
-                            linewidth=0.7,
-                        )
+                        faint: Any = {"color": colour, "alpha": 0.3, "linewidth": 0.7}
+                        _line(axes, steps / steps_per_epoch(run), scale * values, **faint)
         if both:
             for look, label in ((EMA, "EMA"), (RAW, "raw")):
                 axes.plot([], [], color="0.3", linewidth=1.4, markersize=4, label=label, **look)
-            axes.legend(frameon=False, fontsize=8)
-        axes.set_xlim(left=0)
+            # Below the chart, where it covers no line.
+            figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        if raw.endswith("top1"):
+            percent_ticks(axes)
+        over_epochs(axes, last)
         named(axes, title, "epoch")
         return svg(figure, raw, title)
 
@@ -111,21 +111,55 @@ def thinned(values: np.ndarray) -> np.ndarray:
     )
 
 
-def reliability(bins: Sequence[Bin], name: str) -> Markup:
-    """Accuracy over confidence, and below it which share of the images is there."""
+def reliability(bins: Sequence[Bin], confidence: np.ndarray, name: str) -> Markup:
+    """Accuracy over confidence, of each of the bins; and below it how the confidence of the images, (N,), is
+    spread.
+    """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(SIZE[0], 3.8), layout="constrained")
+        figure = padded((SIZE[0], 3.8), 0.08)
         axes, shares = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
-        images, confidence, accuracy = np.array(bins).T
-        axes.plot([0, 1], [0, 1], color="0.6", linestyle=":", linewidth=1)
-        axes.vlines(confidence, confidence, accuracy, color="C3", alpha=0.6, linewidth=1.2)
-        axes.plot(confidence, accuracy, color="C0", marker="o", markersize=4, linewidth=1.2)
-        shares.bar(confidence, images / images.sum(), width=1 / 20, color="C0", alpha=0.7)
+        _, sure, accuracy = np.array(bins).T
+        axes.plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=1)
+        axes.vlines(sure, sure, accuracy, color=RED, alpha=0.6, linewidth=1.2)
+        axes.plot(sure, accuracy, color=BLUE, marker="o", markersize=4, linewidth=1.2)
+        weights = np.full(len(confidence), 100 / len(confidence))
+        shares.hist(confidence, np.linspace(0, 1, 16), weights=weights, color=BLUE, edgecolor="white")
         axes.set_ylim(-0.03, 1.03)
         axes.set_xlim(-0.03, 1.03)
         named(axes, "accuracy", "")
-        named(shares, "share of the images", "confidence")
+        named(shares, "images, %", "confidence")
         return svg(figure, name, "reliability diagram")
+
+
+def confusions(matrix: np.ndarray, names: Sequence[str], name: str) -> tuple[Markup, float]:
+    """A confusion matrix (true classes, predicted classes) of images; and how wide it is to be shown for its
+    text to have its size, in CSS pixels.
+    """
+    names = [short(each) for each in names]
+    cell, margin = 0.13 + 0.08 * len(str(matrix.max())), 0.5 + 0.08 * max(map(len, names))  # inches
+    side = margin + len(matrix) * max(0.27, cell)
+    with matplotlib.rc_context(STYLE):
+        figure = padded((side, side), 0.08)
+        axes = figure.subplots()
+        shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+        axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
+        for true, predicted in np.argwhere(matrix).tolist():
+            colour = "white" if shares[true, predicted] > 0.5 else "black"
+            where: Any = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
+            axes.text(predicted + 0.5, true + 0.5, str(matrix[true, predicted]), **where)
+        places, steep = np.arange(len(names)) + 0.5, max(map(len, names)) > 2
+        axes.set_xticks(places, names, rotation=90 if steep else 0, parse_math=False)
+        axes.set_yticks(places, names, parse_math=False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_aspect("equal")
+        axes.invert_yaxis()
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
+        with warnings.catch_warnings():
+            # A script that this machine's font lacks: the browser has a font for it.
+            warnings.filterwarnings("ignore", message="Glyph")
+            return svg(figure, name, "confusion matrix"), 96 * side
 
 
 def svg(figure: Figure, name: str, title: str) -> Markup:

@@ -1,6 +1,6 @@
-"""What runs came to: read from their folders, put together where only the seed tells them apart, and counted.
+"""The numbers of a report: read from the runs' folders, and averaged over runs that differ only in seed.
 
-Numbers; no pictures.
+Imports no torch by itself; draws nothing.
 """
 
 import math
@@ -30,7 +30,7 @@ class Ran(NamedTuple):
 
 
 class Newest(NamedTuple):
-    """What the better weights of the newest evaluation said of each validation image."""
+    """The predictions of the better weights, raw or EMA, at the newest evaluation: one a validation image."""
 
     step: int
     kind: str  # raw or ema
@@ -113,8 +113,8 @@ def steps_per_epoch(run: Ran) -> float:
 def verdict(run: Ran) -> str:
     """How the run compares with the published number, or why there is no such comparison."""
     if not run.cfg.recipe.expected or run.cfg.recipe.noise is None:
-        return f"recipe={run.cfg.recipe.name} reproduces no published number"
-    return run.status.get("comparison") or "not compared: the run has not come to its end"
+        return f"recipe={run.cfg.recipe.name} has no published number to compare with"
+    return run.status.get("comparison") or "not compared with the published number: the run has not finished"
 
 
 def published_top1(run: Ran) -> str | None:
@@ -132,10 +132,9 @@ def published_top1(run: Ran) -> str | None:
 
 
 def groups(runs: Sequence[Ran]) -> list[list[Ran]]:
-    """Runs that differ in their seed alone are together; a seed that comes again, as when a run is repeated,
-    is in another group.
+    """Runs that differ only in seed are one group; a second run with the same seed is in another group.
 
-    What may change on resume (`free` settings: workers, data.root, ...) tells no runs apart, but for `steps`;
+    Settings that may change on resume (`free`: workers, data.root, ...) do not separate runs, except `steps`;
     other images do.
     """
     found: list[tuple[str, list[Ran]]] = []
@@ -176,13 +175,14 @@ def curve(group: Sequence[Ran], key: str) -> Curve | None:
 
 
 class Row(NamedTuple):
-    """What a group came to."""
+    """The results of a group."""
 
     runs: list[str]
     step: int | None  # of the newest evaluation of the run that has come furthest; None: never evaluated
     top1: dict[
         str, list[float]
     ]  # raw and EMA: top-1 after that step of each run that was evaluated there, percent
+    best: list[reader.Best]  # of each run that was evaluated
     published: str | None
     speed: list[float]  # images/s of each run: the median of its intervals
     data_wait: list[float]  # percent of the time, likewise
@@ -203,17 +203,31 @@ def row(group: Sequence[Ran]) -> Row:
         [scale * float(np.median(list(values.values()))) for run in group if (values := series(run, key))]
         for key, scale in (("images_per_second", 1), ("data_wait", 100))
     )
-    return Row([run.name for run in group], step, percents, published_top1(group[0]), speed, data_wait)
+    names, highest = [run.name for run in group], [one for run in group if (one := reader.best(run.records))]
+    return Row(names, step, percents, highest, published_top1(group[0]), speed, data_wait)
 
 
 def differing(runs: Sequence[Ran]) -> list[tuple[str, list[Any]]]:
-    """The settings in which the runs differ, `run` apart: name, value in each run."""
-    tables = [{key: value for key, value, _ in flat(run.cfg)} for run in runs]
+    """The settings in which the runs differ, except `run`: name, value in each run."""
+    tables = [{key: value for key, value, _ in _flat(run)} for run in runs]
     rows = [(key, [table[key] for table in tables]) for key in tables[0] if key != "run"]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
 
 
-# ---- what the model said of each image ---------------------------------------------------------------------
+def settings(run: Ran) -> list[tuple[str, list[tuple[str, Any, str]]]]:
+    """All settings by section, those of no section first: name, value, what it means."""
+    sections: dict[str, list[tuple[str, Any, str]]] = {}
+    for key, value, checks in _flat(run):
+        sections.setdefault(key.rpartition(".")[0], []).append((key, value, checks["help"]))
+    return list(sections.items())
+
+
+def _flat(run: Ran) -> list[tuple[str, Any, Any]]:
+    """All settings but the recipe's tables by model: what they give this model stands in other settings."""
+    return [entry for entry in flat(run.cfg) if not isinstance(entry[1], dict)]
+
+
+# ---- the predictions of each image -------------------------------------------------------------------------
 
 
 def worst_classes(found: Predictions) -> list[OfClass]:
@@ -223,12 +237,21 @@ def worst_classes(found: Predictions) -> list[OfClass]:
 
 
 def confusions(found: Predictions) -> list[tuple[int, int, int]]:
-    """True class, the other one that was said, how often: the most frequent first."""
+    """True class, the other one that was predicted, how often: the most frequent first."""
     wrong = found.labels != found.predicted
     pairs, counts = np.unique(
         np.stack([found.labels[wrong], found.predicted[wrong]]), axis=1, return_counts=True
     )
     return sorted(zip(*pairs.tolist(), counts.tolist(), strict=True), key=lambda pair: (-pair[2], *pair[:2]))
+
+
+def confusion_matrix(found: Predictions, classes: int) -> np.ndarray:
+    """Images (classes, classes): a row for the true class, a column for the predicted one."""
+    import torch
+    from torchmetrics.functional.classification import multiclass_confusion_matrix  # takes seconds
+
+    predicted, labels = torch.from_numpy(found.predicted), torch.from_numpy(found.labels)
+    return multiclass_confusion_matrix(predicted, labels, classes, validate_args=False).numpy()
 
 
 class Bin(NamedTuple):

@@ -130,6 +130,21 @@ def best_steps(evaluated: Mapping[int, Mapping[str, float]]) -> dict[str, int]:
     return {kind: max(evaluated, key=lambda step: evaluated[step][kind]) for kind in kinds}
 
 
+class Best(NamedTuple):
+    """The highest top-1 of all evaluations, by whichever weights; of equal ones the first."""
+
+    step: int
+    kind: str  # raw or ema
+    top1: float  # percent
+
+
+def best(lines: Sequence[Mapping[str, Any]]) -> Best | None:
+    """None if there was no evaluation."""
+    evaluated = top1(lines)
+    found = [Best(step, kind, evaluated[step][kind]) for kind, step in best_steps(evaluated).items()]
+    return max(found, key=lambda one: one.top1, default=None)
+
+
 # ---- its checkpoints ----
 
 
