@@ -29,6 +29,7 @@ from reconverge.config.settings import Eval, Train, flat
 Schema = TypeVar("Schema", Train, Eval)
 Loaded = TypeVar("Loaded")
 
+
 LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
@@ -38,7 +39,7 @@ def composed(conf: Path, name: str, schema: type[Schema], overrides: Sequence[st
     Ends the process (exit 0) after --help, --cfg and completion. Errors: Stop(USAGE).
     """
     for argument in overrides:
-        refuse_override(argument)
+        refuse_override(argument, schema)
     ConfigStore.instance().store(name="schema", node=schema)
     try:
         if any(argument.startswith("-") for argument in overrides):
@@ -78,7 +79,7 @@ def combinations(arguments: Sequence[str]) -> list[list[str]]:
     """
     choices = []
     for argument in arguments:
-        refuse_override(argument)
+        refuse_override(argument, Train)
         try:
             override = None if argument.startswith("-") else OverridesParser.create().parse_override(argument)
         except HydraException as error:
