@@ -6,6 +6,7 @@ every refusal becomes three lines: what was given, what is allowed, what to chan
 
 import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,18 @@ from reconverge.config.settings import Eval, Train, flat
 Schema = TypeVar("Schema", Train, Eval)
 Loaded = TypeVar("Loaded")
 
+
+def data_name(name: str, root: str | None) -> str:
+    """What tells the data apart in the default name of a run: `name`, and for the general data=folder and
+    data=shards the name of the folder that they read. The resolver ${data_name:...} of conf/.
+    """
+    if name not in ("folder", "shards") or root is None:
+        return name
+    folder = os.path.basename(os.path.abspath(os.path.expanduser(root)))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-.") or name
+
+
+OmegaConf.register_new_resolver("data_name", data_name, replace=True)
 
 LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
