@@ -164,7 +164,7 @@ def test_bench_data_measures_each_part(monkeypatch, capsys, shards):
         "decode, crop, resize",
         "flip and RandAugment",
         "collate",
-        "1 workers:",
+        "1 worker:",
         "(p50)",
         "(p99)",
         "GPUs that train 100",

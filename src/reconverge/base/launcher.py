@@ -51,6 +51,11 @@ def cores() -> int:
     return max(1, available // HERE.local_size)
 
 
+def brief() -> bool:
+    """Whether a sweep started this run after others, whose introduction need not come again."""
+    return "RECONVERGE_BRIEF" in os.environ
+
+
 def job() -> str | None:
     """What a scheduler calls this job, before and after it was requeued."""
     torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" where nobody named it

@@ -69,7 +69,8 @@ def main(arguments: argparse.Namespace) -> int:
     images, classes, data = _images(cfg, arguments.overrides)
     clock = Clock.of(cfg, images)
     world, tree = arguments.world, cfg.reduce == "tree"
-    passes = Passes(len(block(clock.microbatches, 0, world, tree)), cfg.microbatch, cfg.forward_images, tree)
+    mine = block(clock.microbatches, 0, world, tree, cfg.microbatch)
+    passes = Passes(len(mine), cfg.microbatch, cfg.forward_images, tree)
     net = create.on_meta(cfg.model, classes)
     create.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
     groups = optim.parameter_groups(net, cfg.optim)
@@ -167,8 +168,8 @@ def _time(speed: float | None, world: int, images: int) -> str:
         )
     hours = images / (speed * world) / 3600
     return (
-        f"{hours:.3g} hours on {world} ranks of {speed:g} images/s, {hours * world:.3g} GPU-hours, without"
-        " evaluation"
+        f"{hours:.3g} hours on {terminal.counted(world, 'rank')} of {speed:g} images/s,"
+        f" {hours * world:.3g} GPU-hours, without evaluation"
     )
 
 
