@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reconverge.base import signals
+from reconverge.base import launcher, signals
 from reconverge.base.errors import Exit, exit_code
 from reconverge.base.imports import without
 from reconverge.base.terminal import say
@@ -71,4 +71,4 @@ def evaluate(cfg: Eval, run: Opened | None, data: Data, overrides: Sequence[str]
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    launcher.leave(exit_code(main))

@@ -6,7 +6,7 @@ See README.md. The job from top to bottom: compose, build, loop. The loop is her
 import sys
 from pathlib import Path
 
-from reconverge.base import signals
+from reconverge.base import launcher, signals
 from reconverge.base.errors import Exit, exit_code
 from reconverge.base.imports import without
 from reconverge.base.terminal import say
@@ -104,4 +104,4 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    launcher.leave(exit_code(main))

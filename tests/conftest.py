@@ -148,6 +148,7 @@ def _main(script, arguments, monkeypatch):
     finally:
         GlobalHydra.instance().clear()
         signals._came.clear()
+        signals._said.clear()
         torch.use_deterministic_algorithms(False)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -4,11 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import reconverge
 from reconverge.base.errors import Stop
 from reconverge.config import foreign
 from reconverge.config.compose import composed, from_text, to_text
@@ -37,8 +39,8 @@ REFUSED = [
         "roadmap/00_resnet50, roadmap/01_stage_ratio", "model=roadmap/07_kernel_5"),
     (["model/roadmap=00_resnet50"], "model/roadmap=00_resnet50", "model=FOLDER/NAME",
         "model=roadmap/00_resnet50"),
-    (["model=timm"], "model.timm=", "timm's name of a model", "model.timm"),
-    (["model=timm", "model.timm=a/b", "run=a"], "model.timm=a/b", "timm's name of a model", "model.timm"),
+    (["model=timm"], "model.timm=", "name of the timm model", "model.timm"),
+    (["model=timm", "model.timm=a/b", "run=a"], "model.timm=a/b", "name of the timm model", "model.timm"),
     (["model=deit_s", "recipe=in1k"], "size deit_s) with recipe=in1k", "atto, t, s, b, l",
         "model.drop_path="),
     (["model=swin_b_384", "model.drop_path=0", "microbatch=2"], "augment.size=32 with model=swin_b_384",
@@ -65,11 +67,11 @@ REFUSED = [
     (["recipe=3"], "Got int", "name of a file", "recipe=demo"),
     (["resume_allow=[optm.lr]"], "resume_allow=optm.lr", "a setting, or code", "resume_allow=[optim.lr]"),
     ([""], "", "", ""),
-    (["--version"], "--version", "--cfg", "--help"),
+    (["--verbose"], "--verbose", "--cfg", "--help"),
     (["augment.auto=autoaugment"], "augment.auto=autoaugment", "RandAugment", "augment.auto"),
     (["run=../elsewhere"], "run=../elsewhere", "runs/", "run"),
     (["run=.."], "run=..", "runs/", "run"),
-    (["data=folder"], "data=folder without data.root", "train and val", "data.root=/path"),
+    (["data=folder"], "data=folder without data.root", "train/ and val/", "data.root=/path"),
     (["model=convnext_xl", "recipe=in1k"], "size xl) with recipe=in1k", "atto, t, s, b, l",
         "model.drop_path="),
     (["microbatch=7"], "microbatch=7 with batch=128", "2, 4, 8, 16, 32, 64, 128", "microbatch=8"),
@@ -122,8 +124,8 @@ MEANT = [
     ("model=convnext_tiny", "model=convnext_t; or model=timm model.timm=convnext_tiny"),
     ("data=/data/flowers", "data=folder data.root=/data/flowers"),
     ("data=cifar10", "data=folder data.root=/path"),
-    ("data.root=/my data(2)", "'data.root=\"/my data(2)\"'"),
-    ("seed=1,2", "-m seed=1,2 for a run with each, or 'seed=\"1,2\"' for a text with a comma"),
+    ("optim.betas=[0.9", "optim.betas= in one of these forms"),
+    ("seed=1,2", "-m seed=1,2 for a run with each"),
     ("recipe=cifar", "recipe= with one of these"),
     ("augment.foo=2", "python train.py --help lists the settings"),
     ("foo=1", "python train.py --help lists the settings"),
@@ -275,11 +277,34 @@ def test_help_shows_groups_choices_and_examples():
     ):
         assert part in done.stdout
     assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 7
+    for part in (
+        "== The network: model.* ==",
+        "model.drop_path=0 ",  # the value of this command, and below what it means
+        "stochastic depth (drop path)",
+        "optim.lr=0.003 ",
+        "(Table 5)",
+        "augment.scale=[0.8,1]",
+    ):
+        assert part in done.stdout
+    listed = set(re.findall(r"^([a-z_]+(?:\.[a-z_]+)?)=", done.stdout, re.M))
+    assert listed >= {key for key, *_ in flat(Train())}
+    assert "optim.lr=0.004 " in process("--help", "model=convnext_t", "recipe=in1k").stdout
     said = process("--help", script="eval.py").stdout
     assert all(
         word in said
         for word in ("runs/NAME", "size=", *(path.stem for path in (ROOT / "conf/data/eval").iterdir()))
     )
+
+
+def test_version_names_the_libraries():
+    script = Path(sys.executable).parent / "reconverge"
+    for said in (
+        process("--version").stdout,
+        process("--version", script="eval.py").stdout,
+        subprocess.run([script, "--version"], capture_output=True, text=True).stdout,
+    ):
+        assert " ".join(said.split()).startswith(f"reconverge {reconverge.__version__} (python 3.")
+        assert f"torch {metadata.version('torch')}" in " ".join(said.split())
 
 
 def test_cfg_job_prints_what_would_run(compose):

@@ -1,8 +1,11 @@
-"""Every command in the README and in docs/ is accepted; those about a trained run are carried out."""
+"""Every command in README, CONTRIBUTING and docs/ can be pasted into a shell and is accepted; those about a
+trained run are carried out; every link leads somewhere, also those to places that have moved.
+"""
 
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +14,13 @@ from conftest import ROOT, trained
 from hydra.core.global_hydra import GlobalHydra
 
 from reconverge.commands import main, parsed
-from reconverge.config import compose, rules
+from reconverge.config import compose, listing, rules
 from reconverge.config.settings import Eval
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "native/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PROGRAMS = (
     "python train.py",
     "python eval.py",
@@ -24,35 +30,53 @@ PROGRAMS = (
     "launch/seeds.sh ",
     "sbatch ",
 )
+# What other pages and old messages point to, and what has moved since.
+OLD_TARGETS = """
+README.md: imagenet-in-two-commands recipes your-own-folder start-from-other-weights what-a-run-leaves
+    what-to-do-with-it resume several-gpus-several-nodes the-promises-and-how-to-check-them machine-settings
+    models the-code
+docs/promises.md: the-promises-and-how-they-are-kept microbatches-ranks-forward-passes how-gradients-are-added
+    what-a-run-records when-a-rank-is-lost reconverge-selftest---only-name-
+    reconverge-verify-run---from-step---steps-n---ranks-r---allow-env
+docs/evaluate.md: evaluate-predict-export-measure evalpy the-published-sets predict reconverge-export
+    reconverge-bench
+docs/cluster.md: several-gpus-several-nodes launchlocalsh launchslurmsbatch many-runs
+docs/extending.md: extending a-model an-augmentation a-recipe a-data-set an-evaluation-set a-job
+docs/data.md: what-reconverge-prepare-source---to-dir-takes what-it-makes the-order faults
+    from-bytes-to-pixels speed
+docs/recipes.md: recipes before-it-trains batch-and-learning-rate at-the-end weights-from-elsewhere
+docs/architecture.md: architecture the-rooms what-may-change-under-a-run how-data-flows
+docs/roadmap.md: the-roadmap-from-resnet-to-convnext
+    what-is-chosen-where-the-paper-and-the-authors-code-are-silent-or-disagree
+docs/models.md: docs/experiments.md: docs/curves.png: docs/first_batch.png:
+"""
+
+
+def blocks(page, language="bash"):
+    """The blocks of code of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+def prose(page):
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
 
 
 def commands():
-    """(page, arguments) of the commands in blocks of code and between backticks; what stands after two spaces
-    explains them.
-    """
+    """(page, words) of the commands in blocks of bash and between backticks."""
     found = []
     for page in PAGES:
-        text = page.read_text()
-        lines = [
-            line
-            for block in re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
-            for line in block.splitlines()
-        ]
-        lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
-        for line in lines:
-            line = line.removeprefix("$ ")
+        lines = [line for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()]
+        for line in [*lines, *re.findall(r"`([^`\n]+)`", prose(page))]:
             if line.startswith(PROGRAMS):
-                found.append((page.name, shlex.split(re.split(r"\s{2,}", line)[0])))
+                found.append((page.name, shlex.split(line, comments=True)))
     return found
 
 
-COMMANDS = [
-    (page, given) for page, given in commands() if "epohcs=30" not in given and given[1] != "stopped"
-]  # shown because it is refused
+COMMANDS = commands()
 
 
 def test_there_are_some():
-    assert len(COMMANDS) > 40
+    assert len(COMMANDS) > 60
     assert {given[0] for _, given in COMMANDS} >= {
         "python",
         "reconverge",
@@ -60,6 +84,17 @@ def test_there_are_some():
         "launch/local.sh",
         "sbatch",
     }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_blocks_can_be_pasted_into_a_shell(page):
+    languages = set(re.findall(r"^```(\S*)\n(?:.*?\n)?```$", page.read_text(), re.S | re.M))
+    assert languages <= {"bash", "text", "python"}, "each block says what it is"
+    for block in blocks(page):
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert done.returncode == 0, (block, done.stderr)
+        for line in block.splitlines():  # an explanation is a comment
+            assert not re.search(r"\s{2,}[^#\s]", line.strip().removesuffix("\\")), line
 
 
 @pytest.mark.parametrize(
@@ -113,6 +148,36 @@ def test_each_is_accepted(page, given, monkeypatch):
         GlobalHydra.instance().clear()
 
 
+def anchors(page):
+    """Of each heading GitHub's address, and what `<a id>` adds."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    addresses = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return addresses | set(re.findall(r'<a id="([^"]+)">', page.read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_old_links_still_lead_somewhere():
+    for name, targets in re.findall(r"(\S+):((?:\s+(?!\S+:)\S+)*)", OLD_TARGETS):
+        assert (ROOT / name).exists(), name
+        missing = set(targets.split()) - anchors(ROOT / name) if name.endswith(".md") else None
+        assert not missing, (name, missing)
+
+
+def test_the_page_of_settings_is_current():
+    """Stale? python -m reconverge.config.listing > docs/settings.md"""
+    assert (ROOT / "docs" / "settings.md").read_text() == listing.markdown()
+
+
 @pytest.fixture(scope="module")
 def learned(digits, tmp_path_factory, cache):
     """runs/NAME: five checkpoints of it."""
@@ -158,3 +223,18 @@ def test_those_about_a_run_are_carried_out(learned, digits, monkeypatch, evaluat
             code = evaluate(*words[2:], "workers=0")
         assert code == 0, (given, capsys.readouterr().err)
     assert Path("runs/NAME/export-timm/README.md").exists()
+
+
+def test_a_model_is_used_in_python_as_the_page_says(learned, digits, tmp_path, monkeypatch, capsys):
+    (program,) = blocks(ROOT / "docs" / "evaluation.md", "python")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(learned, "runs")
+    shutil.copy(next((digits / "val" / "3").iterdir()), "photo.jpg")
+    monkeypatch.setattr(sys, "argv", ["reconverge", "export", "runs/NAME", "--to", "timm"])
+    with pytest.raises(SystemExit):
+        main()
+    capsys.readouterr()
+    exec(compile(program, "evaluation.md", "exec"), {})
+    name, probability = capsys.readouterr().out.split()
+    assert name in {path.name for path in (digits / "val").iterdir()}
+    assert 10 < int(probability.removesuffix("%")) <= 100

@@ -420,12 +420,13 @@ def test_ctrl_c_again_after_seconds_stops_at_once_and_repeats_within_a_moment_do
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert signals.told_to_stop()
-        assert capfd.readouterr().err.count("SIGINT: stopping after this step") == 1
+        assert capfd.readouterr().err.count("SIGINT: stopping") == 1
         signals._came[signal.SIGINT] -= 3
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
         signals._came.clear()
+        signals._said.clear()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, before)

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import reconverge
 from reconverge.base import launcher
 
 DECISIVE = ("torch", "torchvision", "timm", "numpy", "pillow")  # another version may compute other bits
@@ -27,6 +28,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "absent"
     return found
+
+
+def in_words() -> str:
+    """For --version: reconverge 0.1.0 (python 3.11.7, torch 2.12.1, ...)."""
+    packages = ", ".join(f"{name} {text}" for name, text in versions().items())
+    return f"reconverge {reconverge.__version__} ({packages})"
 
 
 def decisive_versions() -> dict[str, str]:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
+from reconverge.base import streams
+
 
 class Exit(IntEnum):
     DONE = 0
@@ -112,6 +114,7 @@ def exit_code(job: Callable[[], int]) -> int:
     """Run a command; print what stopped it and return the exit code, which is also left in the file
     RECONVERGE_EXIT_FILE, if it names one.
     """
+    streams.secure()
     try:
         code = job()
     except (Exception, KeyboardInterrupt) as error:

@@ -2,10 +2,12 @@
 or nobody; how many cores it has, and what the scheduler calls its job. Imports no torch.
 """
 
+import atexit
 import os
 import re
+import sys
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
 class Place(NamedTuple):
@@ -60,3 +62,18 @@ def job() -> str | None:
     """What a scheduler calls this job, before and after it was requeued."""
     torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" where nobody named it
     return os.environ.get("SLURM_JOB_ID") or (None if torchrun == "none" else f"torchrun {torchrun}")
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    One of several ranks ends without taking Python down first: a thread of gloo may still free a tensor then,
+    for which it needs Python, and the process would be aborted ("terminate called without an active
+    exception", exit code 134) although all its work is done.
+    """
+    if HERE.size == 1:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

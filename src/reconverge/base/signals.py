@@ -1,14 +1,15 @@
 """What a scheduler or a person says while a run trains: a flag, which the loop looks at between steps."""
 
 import math
-import os
 import signal
+import sys
 import time
 from typing import Any
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 _came: dict[int, float] = {}  # number -> when it first came, by time.monotonic
+_said: list[str] = []
 
 
 def catch() -> None:
@@ -22,17 +23,21 @@ def catch() -> None:
 
 
 def _note(number: int, frame: Any) -> None:
-    """A scheduler may send one signal several times at once; a person who presses Ctrl-C again after seconds
+    """Raises the flag, and does nothing that could fail: a reader of stderr may have gone by the same signal.
+
+    A scheduler may send one signal several times at once; a person who presses Ctrl-C again after seconds
     means it.
     """
     if number == signal.SIGINT and time.monotonic() - _came.get(number, math.inf) > 2:
         raise KeyboardInterrupt
-    if not _came:
-        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
     _came.setdefault(number, time.monotonic())
 
 
 def told_to_stop() -> bool:
+    """Whether a signal came; the first time that it is so, it is printed."""
+    if _came and not _said:
+        _said.append(told_by())
+        print(f"\n{told_by()}: stopping", file=sys.stderr, flush=True)
     return bool(_came)
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
+from reconverge.base import environment
 from reconverge.base.errors import exit_code
 
 COMMANDS = {
@@ -31,6 +32,7 @@ def parsed(given: list[str]) -> argparse.Namespace:
         prog="reconverge",
         description="Everything but training and evaluating, which are python train.py and python eval.py.",
     )
+    parser.add_argument("--version", action="version", version=environment.in_words())
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, help in COMMANDS.items():
         command = import_module(

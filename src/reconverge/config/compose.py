@@ -9,21 +9,26 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from reconverge.base import environment
 from reconverge.base.environment import ROOT
 from reconverge.base.errors import Exit, Stop
+from reconverge.base.terminal import say
+from reconverge.config import listing
 from reconverge.config.messages import refusal, refuse_override
+from reconverge.config.overrides import escaped, literal, several
 from reconverge.config.rules import check_value
 from reconverge.config.settings import Eval, Train, flat
 
@@ -49,16 +54,16 @@ LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE
 def composed(conf: Path, name: str, schema: type[Schema], overrides: Sequence[str]) -> Schema:
     """Compose `conf/name.yaml` with the arguments of a command line.
 
-    Ends the process (exit 0) after --help, --cfg and completion. Errors: Stop(USAGE).
+    Ends the process (exit 0) after --help, --version, --cfg and completion. Errors: Stop(USAGE).
     """
     for argument in overrides:
         refuse_override(argument, schema)
+    overrides = [literal(argument, schema) for argument in overrides]
     ConfigStore.instance().store(name="schema", node=schema)
     try:
         if any(argument.startswith("-") for argument in overrides):
-            return _typed(_answered(conf, name, overrides), schema)
-        with hydra.initialize_config_dir(str(conf.absolute()), job_name=name, version_base="1.3"):
-            return _typed(hydra.compose(name, list(overrides)), schema)
+            return _typed(_resolved(_answered(conf, name, schema, overrides)), schema)
+        return _typed(_resolved(_hydras(conf, name, overrides)), schema)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # ValueError: a group that was set to null or a number
         raise refusal(error, schema, conf) from None
@@ -69,15 +74,29 @@ def of_training(overrides: Sequence[str]) -> Train:
     return composed(ROOT / "conf", "config", Train, overrides)
 
 
-def _answered(conf: Path, name: str, overrides: Sequence[str]) -> DictConfig:
-    """Let Hydra answer --help, --cfg or completion, which ends the process; it would compose twice where it
-    goes on.
+def _hydras(conf: Path, name: str, overrides: Sequence[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(conf.absolute()), job_name=name, version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+def _answered(conf: Path, name: str, schema: type, overrides: Sequence[str]) -> DictConfig:
+    """Answer --version; let Hydra answer --help, --cfg or completion; each ends the process. (Hydra would
+    compose twice where it goes on.)
     """
+    if "--version" in overrides:
+        say(environment.in_words())
+        sys.exit(0)
     found: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of a report of Hydra's own and exit 1
     before, sys.argv = sys.argv, [sys.argv[0], *overrides]  # hydra.main has no other way to be told
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(found.append)()
+    except SystemExit:  # Hydra ends after --help, and the settings are still to be listed
+        if {"-h", "--help"}.isdisjoint(overrides):
+            raise
+        plain = [argument for argument in overrides if not argument.startswith("-")]
+        values: Any = OmegaConf.to_container(_hydras(conf, name, plain), resolve=True)
+        listing.print_settings(schema, values)
     finally:
         sys.argv = before
     if not found:
@@ -86,13 +105,17 @@ def _answered(conf: Path, name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def combinations(arguments: Sequence[str]) -> list[list[str]]:
-    """Of key=a,b and key=range(0,3) each combination of one value a key, in Hydra's grammar.
+    """Of key=a,b and key=range(0,3) each combination of one value a key: settings of text literally, with
+    `\\,` for a comma, others in Hydra's grammar.
 
     Errors: Stop(USAGE).
     """
     choices = []
     for argument in arguments:
         refuse_override(argument, Train)
+        if (of_text := several(argument, Train)) is not None:
+            choices.append(of_text)
+            continue
         try:
             override = None if argument.startswith("-") else OverridesParser.create().parse_override(argument)
         except HydraException as error:
@@ -115,8 +138,11 @@ def from_text(text: str, schema: type[Schema]) -> Schema:
     Errors: Stop(USAGE), Stop(DAMAGED) for text that was cut off or is no YAML.
     """
     try:
-        return _typed(OmegaConf.create(text), schema)
-    except YAMLError as error:
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            raise yaml.YAMLError(f"{type(values).__name__} in place of a table of settings")
+        return _typed(values, schema)
+    except yaml.YAMLError as error:
         where = " ".join(str(error).split())
         raise Stop(
             Exit.DAMAGED,
@@ -129,8 +155,8 @@ def from_text(text: str, schema: type[Schema]) -> Schema:
 
 
 def to_text(config: Train | Eval) -> str:
-    """Resolved YAML, every setting in the order of the schema."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """YAML of every setting, in the order of the schema. Plain YAML: a `${...}` in it is text."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def write_conf(folder: Path, config: Train) -> None:
@@ -142,17 +168,22 @@ def write_conf(folder: Path, config: Train) -> None:
     text = {
         "defaults": ["schema", "_self_", *quiet],
         "hydra": hydra,
-        **OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[dict-item]
+        **escaped(asdict(config)),
     }
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(text)))
 
 
-def _typed(config: Any, schema: type[Loaded]) -> Loaded:
-    # Through a plain container: merged as it is, the composed configuration would bring keys that the schema
-    # lacks.
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    loaded: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+def _resolved(config: DictConfig) -> Any:
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def _typed(values: Any, schema: type[Loaded]) -> Loaded:
+    """Of a plain container: merged as it is, a composed configuration would bring keys that the schema lacks.
+
+    A `${...}` that is still in it is text: the file of a run is not asked for variables of the environment.
+    """
+    loaded: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), escaped(values)))
     for key, value, checks in flat(loaded):
         check_value(key, value, checks)
     return loaded

@@ -17,9 +17,9 @@ from reconverge.config.settings import Eval, Train, flat, help_of, section_of
 
 # Of Hydra's flags those that ask for something and end there, or say how.
 FLAGS = ("-h", "--help", "--cfg", "-c", "--resolve", "--package", "-p", "--shell-completion", "-sc",
-    "--info", "-i")  # fmt: skip
+    "--info", "-i", "--version")  # fmt: skip
 # What train.py and eval.py take themselves, for the list of what is allowed.
-OWN_FLAGS = {Train: ("--check", "-m", "--version"), Eval: ("--version",)}
+OWN_FLAGS = {Train: ("--check", "-m"), Eval: ()}
 COMPLETION = ("install", "uninstall", "query")  # keys that --shell-completion takes, and no settings
 NEGATIVES = ("none", "null", "no", "off", "false", "never", "0")  # in any case: somebody wants it off
 MANY = 20  # names; a longer list is shortened by its folders
@@ -164,12 +164,12 @@ def refusal(error: Exception, schema: type, conf: Path | None = None) -> Stop:
             _another_file(group, choice, options),
         )
     if isinstance(error, OverrideParseException):
-        key, _, value = str(error.override).partition("=")
+        key = str(error.override).partition("=")[0]
         return Stop(
             Exit.USAGE,
             error.override,
-            "key=value; quote what the shell or Hydra's grammar would read otherwise",
-            f"""'{key}="{value}"'""",
+            "key=value with a number, a word, true, false, null, or a list such as [0.9,0.999]",
+            f"{key}= in one of these forms, in quotes for the shell",
         )
     if isinstance(cause, InterpolationKeyError):
         return _missing_size(cause)
@@ -202,7 +202,7 @@ def refusal(error: Exception, schema: type, conf: Path | None = None) -> Stop:
             Exit.USAGE,
             f"{key}={value}, which are several values",
             "one value for one run",
-            f"""-m {key}={value} for a run with each, or '{key}="{value}"' for a text with a comma""",
+            f"-m {key}={value} for a run with each",
         )
     if "Config group override" in where:
         return Stop(

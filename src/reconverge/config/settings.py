@@ -1,8 +1,9 @@
-"""Every setting, one section a part, with unit, default and source: the one page of all knobs.
+"""Every setting: name, type, default, allowed values, meaning, unit and source. Imports no torch.
 
-Imports no torch. "Table 5" and "Table 6" are those of "A ConvNet for the 2020s" (arXiv 2201.03545 v2). The
-defaults are neutral; the values of an experiment stand in conf/recipe/. A part of the program gets its own
-section and plain values, never the whole configuration.
+This file is the only place where settings are defined; `python train.py --help` and docs/settings.md are
+printed from it. "Table 5" and "Table 6" are those of "A ConvNet for the 2020s" (arXiv 2201.03545 v2). The
+defaults here are neutral: the values of an experiment are in conf/recipe/. Each part of the program gets its
+own section and plain values, never the whole configuration.
 """
 
 from collections.abc import Iterator
@@ -12,250 +13,300 @@ from typing import Any
 MISSING = "???"  # must be given by a yaml file or on the command line
 
 
+# fmt: off
+
 def setting(
-    default: Any,
-    help: str,
-    choices: tuple[Any, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    pattern: str = "",
-    free: bool = False,
+    default: Any, help: str, *, unit: str = "", source: str = "", heading: str = "", free: bool = False,
+    choices: tuple[Any, ...] = (), low: float | None = None, high: float | None = None, pattern: str = "",
 ) -> Any:
     """A field of a section.
 
-    `low` and `high` are allowed themselves; `free` settings may change when a run is resumed.
+    `source`: where the default or the method comes from. `heading`: the title of the group that begins with
+    this setting. `free`: it may change when a run is resumed, and R2 still holds. `low` and `high` are
+    themselves allowed.
     """
-    checks = {"help": help, "choices": choices, "low": low, "high": high, "pattern": pattern, "free": free}
+    in_words = unit and unit.split()[0] in help  # the meaning says the unit already
+    explained = help + (f"; {unit}" if unit and not in_words else "") + (f" ({source})" if source else "")
+    metadata = {"help": explained, "meaning": help, "unit": unit, "source": source, "heading": heading,
+        "free": free, "choices": choices, "low": low, "high": high, "pattern": pattern}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: default.copy(), metadata=checks)
-    return field(default=default, metadata=checks)
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 NAME = r"[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*"  # a plain folder name: no separators, not "." or ".."
 EVERY = r"[0-9]+(epoch)?"
 EVERY_OR_NEVER = EVERY + "|never"
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
-
-# fmt: off
 
 @dataclass
 class Model:
-    name: str = setting(MISSING, "an entry of the table MODELS, as model=NAME")
+    """The network"""
+
+    name: str = setting(MISSING, "name of the model, chosen by model=NAME")
     size: str = setting(MISSING,
-        help="the row of the recipe's tables that this model takes: atto, t, s, b, l, xl, iso_s, ...")
-    drop_path: float = setting(MISSING, low=0, high=0.99,
-        help="stochastic depth: drop rate of the last block, linear over all blocks (Table 5); the recipe's "
-             "table by size")
-    layer_scale: float | None = setting(1e-6, low=0,
-        help="initial gamma of each block's branch (Table 5); null: no layer scale, or a model of timm's, "
-             "whose constructor decides")
-    head_init_scale: float = setting(1.0, low=0,
-        help="multiplies the initial weights of the head (Table 5: none; Table 6: 0.001 for fine-tuning)")
-    image_size: int | None = setting(None, low=1,
-        help="pixels, side of the images that the model is built for: augment.size for ViT and Swin; null: "
-             "it takes any")
-    timm: str | None = setting(None, pattern=NAME,
-        help="for model=timm: timm's name of a model that is not in the table")
+        help="size class of the model (atto, t, s, b, l, ...): chooses the row of the recipe's tables")
+    drop_path: float = setting(MISSING, low=0, high=0.99, source="Table 5",
+        help="stochastic depth (drop path): drop rate of the last block; it grows linearly over the blocks")
+    layer_scale: float | None = setting(1e-6, low=0, source="Table 5",
+        help="initial value of layer scale (gamma of each block's branch); null: no layer scale, and for "
+             "models of timm what timm does")
+    head_init_scale: float = setting(1.0, low=0, source="Table 6: 0.001 for fine-tuning",
+        help="multiplies the initial weights of the classifier head")
+    image_size: int | None = setting(None, low=1, unit="pixels",
+        help="image size that the model is built for (ViT and Swin: augment.size); null: any size")
+    timm: str | None = setting(None, pattern=NAME, help="with model=timm: the name of the timm model")
 
 
 @dataclass
 class Recipe:
-    name: str = setting(MISSING, "a file of conf/recipe, as recipe=NAME")
+    """The recipe's own tables"""
+
+    name: str = setting(MISSING, "name of the recipe, chosen by recipe=NAME")
     dataset: str | None = setting(None, choices=(None, "imagenet1k", "imagenet22k"), free=True,
-        help="the published run's training images; null: the recipe reproduces no published run")
+        help="training images of the published run; null: the recipe reproduces no published run")
     starts_from: str | None = setting(None, free=True,
-        help="the trained weights that the recipe is meant for, in words; null: it starts from scratch")
-    batch: int = setting(MISSING, "images of one step that lr was chosen for", low=1)
-    drop_path: dict[str, float] = setting({}, "model size -> stochastic depth (Table 5)")
-    microbatch: dict[str, int] = setting({},
-        help="model size -> images of one forward pass, on which Mixup draws and BatchNorm averages (the "
-             "published images per GPU)")
-    ema: dict[str, float | None] = setting({},
-        help="model size -> ema.decay, where it depends on the size (Table 6)")
-    expected: dict[str, float] = setting({}, "model name -> published top-1, percent", free=True)
-    noise: float | None = setting(None, low=0, free=True,
-        help="percent points around the published top-1 that independent runs of the recipe fall into")
+        help="the pre-trained weights that the recipe expects, in words; null: it trains from scratch")
+    batch: int = setting(MISSING, low=1, unit="images", help="batch size that optim.lr was chosen for")
+    drop_path: dict[str, float] = setting({}, source="Table 5", help="model.drop_path for each model size")
+    microbatch: dict[str, int] = setting({}, source="published images per GPU", unit="images",
+        help="microbatch for each model size")
+    ema: dict[str, float | None] = setting({}, source="Table 6",
+        help="ema.decay for each model size, where it depends on the size")
+    expected: dict[str, float] = setting({}, free=True, unit="percent",
+        help="published top-1 for each model name")
+    noise: float | None = setting(None, low=0, free=True, unit="percentage points",
+        help="how far independent runs of the recipe are from the published top-1")
 
 
 @dataclass
 class Augment:
-    size: int = setting(224, "pixels, side of a training image (Table 5)", low=1)
-    scale: list[float] = setting([0.08, 1.0],
-        help="random resized crop: smallest and largest share of the area (timm)")
-    ratio: list[float] = setting([0.75, 4 / 3],
-        help="random resized crop: smallest and largest aspect ratio (timm)")
-    interpolation: str = setting("bicubic", choices=("bicubic", "bilinear", "random"),
-        help="of the random resized crop (official code)")
-    flip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
+    """Augmentation of training images"""
+
+    size: int = setting(224, low=1, source="Table 5", unit="pixels", help="side of a training image")
+    scale: list[float] = setting([0.08, 1.0], source="timm",
+        help="random resized crop: smallest and largest share of the image's area")
+    ratio: list[float] = setting([0.75, 4 / 3], source="timm",
+        help="random resized crop: smallest and largest aspect ratio")
+    interpolation: str = setting("bicubic", choices=("bicubic", "bilinear", "random"), source="official code",
+        help="random resized crop: interpolation of the resize")
+    flip: float = setting(0.5, low=0, high=1, unit="probability", help="horizontal flip")
     auto: str = setting("rand-m9-mstd0.5-inc1", pattern=r"none|rand(-(m|n|p|mmax|mstd|inc)[0-9.]+)*",
-        help="timm's name of a RandAugment policy, or none (Table 5: magnitude 9, deviation 0.5)")
-    repeats: int = setting(1, low=1,
-        help="how often each chosen sample comes in an epoch, each time augmented anew (repeated "
-             "augmentation; DeiT: 3)")
-    erase: float = setting(0.25, low=0, high=1,
-        help="probability of random erasing with normal noise, per image (Table 5, mode pixel)")
+        source="Table 5: magnitude 9, std 0.5",
+        help="RandAugment policy in timm's notation; none: no RandAugment")
+    repeats: int = setting(1, low=1, source="DeiT: 3",
+        help="repeated augmentation: how often each chosen image occurs in an epoch")
+    erase: float = setting(0.25, low=0, high=1, source="Table 5, mode pixel", unit="probability",
+        help="random erasing: a rectangle is replaced by normal noise")
 
 
 @dataclass
 class Mix:
-    mixup: float = setting(0.8, "alpha of Mixup's beta distribution, 0 for none (Table 5)", low=0)
-    cutmix: float = setting(1.0, "alpha of CutMix's beta distribution, 0 for none (Table 5)", low=0)
-    probability: float = setting(1.0, "that a microbatch is mixed", low=0, high=1)
-    switch: float = setting(0.5, "share of CutMix where both are on", low=0, high=1)
-    smoothing: float = setting(0.1, "label smoothing (Table 5)", low=0, high=1)
+    """Mixup, CutMix and label smoothing"""
+
+    mixup: float = setting(0.8, low=0, source="Table 5",
+        help="alpha of Mixup's beta distribution; 0: no Mixup")
+    cutmix: float = setting(1.0, low=0, source="Table 5",
+        help="alpha of CutMix's beta distribution; 0: no CutMix")
+    probability: float = setting(1.0, low=0, high=1, unit="probability", source="timm",
+        help="that a microbatch is mixed at all")
+    switch: float = setting(0.5, low=0, high=1, unit="probability", source="timm",
+        help="that a mixed microbatch gets CutMix instead of Mixup, where both are on")
+    smoothing: float = setting(0.1, low=0, high=1, source="Table 5", help="label smoothing")
 
 
 @dataclass
 class Optim:
-    lr: float = setting(4e-3, low=0,
-        help="AdamW's learning rate after warm-up, of one step of recipe.batch images (Table 5)")
-    lr_batch: int | None = setting(None, low=1,
-        help="images of a step that lr, min_lr and warmup_lr are given for: all are multiplied by batch / "
-             "lr_batch; null: as they are, whatever the batch")
-    min_lr: float = setting(1e-6, "where the cosine ends (official code)", low=0)
-    warmup_lr: float = setting(0.0, "where the warm-up begins (official code: 0; DeiT's: 1e-6)", low=0)
-    warmup_epochs: int = setting(20, "epochs of linear warm-up (Table 5)", low=0)
+    """Optimizer (AdamW) and learning rate"""
+
+    lr: float = setting(4e-3, low=0, source="Table 5",
+        help="peak learning rate, for the batch size of the recipe (see optim.lr_batch)")
+    lr_batch: int | None = setting(None, low=1, unit="images",
+        help="lr, min_lr and warmup_lr are multiplied by batch / lr_batch; null: they never follow the batch")
+    min_lr: float = setting(1e-6, low=0, source="official code",
+        help="learning rate at the end of the cosine")
+    warmup_lr: float = setting(0.0, low=0, source="official code: 0; DeiT: 1e-6",
+        help="learning rate at the beginning of the warm-up")
+    warmup_epochs: int = setting(20, low=0, source="Table 5", unit="epochs",
+        help="length of the linear warm-up")
     schedule: str = setting("convnext", choices=("convnext", "deit", "swin"),
-        help="warm-up and cosine in the exact form of which published code: convnext and swin by step, deit "
-             "by epoch")
-    layer_decay: float = setting(1.0, low=0.01, high=1,
-        help="lr of a layer / lr of the layer above it, 1 at the head; 1: one lr for all (Table 6: 0.7 and "
-             "0.8)")
+        help="whose code's formula of warm-up and cosine is used: convnext and swin change the learning rate "
+             "at each step, deit at each epoch")
+    layer_decay: float = setting(1.0, low=0.01, high=1, source="Table 6: 0.7 and 0.8",
+        help="layer-wise learning-rate decay: learning rate of a layer / that of the next layer; 1: no decay")
     layer_groups: str = setting("auto", choices=("auto", "stages", "blocks"),
-        help="what a layer is; stages: ConvNeXt's published groups; blocks: each block; auto: stages for "
-             "ConvNeXts, else blocks")
-    weight_decay: float = setting(0.05, "on weights of two or more dimensions (Table 5)", low=0)
-    betas: list[float] = setting([0.9, 0.999], "decay of AdamW's two moments, per step (Table 5)")
-    eps: float = setting(1e-8, "AdamW's epsilon (official code)", low=0)
-    clip: float | None = setting(None, low=0,
-        help="largest norm of the gradient; null clips nothing (Table 5: none)")
+        help="what counts as a layer for layer_decay: stages (ConvNeXt's published groups), blocks (each "
+             "block), or auto (stages for ConvNeXt, blocks for other models)")
+    weight_decay: float = setting(0.05, low=0, source="Table 5",
+        help="decoupled weight decay, on weights of two or more dimensions only")
+    betas: list[float] = setting([0.9, 0.999], source="Table 5",
+        help="AdamW's betas: decay of the first and second moments per step")
+    eps: float = setting(1e-8, low=0, source="official code", help="AdamW's epsilon")
+    clip: float | None = setting(None, low=0, source="Table 5: none",
+        help="gradient clipping: largest norm of the whole gradient; null: no clipping")
 
 
 @dataclass
 class Ema:
-    decay: float | None = setting(None, low=0, high=1,
-        help="per step, after every step, without warm-up; null keeps no EMA (Table 5: 0.9999)")
+    """Exponential moving average of the weights (EMA)"""
+
+    decay: float | None = setting(None, low=0, high=1, source="Table 5: 0.9999",
+        help="decay of the EMA per step, without warm-up; null: no EMA")
 
 
 @dataclass
 class Evaluate:
-    size: int = setting(224, "pixels, side of an evaluation image (Table 5)", low=1)
-    crop_ratio: float = setting(0.875, low=0.01, high=1,
-        help="side of the centre crop / shorter side after resizing: 224 from 256 (official code)")
-    mode: str = setting("crop", choices=("crop", "squash"),
-        help="crop: resize the shorter side, crop the centre; squash: warp to a square (official code at "
-             "384)")
-    interpolation: str = setting("bicubic", "of the resize (official code)", ("bicubic", "bilinear"))
-    batch: int = setting(128, "images of one forward pass", low=1, free=True)
+    """How validation images are prepared"""
+
+    size: int = setting(224, low=1, source="Table 5", unit="pixels",
+        help="side of an evaluation image; it does not follow augment.size")
+    crop_ratio: float = setting(0.875, low=0.01, high=1, source="official code: 224 from 256",
+        help="side of the centre crop / shorter side after resizing")
+    mode: str = setting("crop", choices=("crop", "squash"), source="official code; squash at 384 pixels",
+        help="crop: resize the shorter side and crop the centre; squash: resize to a square")
+    interpolation: str = setting("bicubic", choices=("bicubic", "bilinear"), source="official code",
+        help="interpolation of the resize")
+    batch: int = setting(128, low=1, free=True, unit="images",
+        help="images of one forward pass in evaluation")
 
 
 @dataclass
 class Data:
-    name: str = setting(MISSING, "a file of conf/data, as data=NAME", pattern=NAME)
+    """The data set"""
+
+    name: str = setting(MISSING, pattern=NAME, help="name of the data set, chosen by data=NAME")
     kind: str = setting(MISSING, choices=("digits", "folder", "shards", "synthetic", "trained", "evaluation"),
-        help="how it is read")
+        help="how the data set is stored")
     root: str | None = setting(None, free=True,
-        help="folder: holds the train and val folders; shards: holds dataset.json")
-    train: str = setting("train", "folder below root with one folder a class")
+        help="data=folder: the folder that holds train/ and val/; shards: the folder that holds dataset.json")
+    train: str = setting("train",
+        help="data=folder: folder of the training images below root, with one folder for each class")
     val: str | None = setting("val",
-        help="folder below root with one folder a class; null: there are no validation images")
-    cache: str = setting("~/.cache/reconverge", "folder for indexes and generated images", free=True)
-    mean: list[float] = setting([0.485, 0.456, 0.406], "of R, G, B in 0..1 (ImageNet's)")
-    std: list[float] = setting([0.229, 0.224, 0.225], "of R, G, B in 0..1 (ImageNet's)")
+        help="data=folder: folder of the validation images below root; null: no validation images")
+    cache: str = setting("~/.cache/reconverge", free=True,
+        help="folder for indexes of data sets and for generated images")
+    mean: list[float] = setting([0.485, 0.456, 0.406], source="ImageNet's", unit="of values in 0..1",
+        help="mean of R, G, B for normalisation")
+    std: list[float] = setting([0.229, 0.224, 0.225], source="ImageNet's", unit="of values in 0..1",
+        help="standard deviation of R, G, B for normalisation")
     dataset: str | None = setting(None,
-        help="shards: what dataset.json must say that it is, null takes any; data=eval/NAME: that NAME")
-    labels: str | None = setting(None, "data=eval/real only: the file real.json; null: in root", free=True)
+        help="shards: the data set that dataset.json must name, null takes any; data=eval/NAME: NAME")
+    labels: str | None = setting(None, free=True,
+        help="data=eval/real only: path of real.json; null: it is in data.root")
     decode: str = setting("exact", choices=("exact", "fast"),
-        help="of training images: exact has Pillow's pixels; fast resamples with torch where native/ does "
-             "not serve: 0.04 of 255 off on average")
+        help="exact: the pixels of Pillow; fast: resize with torch where the native decoder cannot be used, "
+             "which changes pixels by 0.04 of 255 on average")
     native: str = setting("auto", choices=("auto", "on", "off"), free=True,
-        help="the C library of native/, which gives the same pixels sooner: auto where it can be used; on "
-             "refuses to start without it")
-    window: str = setting("all", pattern=r"all|[1-9][0-9]*",
-        help="shuffle over everything, or, for sequential reading, within windows of so many shards")
+        help="the native decoder, which gives Pillow's pixels faster; auto: use it where it works; on: "
+             "refuse to train without it")
+    window: str = setting("all", pattern=r"all|[1-9][0-9]*", unit="shards",
+        help="all: shuffle the whole data set; a number: shuffle within groups of so many shards, so that "
+             "disks read sequentially")
     stage: str | None = setting(None, free=True,
-        help="folder on a local disk, to which the shards of the coming windows are copied; null reads them "
-             "where they are")
-    stage_gb: float = setting(100.0, "10^9 bytes that stage may take on each node", low=0, free=True)
+        help="folder on a local disk to which the next shards are copied; null: read shards where they are")
+    stage_gb: float = setting(100.0, low=0, free=True, unit="10^9 bytes for each node",
+        help="largest size of data.stage")
     on_bad_image: str = setting("stop", choices=("stop", "substitute"), free=True,
-        help="a training image that is damaged or cannot be decoded: stop, or substitute another")
-    max_substitutes: int = setting(100, low=0, free=True,
-        help="different images that may be substituted before the run stops")
-    images: int = setting(5120, "synthetic only: training images; a tenth as many for validation", low=10)
-    classes: int = setting(1000, "synthetic only: number of classes", low=2)
+        help="when a training image is damaged: stop, or use another image in its place")
+    max_substitutes: int = setting(100, low=0, free=True, unit="images",
+        help="how many damaged images may be replaced before the run stops")
+    images: int = setting(5120, low=10, unit="images",
+        help="data=synthetic only: number of training images; a tenth as many for validation")
+    classes: int = setting(1000, low=2, help="data=synthetic only: number of classes")
 
 
 @dataclass
 class Tracker:
-    name: str = setting("none", "mirrors metrics.jsonl", ("none", "wandb", "tensorboard"), free=True)
-    project: str = setting("reconverge", "wandb only: project", free=True)
+    """Experiment tracker"""
+
+    name: str = setting("none", choices=("none", "wandb", "tensorboard"), free=True,
+        help="tracker that gets a copy of metrics.jsonl")
+    project: str = setting("reconverge", free=True, help="wandb only: name of the project")
 
 
 @dataclass
 class Debug:
+    """Debugging"""
+
     overfit: bool = setting(False,
-        help="train every step on the images of step 0, with the augmentation of epoch 0")
-    profile: int = setting(0, "steps to trace into trace.json after the second one", low=0, free=True)
+        help="train every step on the images of the first step, with their first augmentation")
+    profile: int = setting(0, low=0, free=True, unit="steps",
+        help="write a profiler trace of so many steps, after the second one, to trace.json")
 
 
 @dataclass
 class Train:
     """train.py"""
 
-    run: str = setting(MISSING, "name of the folder under runs/", pattern=NAME, free=True)
-    seed: int = setting(0, "key of every random draw", low=0)
-    batch: int = setting(MISSING, "images of one step over all ranks; recipe.batch", low=2)
-    microbatch: int = setting(MISSING, low=2,
-        help="images that Mixup draws for and BatchNorm averages over, even; the recipe's table by size")
-    forward_images: int | None = setting(None, low=1, free=True,  # its end of R2 is recorded
-        help="images of one forward pass: a microbatch in several for a small memory, or several at once for "
-             "a large GPU; draws and targets stay those of microbatches; null: one microbatch")
-    reduce: str = setting("ddp", choices=("ddp", "tree"),
-        help="how gradients are added: ddp, overlapping the backward pass; tree, in one order on any number "
-             "of ranks that is a power of two (R4)")
-    epochs: int = setting(300, "length of the schedule (Table 5)", low=1)
-    steps: int | None = setting(None, low=1, free=True,
-        help="stop after so many steps; the schedule stays that of epochs")
+    run: str = setting(MISSING, pattern=NAME, free=True, heading="The run",
+        help="name of the run's folder below runs/")
+    seed: int = setting(0, low=0, help="seed of every random number")
     init: str | None = setting(None,
-        help="weights of the first start: runs/NAME or a checkpoint of it (raw; with :ema at the end the EMA "
-             "weights), a .safetensors, .pth or .pt file, a folder with config.json, timm:NAME, "
-             "hf-hub:OWNER/NAME, torchvision:NAME; null: from scratch")
+        help="initial weights: runs/NAME or one of its checkpoints (add :ema for the EMA weights), a "
+             ".safetensors, .pth or .pt file, a folder with config.json, timm:NAME, hf-hub:OWNER/NAME, "
+             "torchvision:NAME; null: train from scratch")
     init_strict: bool = setting(True,
-        help="init must give every weight but the head, and none besides; false loads what fits and lists "
-             "the rest")
+        help="init must have every weight of the model except the head, and no other; false: load what fits "
+             "and list the rest")
     init_head: str = setting("auto", choices=("auto", "keep", "mapped", "fresh"),
-        help="the head under init. keep: as it is; mapped: row by row, by class name; fresh: its initial "
-             "weights (times model.head_init_scale); auto: keep for the same classes, else fresh")
-    workers: int | None = setting(None, low=0, free=True,
-        help="processes that load images; null: from the cores of this process")
-    threads: int | None = setting(None, low=1,
-        help="torch threads of this process; null: from its cores at the first start, then as recorded")
-    device: str = setting("auto", choices=("auto", "cpu", "cuda"), free=True,  # "hardware" is compared
-        help="auto takes a GPU where there is one")
-    world_timeout: float = setting(10.0, low=0.01, free=True,
-        help="minutes in which every rank must answer, or the run stops and names those that did not")
-    precision: str = setting("fp32", choices=("fp32", "tf32", "bf16", "fp16"),
-        help="of forward and backward: fp32 (as published), bf16, fp16 (with loss scaling), tf32 (on an "
-             "NVIDIA GPU since A100)")
-    compile: bool = setting(False, "torch.compile the model")
-    channels_last: bool = setting(False, "memory format of images and weights")
+        help="the classifier head of init. keep: load it; mapped: load the rows of classes with the same "
+             "name; fresh: new initial weights; auto: keep if the classes are the same, else fresh")
+    resume_allow: list[str] = setting([], free=True,
+        help="names of what may differ when a run is resumed although it ends R2: settings, or code, data, "
+             "versions, hardware")
+
+    batch: int = setting(MISSING, low=2, unit="images", heading="Batch and length of training",
+        help="batch size: images of one optimizer step over all ranks (default: the recipe's)")
+    microbatch: int = setting(MISSING, low=2, unit="images",
+        help="images that Mixup and BatchNorm see together; even; batch / microbatch forward and backward "
+             "passes make a step (gradient accumulation; default: the recipe's, by model size)")
+    epochs: int = setting(300, low=1, source="Table 5", unit="epochs",
+        help="length of training and of the learning-rate schedule")
+    steps: int | None = setting(None, low=1, free=True, unit="steps",
+        help="stop after so many steps; the schedule stays that of epochs")
+
+    device: str = setting("auto", choices=DEVICES, free=True, heading="Hardware and speed",
+        help="auto: a GPU if there is one")  # a change of "hardware" is noticed and refused on its own
+    precision: str = setting("fp32", choices=PRECISIONS, source="published: fp32",
+        help="mixed precision: bf16, fp16 (with loss scaling), or tf32 matrix products (NVIDIA GPUs since "
+             "A100)")
+    compile: bool = setting(False, "compile the model with torch.compile")
+    channels_last: bool = setting(False, "channels_last memory format of images and weights")
     checkpointing: bool = setting(False,
-        help="recompute activations in backward: less memory, about 30 % more time")
-    deterministic: bool = setting(True, "deterministic kernels only; false gives up promises R1 and R2")
+        help="activation (gradient) checkpointing: less memory, about 30 % more time")
+    forward_images: int | None = setting(None, low=1, free=True, unit="images",  # the end of R2 is recorded
+        help="images of one forward pass: less than a microbatch saves memory, several microbatches fill a "
+             "large GPU; a change ends R2; null: one microbatch")
+    workers: int | None = setting(None, low=0, free=True, unit="processes",
+        help="data workers of each rank; null: chosen from the CPU cores of this process")
+    threads: int | None = setting(None, low=1, unit="threads",
+        help="CPU threads of torch in each rank; null: chosen from the CPU cores when the run starts, and "
+             "kept")
+    deterministic: bool = setting(True,
+        help="use deterministic kernels only; false: no promise of equal bits (R1, R2)")
     fused: bool = setting(True,
-        help="AdamW as one kernel; false: a kernel an operation, and the host waits for each step's gradient "
+        help="fused AdamW kernel; false: one kernel for each operation, and the CPU waits for each gradient "
              "norm")
     copy_ahead: bool = setting(True, free=True,
-        help="load and copy the next microbatch while the device works on this one")
-    save_every: str = setting("1epoch", pattern=EVERY, free=True,
-        help="steps, or epochs as in 2epoch; 0: at the end only")
+        help="copy the next microbatch to the device while it works on this one")
+    reduce: str = setting("ddp", choices=("ddp", "tree"),
+        help="how gradients of ranks are added: ddp, overlapped with the backward pass; tree, in one order "
+             "that gives the same bits for 1, 2, 4, 8, ... ranks (R4)")
+    world_timeout: float = setting(10.0, low=0.01, free=True, unit="minutes",
+        help="a run stops and names the missing rank when a rank does not answer for so long")
+
+    save_every: str = setting("1epoch", pattern=EVERY, free=True, unit="steps, or epochs as in 2epoch",
+        heading="Checkpoints, evaluation and logs",
+        help="how often a checkpoint is saved; 0: only at the end")
+    keep: int = setting(2, low=1, free=True, unit="checkpoints",
+        help="how many of the newest checkpoints are kept; the best ones are always kept")
     evaluate_every: str = setting("1epoch", pattern=EVERY_OR_NEVER, free=True,
-        help="steps, or epochs as in 2epoch; 0: at the end only; never: not at all")
-    log_every: int = setting(10, "steps between two lines of metrics.jsonl", low=1, free=True)
-    keep: int = setting(2, "newest checkpoints to keep, beside the best", low=1, free=True)
-    resume_allow: list[str] = setting([], free=True,
-        help="what may differ when a run is resumed: settings, or code, data, versions, hardware; a promise "
-             "is lost and recorded")
+        unit="steps, or epochs as in 2epoch",
+        help="how often the validation images are evaluated; 0: only at the end; never: not at all")
+    log_every: int = setting(10, low=1, free=True, unit="steps",
+        help="how often a line is printed and written to metrics.jsonl")
     model: Model = field(default_factory=Model)
     recipe: Recipe = field(default_factory=Recipe)
     data: Data = field(default_factory=Data)
@@ -270,37 +321,44 @@ class Train:
 
 @dataclass
 class Suite:
-    name: str = setting("none", "a file of conf/suite, as suite=NAME")
-    root: str | None = setting(None, "the folder that holds the sets, each as its archive unpacks")
-    sets: list[str] = setting([], "names of data=eval/NAME; those that are not there are left out, and said")
+    """Several evaluation sets at once"""
+
+    name: str = setting("none", "name of the suite, chosen by suite=NAME")
+    root: str | None = setting(None, "folder that holds the sets, each as its archive unpacks")
+    sets: list[str] = setting([],
+        help="which sets, by the names of data=eval/NAME; missing ones are named and left out")
 
 
 @dataclass
 class Eval:
     """eval.py"""
 
-    checkpoint: str = setting(MISSING,
-        help="runs/NAME (its newest valid checkpoint) or a checkpoint of it, timm:NAME, hf-hub:OWNER/NAME, "
+    checkpoint: str = setting(MISSING, heading="What is evaluated",
+        help="runs/NAME (its newest valid checkpoint), one of its checkpoints, timm:NAME, hf-hub:OWNER/NAME, "
              "or a folder that timm reads")
     images: Any = setting(None,
-        help="predict: an image, a folder of images, or a list of these; null: evaluate on data")
-    size: int | None = setting(None, "pixels, side of an image; null: as the model was trained for", low=1)
+        help="predict these images (a file, a folder, or a list of them) instead of evaluating a data set")
+    size: int | None = setting(None, low=1, unit="pixels", heading="How images are prepared",
+        help="side of an image; null: as the model was trained for")
     crop_ratio: float | None = setting(None, low=0.01, high=1,
         help="side of the centre crop / shorter side after resizing; null: as the model was trained for, and "
-             "1 for data=eval/c, whose images are cropped")
+             "1 for data=eval/c, whose images are already cropped")
     mode: str | None = setting(None, choices=(None, "crop", "squash"),
-        help="crop: resize the shorter side, crop the centre; squash: warp to a square; null: as the model "
-             "was trained for")
+        help="crop: resize the shorter side and crop the centre; squash: resize to a square; null: as the "
+             "model was trained for")
     interpolation: str | None = setting(None, choices=(None, "bicubic", "bilinear"),
-        help="of the resize; null: as the model was trained for")
-    batch: int | None = setting(None, "images of one forward pass; null: as in the run", low=1)
-    workers: int | None = setting(None, low=0,
-        help="processes that load images; null: from the cores of this process")
-    threads: int | None = setting(None, "torch threads of this process; null: from its cores", low=1)
-    device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
-    precision: str = setting("fp32", "of the forward pass", ("fp32", "tf32", "bf16", "fp16"))
-    channels_last: bool = setting(False, "memory format of images and weights")
-    world_timeout: float = setting(10.0, "minutes in which every rank must answer", low=0.01)
+        help="interpolation of the resize; null: as the model was trained for")
+    batch: int | None = setting(None, low=1, unit="images",
+        help="images of one forward pass; null: as in the run")
+    workers: int | None = setting(None, low=0, unit="processes", heading="Hardware and speed",
+        help="data workers of each rank; null: chosen from the CPU cores of this process")
+    threads: int | None = setting(None, low=1, unit="threads",
+        help="CPU threads of torch in each rank; null: chosen from the CPU cores")
+    device: str = setting("auto", choices=DEVICES, help="auto: a GPU if there is one")
+    precision: str = setting("fp32", choices=PRECISIONS, help="precision of the forward pass")
+    channels_last: bool = setting(False, "channels_last memory format of images and weights")
+    world_timeout: float = setting(10.0, low=0.01, unit="minutes",
+        help="the evaluation stops and names the missing rank when a rank does not answer for so long")
     suite: Suite = field(default_factory=Suite)
     data: Data = field(default_factory=Data)
 
