@@ -32,7 +32,8 @@ def main() -> int:
         return Exit.DONE
     with ranks.joined(cfg.world_timeout), Run(cfg, overrides) as run, ranks.losses_named():
         if summary := run.finished():
-            say(f"{cfg.run} is finished: {summary}")
+            again = f"run=NAME starts a new run; remove {run.folder} to repeat this one"
+            say(f"{cfg.run} is finished: {summary}\n{again}")
             return Exit.DONE
         return train(cfg, run, datasets.opened(cfg))
 

@@ -95,4 +95,4 @@ def test_a_run_goes_on_to_the_same_bits_while_what_only_looks_is_replaced(build,
         file.write("# another step\n")
     code, said = train("steps=6")
     assert code == 78, said
-    assert "code: this run began with" in said
+    assert "runs/a was started with other code" in said

@@ -12,18 +12,20 @@ from conftest import ROOT
 
 import reconverge
 from reconverge.base.errors import Stop
+from reconverge.config import foreign
 from reconverge.config.compose import composed, from_text, to_text
 from reconverge.config.settings import Eval, Train, flat
 from reconverge.training.clock import Clock
 
 # what is typed, the line "given", something of "allowed", something of "change"
 REFUSED = [
-    (["epohcs=30"], "epohcs", "epochs", "epochs"),
+    (["epohcs=30"], "epohcs", "python train.py --help lists", "epochs=30"),
     (["optim.lrr=1"], "optim.lrr", "lr, lr_batch, min_lr", "optim.lr"),
-    (["optm.lr=1"], "optm", "optim", "optim"),
+    (["optm.lr=1"], "optm", "python train.py --help lists", "optim.lr=1"),
     (["model.size.x=1"], "model.size", "str", "model.size"),
     (["+epochs=3"], "+epochs=3", "none can be added", "epochs=3"),
-    (["++new=3"], "++new=3", "none can be added", "new=3"),
+    (["++new=3"], "++new=3", "none can be added", "python train.py --help lists the settings"),
+    (["+foo=1"], "+foo=1", "none can be added", "python train.py --help lists the settings"),
     (["~model"], "~model", "none can be added or removed", "model"),
     (["hydra.run.dir=x"], "hydra.run.dir=x", "run=NAME", "drop it"),
     (["--typo"], "--typo", "--cfg", "--help"),
@@ -61,8 +63,8 @@ REFUSED = [
     (["precision=fp8"], "precision=fp8", "fp32, tf32, bf16, fp16", "precision=fp"),
     (["save_every=often"], "save_every=often", "epochs as in 2epoch", "save_every"),
     (["augment.auto=rand-z9"], "augment.auto=rand-z9", "RandAugment", "augment.auto"),
-    (["model=null"], "", "--help", ""),
-    (["recipe=3"], "", "", ""),
+    (["model=null"], "Got NoneType", "name of a file", "recipe=demo"),
+    (["recipe=3"], "Got int", "name of a file", "recipe=demo"),
     (["resume_allow=[optm.lr]"], "resume_allow=optm.lr", "a setting, or code", "resume_allow=[optim.lr]"),
     ([""], "", "", ""),
     (["--verbose"], "--verbose", "--cfg", "--help"),
@@ -86,6 +88,50 @@ REFUSED = [
         "recipe.dataset=imagenet"),
     (["evaluate_every=seldom"], "evaluate_every=seldom", "never: not at all", "evaluate_every"),
     (["data.kind=trained"], "data.kind=trained", "eval.py", "data=digits"),
+]  # fmt: skip
+
+
+# What a user of other frameworks types -> what the line "change" says, from its beginning.
+MEANT = [
+    ("lr=1e-3", "optim.lr=1e-3"),
+    ("warmup_lr=1", "optim.warmup_lr=1"),
+    ("size=64", "augment.size=64 evaluate.size=64"),
+    ("freeze=backbone", "optim.layer_decay=0.5, say: no layer can be frozen"),
+    ("loss=bce", "nothing: the loss is cross-entropy"),
+    ("num_classes=5", "leave it out: the number of classes comes from the data"),
+    ("model.num_classes=5", "leave it out: the number of classes comes from the data"),
+    ("optim.name=sgd", "nothing: AdamW is the only optimizer"),
+    ("optim=sgd", "nothing: AdamW is the only optimizer"),
+    ("mix=0", "mix.SETTING=0"),
+    ("optim.schedule=cosine", "leave it out: each of them is a linear warm-up and a cosine decay"),
+    ("hydra/launcher=joblib", "drop it"),
+    ("grad_accum=4", "batch= and microbatch=: a step accumulates batch / microbatch gradients"),
+    ("pretrained=true", "init=timm:NAME"),
+    ("resume=runs/a", "the same command again"),
+    ("num_epochs=3", "epochs=3"),
+    ("batch-size=64", "batch=64"),
+    ("gpus=4", "launch/local.sh --ranks N"),
+    ("fp16=true", "precision=bf16 or precision=fp16"),
+    ("precision=16", "precision=fp16 or precision=bf16"),
+    ("lr_scheduler=step", "optim.warmup_epochs="),
+    ("img_size=96", "augment.size=96 evaluate.size=96"),
+    ("no_aug=true", "augment.auto=none"),
+    ("augment.auto=None", "augment.auto=none"),
+    ("augment.auto=null", "augment.auto=none"),
+    ("evaluate_every=none", "evaluate_every=never"),
+    ("device=gpu", "device=cuda"),
+    ("model=resnet18", "model=timm model.timm=resnet18, if timm has"),
+    ("model=convnext_tiny", "model=convnext_t; or model=timm model.timm=convnext_tiny"),
+    ("data=/data/flowers", "data=folder data.root=/data/flowers"),
+    ("data=cifar10", "data=folder data.root=/path"),
+    ("optim.betas=[0.9", "optim.betas= in one of these forms"),
+    ("seed=1,2", "-m seed=1,2 for a run with each"),
+    ("recipe=cifar", "recipe= with one of these"),
+    ("augment.foo=2", "python train.py --help lists the settings"),
+    ("foo=1", "python train.py --help lists the settings"),
+    ("--lr=3", "optim.lr=3"),
+    ("--epochs=3", "epochs=3"),
+    ("--hlep", "--help"),
 ]  # fmt: skip
 
 
@@ -117,10 +163,77 @@ def test_refused_in_three_lines(run_main, arguments, given, allowed, change):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(("typed", "meant"), MEANT, ids=[typed for typed, _ in MEANT])
+def test_a_suggestion_is_what_is_meant_or_none(run_main, typed, meant):
+    code, said = run_main(typed)
+    assert code == 2
+    assert said.err.splitlines()[-1].removeprefix("  change   ").startswith(meant)
+
+
+def test_eval_suggests_its_own_settings(run_main):
+    for typed, meant in (
+        ("model=convnext_t", "checkpoint=runs/NAME"),
+        ("chekpoint=runs/a", "checkpoint=runs/a"),
+        ("--batch-size=8", "batch=8"),
+        ("foo=1", "python eval.py --help lists the settings"),
+    ):
+        code, said = run_main(typed, script="eval")
+        assert code == 2
+        assert said.err.splitlines()[-1].removeprefix("  change   ").startswith(meant)
+
+
+def test_no_word_of_others_hides_a_setting_and_each_advice_names_settings_that_exist():
+    """Whoever follows the advice must not be refused again."""
+    keys = {key for key, *_ in flat(Train())} | {key for key, *_ in flat(Eval())}
+    for words in (foreign.WORDS, foreign.EVAL_WORDS):
+        listed = [word for key in words for word in key.split()]
+        assert len(listed) == len(set(listed))
+        for text in [*words.values(), *foreign.VALUES.values()]:
+            for key in re.findall(r"([a-z_.]+)=", text):
+                assert key in keys | {"key", "model", "data", "tracker"}, text
+    assert not {word for key in foreign.WORDS for word in key.split()} & {key for key, *_ in flat(Train())}
+    assert not {word for key in foreign.EVAL_WORDS for word in key.split()} & {
+        key for key, *_ in flat(Eval())
+    }
+
+
+def test_a_long_list_of_files_is_shortened_by_its_folders(run_main):
+    allowed = run_main("model=nosuch")[1].err.splitlines()[2]
+    assert "roadmap/NAME" in allowed
+    assert "roadmap/00" not in allowed
+    allowed = run_main("model=roadmap/nosuch")[1].err.splitlines()[2]
+    assert "roadmap/00_resnet50" in allowed
+    assert "convnext_t" not in allowed
+
+
+def test_what_is_allowed_after_a_bad_flag_names_every_flag(run_main):
+    allowed = run_main("--typo")[1].err.splitlines()[2]
+    for flag in ("--help", "--cfg", "--check", "-m", "--version"):
+        assert f" {flag}" in allowed
+    assert "--check" not in run_main("--typo", script="eval")[1].err
+
+
+def test_the_default_name_of_a_run_tells_class_folders_apart(compose, tmp_path):
+    def name(*arguments):
+        return compose(*arguments).run
+
+    assert name() == "convnext_atto-demo-digits-s0"
+    assert (
+        name("data=folder", "data.root=/x/flowers", "recipe=finetune") == "convnext_atto-finetune-flowers-s0"
+    )
+    assert name("data=shards", "data.root=birds/", "seed=2") == "convnext_atto-demo-birds-s2"
+    assert name("data=folder", "data.root='/x/my birds (2)'", "debug=short").endswith("-my-birds-2-s0-short")
+    assert name("data=folder", "data.root=.").endswith(f"-{tmp_path.name}-s0")  # the working folder
+    assert name("data=folder", "data.root=/") == "convnext_atto-demo-folder-s0"
+    assert name("data=imagenet1k", "data.root=/x/y") == "convnext_atto-demo-imagenet1k-s0"
+    assert name("data=folder", "data.root=/x/y", "debug=synthetic") == "convnext_atto-demo-synthetic-s0"
+    assert name("data=folder", "data.root=/x/y", "run=a") == "a"
+
+
 def test_a_batch_larger_than_the_data_is_refused_when_the_index_is_known(train, capsys):
     assert train("batch=512") == 2
     said = capsys.readouterr().err
-    assert "batch=512 with 120 training images" in said
+    assert "batch=512, but there are only 120 training images" in said
     assert "batch=120" in said
 
 

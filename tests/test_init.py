@@ -134,7 +134,7 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(tune, capsys):
         weights("whole", kind) for kind in ("model", "ema", "optimizer")
     ]
     assert tune("init=runs/low:ema", "steps=4") == 78
-    assert "init: this run began with runs/low, and now it is runs/low:ema" in capsys.readouterr().err
+    assert "runs/high was started with init=runs/low; now init=runs/low:ema" in capsys.readouterr().err
     assert tune("steps=4") == 78
     assert tune("init=runs/low", "init_head=keep", "steps=4") == 78
 
@@ -209,5 +209,5 @@ def test_a_recipe_for_pre_training_and_one_for_fine_tuning_make_a_chain(halves, 
     assert "fresh, 5 classes" in said
     assert "(model.head_init_scale=0.001)" in said
     assert "layer 0" in said
-    assert "from scratch" not in said
+    assert "random weights" not in said
     assert origin()["sha256"] == weights("parent")

@@ -149,15 +149,17 @@ def test_a_killed_rank_is_started_again_with_the_same_bits_or_ends_with_69(launc
 
 
 @pytest.mark.slow
-def test_seeds_are_runs_of_several_ranks_each(launch):
+def test_seeds_are_runs_of_several_ranks_each(launch, digits):
     code, said = ended(launch("--ranks=2", "0", "1", "--", "steps=2", script=SEEDS))
     assert code == 0, said
-    assert said.count("2 ranks by torchrun") == 2
+    assert said.count("2 ranks by torchrun") == 1  # the second run introduces itself in short
+    assert f"== run 2 of 2: test_resnet-demo-{digits.name}-s1  (seed=1)\n" in said
+    assert len(list(Path("runs").glob("*/checkpoints"))) == 2
     table = [line.split()[:2] for line in said[said.rindex("\nrun ") :].splitlines()[2:]]
     assert [row for row in table if row[0].endswith(("s0", "s1"))] == [
-        [f"test_resnet-demo-folder-s{seed}", "0"] for seed in (0, 1)
+        [f"test_resnet-demo-{digits.name}-s{seed}", "0"] for seed in (0, 1)
     ]
-    assert weights("test_resnet-demo-folder-s0") != weights("test_resnet-demo-folder-s1")
+    assert weights(f"test_resnet-demo-{digits.name}-s0") != weights(f"test_resnet-demo-{digits.name}-s1")
 
 
 def test_a_rank_leaves_before_python_is_taken_down():

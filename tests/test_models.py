@@ -279,6 +279,11 @@ def test_models_of_one_size_are_built_for_the_images(name):
         ({"name": "convnext_t", "image_size": 224}, r"any size(.|\n)*model.image_size=null"),
         ({"name": "resnet50", "layer_scale": 1e-6}, r"model.layer_scale=1e-06(.|\n)*model.layer_scale=null"),
         ({"name": "x", "timm": "resnet5"}, r"model.timm=resnet5(.|\n)*timm.list_models(.|\n)*resnet50"),
+        ({"name": "x", "timm": "nosuch"}, r"timm.list_models\(\)\n  change   another name$"),
+        (
+            {"name": "vit_base_patch16_224", "timm": "vit_base_patch16_224"},
+            r"model.image_size=224 augment.size=224 evaluate.size=224, the size of its pre-trained weights",
+        ),
         ({"name": "x", "timm": "vgg11", "drop_path": 0.1}, r"drop_path_rate=0.1(.|\n)*model.drop_path=0"),
         ({"name": "x", "timm": "rexnet_100"}, r"rexnet_100, which has dropout with rate 0.2"),
         ({"name": "x", "timm": "ghostnet_100"}, r"ghostnet_100, which has dropout with rate 0.2"),

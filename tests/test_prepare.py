@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import tarfile
 import time
@@ -344,6 +345,19 @@ def test_a_part_of_the_archives_is_not_taken_for_something_else(reconverge, tmp_
     shards = archives.webdataset_shards(tmp_path / "shards", GOOD, VAL)
     code, said = reconverge("prepare", next(shards.glob("*.tar")), "--to", tmp_path / "made")
     assert (code, "the folder that contains them" in said) == (2, True), said
+
+
+def test_class_folders_without_train_are_told_where_they_belong(reconverge, photographs, tmp_path):
+    flat = tmp_path / "flat"
+    shutil.copytree(photographs / "train", flat)
+    code, said = reconverge("prepare", flat, "--to", tmp_path / "made", "--hold-out", "20")
+    assert code == 66
+    assert f"{flat}: class folders (n00000000, n00000001, n00000002), but no folder train/" in said
+    assert f"mkdir {flat}/train and move the class folders into it" in said
+    for folder in list(flat.iterdir()):  # as advised
+        (flat / "train").mkdir(exist_ok=True)
+        folder.rename(flat / "train" / folder.name)
+    assert reconverge("prepare", flat, "--to", tmp_path / "made", "--hold-out", "20")[0] == 0
 
 
 def test_wrong_input(reconverge, tmp_path):

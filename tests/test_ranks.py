@@ -197,7 +197,7 @@ def test_another_forward_pass_in_mid_run_ends_r2_and_says_so(train, capsys):
     assert alone(train, "run=a", "steps=1") == 0
     assert alone(train, "run=a", "steps=2", "forward_images=4") == 0
     assert (
-        "forward_images differs from the start of this run (8 -> 4): promise R2 is lost"
+        "was started with forward_images=8; now forward_images=4: promise R2 is lost"
         in capsys.readouterr().out
     )
     assert [
@@ -223,7 +223,7 @@ def test_a_finished_run_and_a_refused_one_end_all_ranks(train, torchrun):
     assert said.count("a is finished") == 1
     code, said = torchrun(2, "run=a", "steps=2", "seed=1")
     assert code == 1
-    assert said.count("seed: this run began with 0, and now it is 1") == 1
+    assert said.count("was started with seed=0; now seed=1") == 1
     assert not Path("runs/a/errors").exists()
 
 

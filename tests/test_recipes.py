@@ -306,8 +306,10 @@ def test_the_tables_of_a_recipe_have_the_same_sizes_and_its_header_says_what_the
         assert max(map(len, text.splitlines())) <= 140
 
 
-def test_the_readme_lists_every_recipe_and_what_it_costs():
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+def test_the_page_of_recipes_lists_each_and_what_it_costs():
+    rows = [
+        line for line in (ROOT / "docs" / "recipes.md").read_text().splitlines() if line.startswith("| `")
+    ]
     for recipe in RECIPES:
         content = yaml.safe_load((ROOT / "conf" / "recipe" / f"{recipe}.yaml").read_text())
         (row,) = [row for row in rows if f"`{recipe}`" in row.split("|")[1]]
@@ -350,8 +352,9 @@ def test_notices_name_what_departs_from_the_published_recipe_and_why(compose):
         ("batch", 4096, 2048), ("model.layer_scale", 1e-6, None), ("optim.lr", 4e-3, 2e-3)
     ]  # fmt: skip
     said = published.notices(cfg, ["optim.lr=2e-3"])
-    assert "optim.lr=0.002 is not recipe=in1k: published 0.004 (AdamW's learning rate" in said[2]
+    assert "optim.lr=0.002 differs from recipe=in1k, published with 0.004 (" in said[2]
     assert "Table 5" in said[2]
+    assert "model.layer_scale=null differs from recipe=in1k, published with 1e-06" in said[1]
 
 
 def test_what_decides_no_result_departs_from_nothing(compose):
@@ -376,7 +379,8 @@ def test_an_own_stochastic_depth_and_microbatch_depart_too(compose):
 def test_settings_of_fine_tuning_are_warned_about_from_scratch(compose):
     said = published.notices(compose("model=convnext_b", "recipe=ft_in1k_384"), [])
     for part in (
-        "recipe=ft_in1k_384 from the raw weights of recipe=in1k",
+        "recipe=ft_in1k_384 expects pre-trained weights (the raw weights of recipe=in1k, for L",
+        "init= is not given: training starts from random weights",
         "optim.layer_decay=0.7 is for fine-tuning",
         "model.head_init_scale=0.001 is for fine-tuning",
     ):
@@ -389,7 +393,27 @@ def test_weights_from_elsewhere_are_named_where_the_recipe_starts_from_scratch(c
     assert published.notices(compose("model=convnext_b", "recipe=finetune", "init=runs/a"), []) == []
     assert published.notices(compose("init=runs/a"), []) == []  # demo reproduces nothing
     (said,) = published.notices(compose("model=convnext_b", "recipe=in1k", "init=runs/a"), [])
-    assert said == "the run starts from init=runs/a, and recipe=in1k from scratch"
+    assert said.startswith(
+        "init=runs/a gives pre-trained weights, but recipe=in1k was published for training"
+    )
+
+
+def test_ema_of_batch_norm_is_warned_about(compose):
+    """Up to step 13 of the roadmap, whose step 14 brings layer norm."""
+    for model, warned in (
+        ("roadmap/00_resnet50", True),
+        ("roadmap/13_fewer_norms", True),
+        ("roadmap/14_layer_norm", False),
+        ("roadmap/b_03_depthwise", True),
+        ("roadmap/b_14_layer_norm", False),
+        ("convnext_t", False),
+    ):
+        said = published.notices(compose(f"model={model}", "recipe=in1k"), [])
+        assert any("EMA severely hurts such models" in notice for notice in said) == warned
+        assert not any(
+            "severely" in notice
+            for notice in published.notices(compose(f"model={model}", "recipe=in1k_roadmap"), [])
+        )
 
 
 IN1K, EVALUATED = range(1_281_167), range(50_000)

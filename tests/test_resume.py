@@ -203,15 +203,15 @@ def test_a_second_process_is_refused_with_the_holder_named(whole, start, train, 
 
 
 CHANGES = [
-    (["optim.lr=1"], "optim.lr: this run began with 0.003, and now it is 1.0"),
-    (["batch=32"], "batch: this run began with 16, and now it is 32"),
+    (["optim.lr=1"], "runs/a was started with optim.lr=0.003; now optim.lr=1.0"),
+    (["batch=32"], "runs/a was started with batch=16; now batch=32"),
     (["precision=bf16"], "precision"),
     (["data.mean=[0,0,0]"], "data.mean"),
     (
         ["seed=1", "optim.eps=1e-7"],
-        "seed: this run began with 0, and now it is 1; optim.eps: this run began with 1e-08",
+        "runs/a was started with seed=0, optim.eps=1e-08; now seed=1, optim.eps=1e-07",
     ),
-    (["threads=2"], "threads: this run began with 1, and now it is 2"),
+    (["threads=2"], "runs/a was started with threads=1; now threads=2"),
 ]
 
 
@@ -221,7 +221,8 @@ def test_a_changed_setting_is_refused_by_name(whole, train, capsys, change, said
     assert train(*EVERY, "run=a", *change) == 78
     err = capsys.readouterr().err
     assert said in err
-    names = ", ".join(argument.partition("=")[0] for argument in change)
+    names = ",".join(argument.partition("=")[0] for argument in change)
+    assert "run=NAME for a new run, or remove runs/a to start over; to resume it: " in err
     assert f"resume_allow=[{names}]" in err
     # Nothing was changed: the same command as before continues.
     assert train(*EVERY, "run=a") == 0
@@ -240,22 +241,27 @@ def test_a_change_may_be_allowed_by_name_and_is_recorded(whole, train, capsys):
 
 
 @pytest.mark.parametrize(
-    ("fact", "value"),
+    ("fact", "value", "said"),
     [
-        ("code", "another hash"),
-        ("versions", {"torch": "2.10.0"}),
-        ("hardware", "another CPU"),
-        ("data", {"train": "other files"}),
+        ("code", "another hash", "other code (commit 1234567); now the code here"),
+        ("versions", {"torch": "2.10.0"}, f"torch 2.10.0; now torch {torch.__version__.partition('+')[0]}"),
+        ("hardware", "another CPU", "hardware another CPU; now hardware "),
+        ("data", {"train": "other files"}, "other training images; now those of data=folder data.root=/"),
     ],
 )
-def test_other_code_versions_hardware_or_data_are_refused(whole, train, capsys, fact, value):
+def test_other_code_versions_hardware_or_data_are_refused(whole, train, capsys, fact, value, said):
+    """In a sentence: nobody reads hashes."""
     folder = copy(whole, "a", 6)
     environment = json.loads((folder / "environment.json").read_text())
     recorded = environment["facts"][fact]
     environment["facts"][fact] = recorded | value if isinstance(value, dict) else value
+    environment["git"] = {"commit": "1234567890", "diff": ""}
     (folder / "environment.json").write_text(json.dumps(environment))
     assert train(*EVERY, "run=a") == 78
-    assert f"{fact}: this run began with" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"runs/a was started with {said}" in err
+    assert "{" not in err
+    assert f"to resume it: the same again, or resume_allow=[{fact}]" in err
     assert not (folder / "status.json").exists()  # as it was
     assert train(*EVERY, "run=a", f"resume_allow=[{fact}]") == 0
     assert bits("a") == expected(whole)
@@ -361,11 +367,13 @@ def test_the_best_is_kept_and_remembered_through_a_resume(train):
     assert train(*arguments, "steps=8") == 0
     lines = [line for line in records(Path("runs/a")) if "raw_top1" in line]
     summary, steps = json.loads(Path("runs/a/status.json").read_text())["summary"], {8}
+    per_epoch = json.loads(Path("runs/a/status.json").read_text())["total"] / 4
     for kind in ("raw", "ema"):
         best = max(lines, key=lambda line: (line[f"{kind}_top1"], -line["step"]))
         steps.add(best["step"])
-        said = f"best of {kind} {best[f'{kind}_top1']:.2f} % in checkpoints/step-{best['step']:08d}"
-        assert (said in summary) == (best["step"] != 8)
+        where = f"epoch {round(best['step'] / per_epoch, 2):g}, checkpoints/step-{best['step']:08d}"
+        name = {"raw": "raw", "ema": "EMA"}[kind]
+        assert f"  best {name}  {best[f'{kind}_top1']:.2f} %, {where}\n" in summary
     assert [path.name for path in sorted(Path("runs/a/checkpoints").iterdir())] == [
         f"step-{step:08d}" for step in sorted(steps)
     ]

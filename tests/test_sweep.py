@@ -55,8 +55,24 @@ def test_the_table_has_mean_and_deviation_of_what_only_the_seed_tells_apart():
         ["c", "70", "-", "-"],
         ["mean", "±", "std", "of", "2", "81.00", "±", "1.41", "81.75", "±", "1.06"],
         ["d", "0", "10.00", "-"],
-        ["e", "-", "-", "-"],
+        ["e", "not", "started", "-", "-"],
     ]
+
+
+def test_a_table_of_runs_without_ema_has_no_column_for_it():
+    results = [
+        sweep.Result("a", ["seed=0"], 0, {"raw": 80.0}),
+        sweep.Result("b", ["seed=1"], 0, {"raw": 82.0}),
+    ]
+    assert "EMA" not in sweep.summary(results)
+    assert "raw top-1" in sweep.summary(results)
+
+
+def test_what_is_varied_is_named():
+    combinations = compose.combinations(["seed=0,1", "optim.lr=1e-3,2e-3", "epochs=5"])
+    assert [sweep.varied(combination, combinations) for combination in combinations] == [
+        "seed=0 optim.lr=0.001", "seed=0 optim.lr=0.002", "seed=1 optim.lr=0.001", "seed=1 optim.lr=0.002",
+    ]  # fmt: skip
 
 
 def test_ranks_do_not_sweep(monkeypatch, train, capsys):
@@ -65,23 +81,25 @@ def test_ranks_do_not_sweep(monkeypatch, train, capsys):
     assert "launch/seeds.sh" in capsys.readouterr().err
 
 
-def test_nothing_starts_after_a_signal(monkeypatch, train, capfd):
+def test_nothing_starts_after_a_signal(monkeypatch, train, capfd, digits):
     from reconverge.base import signals
 
     monkeypatch.setattr(signals, "told_to_stop", lambda: True)
     assert train("-m", "seed=0,1") == Exit.PREEMPTED
     assert not Path("runs").exists()
-    assert "convnext_atto-demo-folder-s1     -" in capfd.readouterr().out
+    assert f"convnext_atto-demo-{digits.name}-s1  not started\n" in capfd.readouterr().out
 
 
 def test_a_sweep_goes_on_after_a_failure(train, digits, capfd, forking):
-    """Whole processes: the second run is what the same command alone gives."""
+    """Whole processes: the second run is what the same command alone gives; it introduces itself in short."""
     arguments = ["steps=2", "optim.warmup_epochs=0"]
     assert train("-m", *arguments, f"data.root=nowhere,{digits}", "run=a") == Exit.MISSING
     said = capfd.readouterr().out
     rows = [line.split() for line in said[said.rindex("\nrun ") :].splitlines()[2:]]
     runs = ["a-data.root-nowhere", re.sub("[^A-Za-z0-9._-]+", "-", f"a-data.root={digits}")]
     assert [row[:2] for row in rows] == [[runs[0], "66"], [runs[1], "0"]]
+    assert f"== run 2 of 2: {runs[1]}  (data.root={digits})\nrun " in said
+    assert "promises" not in said
     last = json.loads((Path("runs") / runs[1] / "metrics.jsonl").read_text().splitlines()[-1])
     assert rows[-1][2:] == [f"{last['raw_top1']:.2f}", f"{last['ema_top1']:.2f}"]
     assert train(*arguments, "run=alone") == 0

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from reconverge.config.settings import Tracker
+from reconverge.run import tracker
+
 
 def scalars(folder):
     """What a reader of event files sees: {tag: {step: value}}."""
@@ -51,9 +54,14 @@ def test_tensorboard_mirrors_every_number_once_through_a_resume(train):
             assert abs(values[0] - expected[key][step]) <= 1e-5 * max(1, abs(expected[key][step]))
 
 
-def test_wandb_offline_without_a_key(train, monkeypatch):
+def test_wandb_offline_without_a_key(train, monkeypatch, capsys):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     assert train("run=a", "steps=3", "log_every=1", "tracker=wandb", "tracker.project=my-project") == 0
+    assert (
+        "wandb records offline, no login was found (wandb login); wandb sync runs/a/wandb/offline-* uploads"
+        in capsys.readouterr().out
+    )
     assert (Path("runs/a") / "tracker.log").exists()
     (stored,) = Path("runs/a/wandb").glob("offline-run-*/run-*.wandb")
     content = stored.read_bytes()
@@ -81,6 +89,32 @@ def test_a_dead_server_neither_delays_nor_breaks_the_run(start):
             break
         time.sleep(1)
     assert "going on offline" in Path("runs/a/tracker.log").read_text()
+
+
+def test_wandb_that_could_not_go_online_is_told_at_the_end(tmp_path, monkeypatch):
+    """By the line of this start alone: tracker.log keeps those of earlier ones."""
+    (tmp_path / "tracker.log").write_text("wandb online failed (before); going on offline: ...\n")
+    words = (
+        "wandb online failed (no network); going on offline: wandb sync a/wandb/offline-* uploads it later"
+    )
+
+    def closing(*lines):
+        code = f"import sys; sys.stdin.read(); print({chr(10).join(lines)!r})"
+        monkeypatch.setattr(tracker, "COMMAND", ("-c", code))
+        return tracker.Tracker(Tracker("wandb"), tmp_path).close()
+
+    assert closing("wandb: hello", words) == words
+    assert closing("wandb: hello") is None
+
+
+def test_how_to_look_at_tensorboard_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker, "find_spec", lambda name: None)
+    folder = tmp_path / "runs" / "a"
+    assert tracker._viewer_note(folder) == (
+        f"to see the curves in TensorBoard: pip install tensorboard; tensorboard --logdir {tmp_path / 'runs'}"
+    )
+    monkeypatch.setattr(tracker, "find_spec", lambda name: True)
+    assert "pip install" not in tracker._viewer_note(folder)
 
 
 def test_a_mirror_that_fails_is_told(train, capsys, tmp_path):

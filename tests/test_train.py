@@ -50,7 +50,20 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     status = json.loads((folder / "status.json").read_text())
     assert (status["reason"], status["exit_code"], status["step"]) == ("done", 0, 12)
     said = capsys.readouterr().out
-    assert f"top-1 {max(records[-1]['raw_top1'], records[-1]['ema_top1']):.2f} %" in said.splitlines()[-1]
+    raw, ema = ([record[f"{kind}_top1"] for record in (records[3], records[-1])] for kind in ("raw", "ema"))
+    best = max(range(2), key=lambda number: (max(raw[number], ema[number]), -number))
+    evaluations = [line for line in said.splitlines() if line.startswith("epoch ")]
+    assert [line.partition("  best")[0] for line in evaluations] == [
+        f"epoch {epoch}  top-1 {ema[number]:.2f} % EMA, {raw[number]:.2f} % raw"
+        for number, epoch in enumerate(("0.86", "1.71"))  # 6 and 12 of 7 steps an epoch
+    ]
+    assert f"best {max(raw[best], ema[best]):.2f} %" in evaluations[1]
+    assert f"is finished: {status['summary']}\n" in said
+    assert status["summary"].splitlines()[:2] == [
+        "step 12 of 28, epoch 1.71 of 4",
+        f"  top-1     {ema[1]:.2f} % EMA, {raw[1]:.2f} % raw",
+    ]
+    assert status["summary"].splitlines()[-1] == "  folder    runs/a/"
     for part in (
         "3.38 M parameters",
         "16 images = 2 microbatches x 8",
@@ -94,12 +107,16 @@ def test_without_validation_images_nothing_is_evaluated_and_the_end_says_so(
     arguments = [f"data.root={tmp_path / 'images'}", "data.val=null", "evaluate_every=never", "run=a"]
     assert train(*arguments, "steps=3") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-1] == "not evaluated (evaluate_every=never); step 3; everything is in runs/a/"
+    assert said[-3:] == [
+        "a is finished: step 3 of 28, epoch 0.43 of 4",
+        "  top-1     not evaluated after this step (evaluate_every=never)",
+        "  folder    runs/a/",
+    ]
     assert any("120 training and no validation images" in line for line in said)
     assert not any("raw_top1" in record for record in metrics("a"))
     assert {path.name for path in Path("runs/a").glob("*.png")} == {"first_batch.png"}
     assert train(*arguments, "steps=3") == 0
-    assert "a is finished: not evaluated" in capsys.readouterr().out
+    assert "a is finished: step 3 of 28" in capsys.readouterr().out
     assert train(*arguments, "steps=5") == 0  # continues, without an evaluation at the start
     assert train(*arguments, "steps=4") == 0  # nothing left to do
     assert evaluate("checkpoint=runs/a") == 2
@@ -110,17 +127,16 @@ def test_a_run_that_was_not_evaluated_can_be_at_its_end(train, capsys):
     assert train("run=a", "steps=2", "evaluate_every=never") == 0
     capsys.readouterr()
     assert train("run=a", "steps=3") == 0
-    assert "top-1" in capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"^epoch 0.43  top-1 .* EMA, .* raw  best ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_end_compares_with_what_is_published(train, capsys):
     assert train("steps=1", "run=a", "recipe=in1k", "augment.size=32", "evaluate.size=32") == 0
-    summary = capsys.readouterr().out.splitlines()[-1]
-    assert (
-        "; not comparable: no top-1 of convnext_atto with recipe=in1k is published; everything is in"
-        in summary
-    )
-    assert json.loads(Path("runs/a/status.json").read_text())["summary"] == summary
+    text = "not comparable: no top-1 of convnext_atto with recipe=in1k is published"
+    status = json.loads(Path("runs/a/status.json").read_text())
+    assert f"\n  compared  {text}\n" in status["summary"]
+    assert status["comparison"] == text
+    assert status["summary"] in capsys.readouterr().out
 
 
 def test_again_says_finished(train, capsys):
@@ -128,7 +144,9 @@ def test_again_says_finished(train, capsys):
     before = weights("a")
     capsys.readouterr()
     assert train("steps=2", "run=a") == 0
-    assert "a is finished: top-1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "a is finished: step 2 of 28, epoch 0.29 of 4\n  top-1 " in said
+    assert said.endswith("run=NAME starts a new run; remove runs/a to repeat this one\n")
     assert train("steps=4", "run=a") == 0  # the cap may grow
     assert weights("a") != before
 
@@ -331,7 +349,9 @@ def debug(monkeypatch, digits, *arguments):
 
 def test_debug_overfit_drives_the_loss_to_nothing(monkeypatch, digits):
     assert debug(monkeypatch, digits, "debug=overfit", "steps=60", "optim.warmup_epochs=0") == 0
-    losses = [record["loss"] for record in metrics("convnext_atto-overfit-folder-s0") if "loss" in record]
+    losses = [
+        record["loss"] for record in metrics(f"convnext_atto-overfit-{digits.name}-s0") if "loss" in record
+    ]
     assert losses[0] > 0.2 > 0.01 > losses[-1]
 
 
@@ -340,10 +360,10 @@ def test_debug_synthetic_short_and_profile(monkeypatch, digits, tmp_path):
     assert metrics("convnext_atto-demo-synthetic-s0")[-1]["step"] == 2
     assert debug(monkeypatch, digits, "debug=short") == 0
     assert [
-        record["step"] for record in metrics("convnext_atto-demo-folder-s0-short") if "loss" in record
+        record["step"] for record in metrics(f"convnext_atto-demo-{digits.name}-s0-short") if "loss" in record
     ] == list(range(1, 21))
     assert debug(monkeypatch, digits, "debug=profile", "debug.profile=2", "steps=5") == 0
-    trace = json.loads(Path("runs/convnext_atto-demo-folder-s0-profile/trace.json").read_text())
+    trace = json.loads(Path(f"runs/convnext_atto-demo-{digits.name}-s0-profile/trace.json").read_text())
     assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
 
 

@@ -123,7 +123,9 @@ def augmented(cfg: Train, source: Source) -> Images:
 def _machine(cfg: Train, run: Run) -> Machine:
     """Ranks, device, threads, decoder. Those that decide the bits are recorded, and may not change later."""
     tree = cfg.reduce == "tree"
-    mine = ranks.block(cfg.batch // cfg.microbatch, launcher.HERE.rank, launcher.HERE.size, tree)
+    mine = ranks.block(
+        cfg.batch // cfg.microbatch, launcher.HERE.rank, launcher.HERE.size, tree, cfg.microbatch
+    )
     passes = Passes(len(mine), cfg.microbatch, cfg.forward_images, tree)
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     run.fact("code", world.agree("code", environment.code_hash()))
@@ -161,13 +163,13 @@ def _start(cfg: Train, run: Run, world: World, made: Model, classes: list[str]) 
 
 
 def _introduce(cfg: Train, run: Run, machine: Machine, made: Model, data: Datasets) -> None:
-    """Print the start panel."""
+    """Print the start panel, which the later runs of a sweep shorten."""
     images = panel.images(cfg, data.training, data.validation)
     rows = panel.job(cfg, data.clock, made.net, made.optimizer.param_groups, images)
     rows |= panel.origin(cfg, run)
     rows |= panel.machine(cfg, machine.world, machine.workers, machine.decoder, run)
-    notices = published.notices(cfg, run.overrides)
-    terminal.panel(cfg.run, rows | panel.numbered("notice", notices))
+    rows |= panel.numbered("notice", published.notices(cfg, run.overrides))
+    terminal.panel(cfg.run, panel.shortened(rows) if launcher.brief() else rows)
 
 
 def _feed(cfg: Train, run: Run, machine: Machine, data: Datasets, start: int) -> Feed:

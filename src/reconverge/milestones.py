@@ -73,7 +73,7 @@ class Milestones:
         if results is None:
             return
         found = {f"{kind}_{key}": getattr(results[kind], key) for kind in results for key in NUMBERS}
-        self._log.metrics(step, **found)
+        self._log.evaluation(step, **found)
         if self._run.writes:
             folder = self._run.folder
             predictions.save(folder / "outcomes.npz", step, validation, results)

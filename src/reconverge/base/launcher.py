@@ -53,6 +53,11 @@ def cores() -> int:
     return max(1, available // HERE.local_size)
 
 
+def brief() -> bool:
+    """Whether a sweep started this run after others, whose introduction need not come again."""
+    return "RECONVERGE_BRIEF" in os.environ
+
+
 def job() -> str | None:
     """The scheduler's name of this job, which stays the same when the job is requeued."""
     torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" without torchrun --rdzv-id

@@ -82,7 +82,8 @@ def main(arguments: argparse.Namespace) -> int:
     images, classes, data = _images(cfg, arguments.overrides)
     clock = Clock.of(cfg, images)
     ranks, tree = arguments.ranks, cfg.reduce == "tree"
-    passes = Passes(len(block(clock.microbatches, 0, ranks, tree)), cfg.microbatch, cfg.forward_images, tree)
+    mine = block(clock.microbatches, 0, ranks, tree, cfg.microbatch)
+    passes = Passes(len(mine), cfg.microbatch, cfg.forward_images, tree)
     net = create.on_meta(cfg.model, classes)
     create.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
     groups = optim.parameter_groups(net, cfg.optim)
@@ -183,7 +184,7 @@ def _time(speed: float | None, ranks: int, images: int) -> str:
         )
     hours = images / (speed * ranks) / 3600
     return (
-        f"{hours:.3g} hours on {ranks} rank{'s' * (ranks > 1)} of {speed:g} images/s each,"
+        f"{hours:.3g} hours on {terminal.counted(ranks, 'rank')} of {speed:g} images/s each,"
         f" {hours * ranks:.3g} GPU-hours, without evaluation"
     )
 

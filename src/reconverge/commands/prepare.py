@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.launcher import cores
-from reconverge.base.terminal import say
+from reconverge.base.terminal import counted, say
 
 RANGES = {
     "jobs": "1 or more",
@@ -92,10 +92,10 @@ def main(arguments: argparse.Namespace) -> int:
     )
     lines = (arguments.to.expanduser() / "report.jsonl").read_text().splitlines()
     splits = ", ".join(
-        f"{part['images']} images in {len(part['shards'])} shards of {split}"
+        f"{counted(part['images'], 'image')} in {counted(len(part['shards']), 'shard')} of {split}"
         for split, part in about["splits"].items()
     )
-    say(f"{about['dataset']}: {splits}; {len(about['classes'])} classes")
+    say(f"{about['dataset']}: {splits}; {counted(len(about['classes']), 'class', 'classes')}")
     if lines:
         unread = sum(any(word.startswith(UNREADABLE) for word in json.loads(line)["odd"]) for line in lines)
         stays = (

@@ -49,13 +49,14 @@ def run(overrides: Sequence[str]) -> int:
     for number, (name, combination) in enumerate(zip(runs, combinations, strict=True), 1):
         code, top1 = None, {}
         if not signals.told_to_stop():
-            say(f"== run {number} of {len(runs)}: {name}")
-            code = _whole_process([*own, *combination, f"run={name}"])
+            gap = "\n" if number > 1 else ""
+            say(f"{gap}== run {number} of {len(runs)}: {name}  ({varied(combination, combinations)})")
+            code = _whole_process([*own, *combination, f"run={name}"], brief=number > 1)
         if code == Exit.DONE:
             evaluated = reader.top1(reader.metrics(reader.RUNS / name))
             top1 = evaluated[max(evaluated)] if evaluated else {}
         results.append(Result(name, combination, code, top1))
-    say(summary(results))
+    say(f"\n{summary(results)}")
     codes = [Exit.PREEMPTED if result.code is None else result.code for result in results]
     return next((code for code in codes if code != Exit.DONE), Exit.DONE)
 
@@ -89,9 +90,19 @@ def names(combinations: Sequence[Sequence[str]], runs: Sequence[str]) -> list[st
     return named
 
 
-def _whole_process(command: list[str]) -> int:
-    """Its exit code. A signal to this process alone is handed on; a terminal's Ctrl-C reaches both."""
-    process, handed_on = subprocess.Popen(command), False
+def varied(combination: Sequence[str], combinations: Sequence[Sequence[str]]) -> str:
+    """Of a combination the settings that are not the same in all."""
+    columns = zip(combination, *combinations, strict=True)
+    differing = [own for own, *others in columns if len(set(others)) > 1]
+    return " ".join(differing) or "one combination"
+
+
+def _whole_process(command: list[str], brief: bool) -> int:
+    """Its exit code. A signal to this process alone is handed on; a terminal's Ctrl-C reaches both. `brief`:
+    with a short introduction.
+    """
+    environment = os.environ | ({"RECONVERGE_BRIEF": "1"} if brief else {})
+    process, handed_on = subprocess.Popen(command, env=environment), False
     while True:
         try:
             code = process.wait(timeout=0.5)
@@ -112,7 +123,7 @@ def summary(results: Sequence[Result]) -> str:
     for group in groups.values():
         for run, _, code, top1 in group:
             cells = [mean_and_std([top1.get(kind)]) for kind in ("raw", "ema")]
-            rows.append([run, "-" if code is None else str(int(code)), *cells])
+            rows.append([run, "not started" if code is None else str(int(code)), *cells])
         finished = [result.top1 for result in group if result.top1]
         if len(finished) > 1:
             cells = [mean_and_std([top1.get(kind) for top1 in finished]) for kind in ("raw", "ema")]

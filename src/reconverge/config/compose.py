@@ -6,6 +6,7 @@ every refusal becomes three lines: what was given, what is allowed, what to chan
 
 import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,6 +35,19 @@ from reconverge.config.settings import Eval, Train, flat
 Schema = TypeVar("Schema", Train, Eval)
 Loaded = TypeVar("Loaded")
 
+
+def data_name(name: str, root: str | None) -> str:
+    """What tells the data apart in the default name of a run: `name`, and for the general data=folder and
+    data=shards the name of the folder that they read. The resolver ${data_name:...} of conf/.
+    """
+    if name not in ("folder", "shards") or root is None:
+        return name
+    folder = os.path.basename(os.path.abspath(os.path.expanduser(root)))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-.") or name
+
+
+OmegaConf.register_new_resolver("data_name", data_name, replace=True)
+
 LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
@@ -43,7 +57,7 @@ def composed(conf: Path, name: str, schema: type[Schema], overrides: Sequence[st
     Ends the process (exit 0) after --help, --version, --cfg and completion. Errors: Stop(USAGE).
     """
     for argument in overrides:
-        refuse_override(argument)
+        refuse_override(argument, schema)
     overrides = [literal(argument, schema) for argument in overrides]
     ConfigStore.instance().store(name="schema", node=schema)
     try:
@@ -98,7 +112,7 @@ def combinations(arguments: Sequence[str]) -> list[list[str]]:
     """
     choices = []
     for argument in arguments:
-        refuse_override(argument)
+        refuse_override(argument, Train)
         if (of_text := several(argument, Train)) is not None:
             choices.append(of_text)
             continue

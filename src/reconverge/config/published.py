@@ -2,6 +2,7 @@
 run compares with what its recipe reproduces. Imports no torch.
 """
 
+import re
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
@@ -9,12 +10,15 @@ from omegaconf import OmegaConf
 
 from reconverge.base.environment import ROOT
 from reconverge.base.imagenet import DATASETS
+from reconverge.config.messages import spelled
 from reconverge.config.settings import Train, flat
+
+BATCH_NORM_STEPS = r"roadmap_(b_)?(0\d|1[0-3])_"  # models of the roadmap before step 14, which has layer norm
 
 
 def notices(cfg: Train, overrides: Sequence[str]) -> list[str]:
-    """What might not be meant: a batch that lr was not chosen for, fine-tuning's settings from scratch, what
-    differs from the published recipe. `overrides`: of the command line.
+    """What might not be meant: a batch that lr was not chosen for, EMA of BatchNorm, fine-tuning's settings
+    without pre-trained weights, what differs from the published recipe. `overrides`: of the command line.
     """
     found = []
     if (
@@ -29,28 +33,37 @@ def notices(cfg: Train, overrides: Sequence[str]) -> list[str]:
         )
     if cfg.evaluate.size != cfg.augment.size:
         found.append(
-            f"trained at augment.size={cfg.augment.size} and evaluated at evaluate.size={cfg.evaluate.size},"
-            " which is set by itself"
+            f"training images have {cfg.augment.size} px (augment.size), validation images"
+            f" {cfg.evaluate.size} px (evaluate.size): neither setting follows the other"
+        )
+    if cfg.ema.decay is not None and re.match(BATCH_NORM_STEPS, cfg.model.name):
+        found.append(
+            f"ema.decay={cfg.ema.decay:g} with {cfg.model.name}, which has BatchNorm layers: EMA severely"
+            " hurts such models (arXiv 2201.03545); recipe=in1k_roadmap trains them without it"
         )
     if cfg.init is None:
         if cfg.recipe.starts_from:
             found.append(
-                f"the run starts from scratch, and recipe={cfg.recipe.name} from {cfg.recipe.starts_from}"
+                f"recipe={cfg.recipe.name} expects pre-trained weights ({cfg.recipe.starts_from}), but init="
+                " is not given: training starts from random weights"
             )
         if cfg.optim.layer_decay != 1:
             found.append(
-                f"optim.layer_decay={cfg.optim.layer_decay:g} is for fine-tuning: from scratch it holds back"
-                " the first layers"
+                f"optim.layer_decay={cfg.optim.layer_decay:g} is for fine-tuning: from random weights the"
+                " first layers learn too slowly with it"
             )
         if 0 < cfg.model.head_init_scale < 1:
             found.append(
-                f"model.head_init_scale={cfg.model.head_init_scale:g} is for fine-tuning: from scratch it"
-                " stalls the first steps"
+                f"model.head_init_scale={cfg.model.head_init_scale:g} is for fine-tuning: from random weights"
+                " the first steps learn too slowly with it"
             )
     elif cfg.recipe.dataset and not cfg.recipe.starts_from:
-        found.append(f"the run starts from init={cfg.init}, and recipe={cfg.recipe.name} from scratch")
+        found.append(
+            f"init={cfg.init} gives pre-trained weights, but recipe={cfg.recipe.name} was published for"
+            " training from random weights"
+        )
     found += [
-        f"{key}={now} is not recipe={cfg.recipe.name}: published {then} ({help})"
+        f"{key}={spelled(now)} differs from recipe={cfg.recipe.name}, published with {spelled(then)} ({help})"
         for key, then, now, help in departures(cfg)
     ]
     return found

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from reconverge.base.errors import Exit, Stop
-from reconverge.config.messages import closest
+from reconverge.base.terminal import counted
+from reconverge.config.messages import another, closest
 from reconverge.config.settings import Data, Eval, Train, flat, help_of
 
 
@@ -60,12 +61,14 @@ def _batch(cfg: Train) -> None:
             f"what divides a microbatch ({', '.join(map(str, fitting))}), or multiples of it",
             f"forward_images={min(fitting, key=lambda size: abs(size - int(cfg.forward_images or 0)))}",
         )
-    if cfg.augment.repeats > cfg.batch // cfg.microbatch:
+    microbatches = cfg.batch // cfg.microbatch
+    if cfg.augment.repeats > microbatches:
         raise Stop(
             Exit.USAGE,
-            f"augment.repeats={cfg.augment.repeats} with {cfg.batch // cfg.microbatch} microbatches a step",
+            f"augment.repeats={cfg.augment.repeats} with"
+            f" {counted(microbatches, 'microbatch', 'microbatches')} a step",
             "at most as many repeats as microbatches: each repeat of an image lies in another one",
-            f"a smaller microbatch=, or augment.repeats={cfg.batch // cfg.microbatch}",
+            f"a smaller microbatch=, or augment.repeats={microbatches}",
         )
 
 
@@ -126,7 +129,7 @@ def _start(cfg: Train) -> None:
                 Exit.USAGE,
                 f"resume_allow={name}",
                 "a setting, or code, data, versions, hardware, pixels",
-                f"resume_allow=[{closest(name, known)}]",
+                f"resume_allow=[{closest(name, known) or 'NAME'}]",
             )
 
 
@@ -229,7 +232,7 @@ def check_value(key: str, value: Any, checks: Any) -> None:
             Exit.USAGE,
             f"{key}={value}",
             f"{key}: {', '.join(map(str, checks['choices']))}",
-            f"{key}={closest(str(value), checks['choices'])}",
+            another(key, value, checks),
         )
     low, high = checks["low"], checks["high"]
     if (low is not None and not value >= low) or (high is not None and not value <= high):
@@ -247,5 +250,5 @@ def check_value(key: str, value: Any, checks: Any) -> None:
             Exit.USAGE,
             f"{key}={value}",
             f"{key}: {checks['help']}; it matches {checks['pattern']}",
-            f"another {key}",
+            another(key, value, checks),
         )

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.launcher import HERE
+from reconverge.base.terminal import counted
 
 Value = TypeVar("Value")
 
@@ -108,17 +109,26 @@ def worlds(microbatches: int, tree: bool) -> list[int]:
     return [size for size in sizes if microbatches % size == 0 and not (tree and size & (size - 1))]
 
 
-def block(microbatches: int, rank: int, ranks: int, tree: bool) -> range:
-    """The microbatches, from 0..microbatches-1, of `rank`. Errors: Stop(USAGE)."""
+def block(microbatches: int, rank: int, ranks: int, tree: bool, images: int | None = None) -> range:
+    """The microbatches, from 0..microbatches-1, of `rank`.
+
+    Errors: Stop(USAGE), which suggests a larger batch where it knows the `images` of a microbatch.
+    """
     fitting = worlds(microbatches, tree)
     if ranks not in fitting:
         nearest = min(fitting, key=lambda size: abs(size - ranks))
         two = " and are powers of two" if tree else ""
+        more = (
+            -(-microbatches // max(1, ranks)) * ranks
+        )  # the next number of microbatches that they can share
+        larger = f", or batch={more * images}" if images and ranks in worlds(more, tree) else ""
         raise Stop(
             Exit.USAGE,
-            f"{ranks} ranks for {microbatches} microbatches a step" + (" with reduce=tree" if tree else ""),
+            f"{counted(ranks, 'rank')} for {counted(microbatches, 'microbatch', 'microbatches')} a step"
+            + (" with reduce=tree" if tree else ""),
             f"numbers of ranks that divide them{two}: {', '.join(map(str, fitting))}",
-            f"{nearest} ranks; another microbatch= changes Mixup and is another training",
+            f"{counted(nearest, 'rank')}{larger}; another batch= may need another optim.lr=, and another"
+            " microbatch= changes Mixup",
         )
     each = microbatches // ranks
     return range(rank * each, (rank + 1) * each)

@@ -79,12 +79,14 @@ def _fitting(model: settings.Model) -> Spec:
     """
     spec = find(model)
     if spec.fixed_size and model.image_size is None:
-        size = f"model.image_size={spec.fixed_size}"
+        size = " ".join(
+            f"{key}={spec.fixed_size}" for key in ("model.image_size", "augment.size", "evaluate.size")
+        )
         raise Stop(
             Exit.USAGE,
             f"model={model.name} without model.image_size",
             "an image size in pixels, because this model is built for one image size",
-            size,
+            f"{size}, the size of its pre-trained weights; or another size, the same in all three",
         )
     if model.image_size is not None and not spec.fixed_size:
         raise Stop(

@@ -62,12 +62,12 @@ def find(model: settings.Model) -> Spec:
     """The entry of MODELS, or a new entry if model.timm names another model. Errors: Stop(USAGE)."""
     if model.timm is not None:
         if not timm.is_model(model.timm):
-            near = difflib.get_close_matches(model.timm, timm.list_models(), n=3, cutoff=0)
+            near = difflib.get_close_matches(model.timm, timm.list_models(), n=3, cutoff=0.7)
             raise Stop(
                 Exit.USAGE,
                 f"model.timm={model.timm}",
-                "a name of timm.list_models()",
-                f"model.timm={' or '.join(near)}",
+                "a name of the table (reconverge models) or of timm.list_models()",
+                " or ".join(f"model.timm={name}" for name in near) or "another name",
             )
         return _timm(model.timm, "not in the paper", Paper(_fixed_size(model.timm) or 224, None, None))
     if model.name not in MODELS:

@@ -61,12 +61,32 @@ def find(source: Path, dataset: str | None) -> Layout:
         if source.exists() and (layout := form(source)):
             layout.dataset = dataset or layout.dataset
             return layout
+    if classes := _loose_classes(source):
+        some = ", ".join([*classes[:3], *["..."] * (len(classes) > 3)])
+        raise Stop(
+            Exit.MISSING,
+            f"{source}: class folders ({some}), but no folder train/",
+            "train/CLASS/, and val/CLASS/ if there are validation images",
+            f"mkdir {source / 'train'} and move the class folders into it; --hold-out 20 then keeps 20 % of"
+            " their images for validation",
+        )
     raise Stop(
         Exit.MISSING,
         f"{source}: " + ("nothing known" if source.exists() else "does not exist"),
         FORMS,
         "the path",
     )
+
+
+def _loose_classes(source: Path) -> list[str]:
+    """The folders directly below `source` that hold images."""
+    folders = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
+    images = suffixes()
+    return [
+        path.name
+        for path in folders
+        if any(os.path.splitext(name)[1].lower() in images for name in os.listdir(path))
+    ]
 
 
 # ---- the layouts -------------------------------------------------------------------------------------------

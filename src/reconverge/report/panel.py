@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from reconverge.config.settings import Train
+from reconverge.base.terminal import counted
+from reconverge.config.settings import Evaluate, Train
 from reconverge.data.sources import Source
 from reconverge.data.transforms import resized_side
 from reconverge.distributed.world import World
@@ -25,17 +26,11 @@ def job(
     """
     parameters = sum(parameter.numel() for parameter in net.parameters()) / 1e6
     schedule = (
-        f"{cfg.epochs} epochs of {clock.steps_per_epoch} steps = {clock.total} steps, {clock.warmup} of them"
-        " warm-up"
+        f"{counted(cfg.epochs, 'epoch')} of {counted(clock.steps_per_epoch, 'step')} ="
+        f" {counted(clock.total, 'step')}, {clock.warmup} of them warm-up"
     )
     if clock.end < clock.total:
         schedule += f"; stops after step {clock.end}"
-    rate = (
-        f"{cfg.optim.lr * clock.lr_factor:g}, cosine to {cfg.optim.min_lr * clock.lr_factor:g} as in"
-        f" {cfg.optim.schedule}'s code"
-    )
-    if cfg.optim.lr_batch:
-        rate += f"; {cfg.optim.lr:g} x batch {cfg.batch} / {cfg.optim.lr_batch}"
     repeated = f", each chosen one {cfg.augment.repeats} times an epoch" if cfg.augment.repeats > 1 else ""
     decayed = (
         sum(parameter.numel() for group in groups if group["weight_decay"] for parameter in group["params"])
@@ -47,14 +42,15 @@ def job(
         "data": data,
         "images": (
             f"trained at {cfg.augment.size} px{repeated}; "
-            f"evaluated at {cfg.evaluate.size} px from {resized_side(cfg.evaluate)} ({cfg.evaluate.mode})"
+            f"evaluated at {cfg.evaluate.size} px: {_evaluated(cfg.evaluate)}"
         ),
         "batch": (
-            f"{cfg.batch} images = {clock.microbatches} microbatches x {cfg.microbatch}"
+            f"{cfg.batch} images = {counted(clock.microbatches, 'microbatch', 'microbatches')} x"
+            f" {cfg.microbatch}"
             + (f", in forward passes of {cfg.forward_images}" if cfg.forward_images else "")
         ),
         "schedule": schedule,
-        "learning rate": rate,
+        "lr": _rate(cfg, clock),
         "weight decay": (
             f"{cfg.optim.weight_decay:g} on {decayed:.2f} M parameters, none on {parameters - decayed:.2f} M"
         ),
@@ -67,7 +63,7 @@ def images(cfg: Train, training: Source, validation: Source | None) -> str:
     held_out, notes = (f"{len(validation)}", validation.notes) if validation else ("no", [])
     text = (
         f"{cfg.data.name}: {len(training)} training and {held_out} validation images of"
-        f" {len(training.classes)} classes"
+        f" {counted(len(training.classes), 'class', 'classes')}"
     )
     return "; ".join([text, *training.notes, *notes])
 
@@ -76,8 +72,8 @@ def machine(cfg: Train, world: World, workers: int, decoder: str, run: Run) -> d
     """Where it runs, and what that promises."""
     return {
         "machine": (
-            f"{_ranks(cfg, world)}: {world.hardware()}, {cfg.precision}, {world.threads} threads, {workers}"
-            " data workers"
+            f"{_ranks(cfg, world)}: {world.hardware()}, {cfg.precision}, {counted(world.threads, 'thread')},"
+            f" {counted(workers, 'data worker')}"
         ),
         "decoder": decoder,
         "promises": _promises(run),
@@ -100,6 +96,11 @@ def origin(cfg: Train, run: Run) -> dict[str, str]:
     return rows
 
 
+def shortened(rows: Mapping[str, str]) -> dict[str, str]:
+    """For the later runs of a sweep: the folder, where the weights came from, and the notices."""
+    return {name: text for name, text in rows.items() if name.startswith(("run", "init", "notice"))}
+
+
 def numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
     return {f"{name} {number}": text for number, text in enumerate(texts, 1)}
 
@@ -117,27 +118,48 @@ def layers(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return rows
 
 
+def _rate(cfg: Train, clock: Clock) -> str:
+    optim = cfg.optim
+    rule = f" ({optim.lr:g} x batch {cfg.batch} / {optim.lr_batch})" if optim.lr_batch else ""
+    code = {"convnext": "ConvNeXt", "deit": "DeiT", "swin": "Swin"}[optim.schedule]
+    return (
+        f"peak {optim.lr * clock.lr_factor:g}{rule}, cosine decay to {optim.min_lr * clock.lr_factor:g},"
+        f" formula of the {code} code"
+    )
+
+
+def _evaluated(evaluate: Evaluate) -> str:
+    side = resized_side(evaluate)
+    if evaluate.mode == "squash":
+        crop = "centre crop after resizing" if side != evaluate.size else "resized"
+        return f"{crop} to {side} x {side} px, whatever the shape of the image"
+    return f"centre crop after resizing the shorter side to {side} px"
+
+
 def _ema(decay: float | None, clock: Clock) -> str:
     if decay is None:
         return "none"
     if not 0 < decay < 1:
         return f"decay {decay:g}"
     half_life = math.log(0.5) / math.log(decay)
-    return f"decay {decay:g}: half-life {half_life:.0f} steps, {half_life / clock.steps_per_epoch:.2g} epochs"
+    return (
+        f"decay {decay:g}: half-life {counted(round(half_life), 'step')},"
+        f" {half_life / clock.steps_per_epoch:.2g} epochs"
+    )
 
 
 def _ranks(cfg: Train, world: World) -> str:
     if world.size == 1:
         return "1 rank"
-    return f"{world.size} ranks by {world.launcher}, gradients by {cfg.reduce}, on each"
+    return f"{world.size} ranks by {world.launcher}, gradients added by {cfg.reduce}, on each"
 
 
 def _promises(run: Run) -> str:
     means = {
-        "R1": "same command, same bits",
-        "R2": "resumed, same bits",
-        "R3": "any ranks and workers, same images",
-        "R4": "any ranks, same bits",
+        "R1": "same command: same bits",
+        "R2": "resumed: same bits",
+        "R3": "any number of ranks and workers: same images",
+        "R4": "any number of ranks: same bits",
     }
     kept = run.promises()
     text = " · ".join(f"{level} {meaning}" for level, meaning in means.items() if kept[level])

@@ -21,10 +21,15 @@ from reconverge.base.errors import Exit, Stop, explain
 from reconverge.base.lock import Lock
 from reconverge.base.terminal import say
 from reconverge.config import compose, published
+from reconverge.config.messages import spelled
 from reconverge.config.settings import Train
 from reconverge.distributed import ranks
 from reconverge.run import reader
 from reconverge.training.clock import Clock
+
+FACTS = ("code", "versions", "data", "hardware", "pixels", "ranks")  # beside the settings
+# The parts of a data set that have a fingerprint.
+DATA = {"train": "training images", "val": "validation images", "order": "rules for the order of images"}
 
 
 class Run:
@@ -107,26 +112,52 @@ class Run:
         """Refuse what differs from the first start (name, value then, value now), or note which promise is
         lost if all of it is allowed.
         """
-        differences = [(name, *differing(old, new)) for name, old, new in differences]
         refused = [difference for difference in differences if difference[0] not in allowed]
         if refused:
-            names = ", ".join(name for name, *_ in refused)
+            names = ",".join(name for name, *_ in refused)
+            again = [f"{name}={spelled(old)}" for name, old, _ in refused if name not in FACTS]
             raise Stop(
                 Exit.NOT_COMPARABLE,
-                "; ".join(
-                    f"{name}: this run began with {old}, and now it is {new}" for name, old, new in refused
-                ),
-                "the same again: a resumed run gives the bits of an uninterrupted one (R2)",
-                f"{names} back; or run=NAME for a new run; or resume_allow=[{names}] to go on and lose R2",
+                self._then_and_now(refused, recorded),
+                "what it was started with: a resumed run gives the bits of an uninterrupted one (R2)",
+                f"run=NAME for a new run, or remove {self.folder} to start over; to resume it:"
+                f" {' '.join(again) or 'the same again'}, or resume_allow=[{names}], which gives up R2",
             )
-        for name, old, new in differences:
+        for name, *values in differences:
+            old, new = differing(*values)
             recorded["lost"].append(
                 {"time": _now(), "promise": "R2", "because": name, "from": old, "to": new}
             )
             say(
-                f"{name} differs from the start of this run ({old} -> {new}): promise R2 is lost, and"
-                " environment.json says so"
+                f"{self._then_and_now([(name, *values)], recorded)}: promise R2 is lost, and environment.json"
+                " records it"
             )
+
+    def _then_and_now(self, differences: list[tuple[str, Any, Any]], recorded: dict[str, Any]) -> str:
+        """In words what the run began with and what is there now."""
+        then, now = zip(*(self._words(*difference, recorded) for difference in differences), strict=True)
+        return f"{self.folder} was started with {', '.join(then)}; now {', '.join(now)}"
+
+    def _words(self, name: str, old: Any, new: Any, recorded: dict[str, Any]) -> tuple[str, str]:
+        """One difference: what was there and what is. Of fingerprints and hashes nobody reads the letters."""
+        if name == "code":
+            commit = (recorded.get("git") or {}).get("commit", "")[:7]
+            return f"other code{f' (commit {commit})' if commit else ''}", "the code here"
+        if name == "data":
+            changed = " and ".join(DATA.get(part, part) for part in differing(old, new)[0])
+            return f"other {changed}", f"those of data={self._cfg.data.name} data.root={self._cfg.data.root}"
+        if name == "versions":
+            then, now = (
+                ", ".join(f"{package} {version}" for package, version in versions.items())
+                for versions in differing(old, new)
+            )
+            return then, now
+        if name == "init" and isinstance(old, dict):
+            then, now = (f"{start['text']} (sha256 {start['sha256'][:12]})" for start in (old, new))
+            return then, now
+        old, new = differing(old, new)
+        sign = " " if name in FACTS else "="
+        return f"{name}{sign}{spelled(old)}", f"{name}{sign}{spelled(new)}"
 
     def lost(self) -> list[str]:
         return [entry["because"] for entry in self._environment["lost"]]

@@ -4,14 +4,14 @@ terminal, the tracker. Tensors stay on the device until a log interval is over.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import json_line
 from reconverge.base.signals import told_by
-from reconverge.base.terminal import Progress, say
+from reconverge.base.terminal import Progress, counted, say
 from reconverge.config.settings import Train
 from reconverge.data.loader import Feed
 from reconverge.distributed import ranks
@@ -28,6 +28,7 @@ ADVICE = (
     " the disk is slow. `reconverge bench data` measures where the time goes."
 )
 OVERFLOWS = 30  # steps in a row that fp16 may skip while its loss scale settles
+KINDS = {"ema": "EMA", "raw": "raw"}  # of weights, as they are named, in the order in which they are listed
 
 
 class Log:
@@ -60,6 +61,8 @@ class Log:
             self._record = open(run.folder / "record.jsonl", "a")  # noqa: SIM115
             self._progress = Progress(run.step, clock.end)
             self._tracker = Tracker(cfg.tracker, run.folder)
+            if self._tracker.note:
+                say(self._tracker.note)
         self._interval = (
             time.perf_counter(),
             run.step,
@@ -85,6 +88,8 @@ class Log:
         self._pending.append(Pending(step, losses, grad_norm, lr, images))
         if step % self._cfg.log_every == 0 or step == self._clock.end:
             self.flush()
+        elif self._progress:
+            self._progress.step_done(step)
 
     def flush(self) -> None:
         """Wait for the device and for the other ranks, and write what is pending.
@@ -140,6 +145,11 @@ class Log:
             self._metrics.write(json_line(line))
             self._metrics.flush()
 
+    def evaluation(self, step: int, **values: float) -> None:
+        """What was found after `step`: a line of metrics.jsonl, and one for a person."""
+        self.metrics(step, **values)
+        say(evaluation_line(self._evaluated, step, self._clock.steps_per_epoch))
+
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """Evaluating and saving do not count in images/s."""
@@ -164,28 +174,34 @@ class Log:
     # ---- the end ----
 
     def done(self, comparison: str | None) -> int:
-        """The last line: top-1 of the last evaluation by the better weights, `comparison` with the published
-        number, the best checkpoint, where everything is.
+        """The last lines: where it stopped, top-1 there and the best, `comparison` with the published number,
+        where everything is. status.json keeps them as its summary.
         """
-        run = self._run
-        parts = [f"not evaluated (evaluate_every={self._cfg.evaluate_every}); step {run.step}"]
+        run, clock = self._run, self._clock
+        part = f" of {clock.total}" if run.step < clock.total else ""
+        epochs = f" of {self._cfg.epochs}" if part else ""
+        rows = {"top-1": f"not evaluated after this step (evaluate_every={self._cfg.evaluate_every})"}
         if top1 := self.top1():
-            better = max(top1, key=lambda name: top1[name])
-            others = "".join(f", {name} {value:.2f} %" for name, value in top1.items() if name != better)
-            parts = [f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {run.step}"]
+            rows["top-1"] = percents(top1)
+        best = self.best_steps()
+        for kind in filter(best.__contains__, KINDS):
+            step = best[kind]
+            rows[f"best {KINDS[kind]}" if len(best) > 1 else "best"] = (
+                f"{self._evaluated[step][kind]:.2f} %, epoch {epoch(step, clock.steps_per_epoch)},"
+                f" {reader.checkpoint_of(run.checkpoints, step).relative_to(run.folder)}"
+            )
         if comparison:
-            parts.append(comparison)
-        for kind, best in self.best_steps().items():
-            if best != run.step:
-                percent = self._evaluated[best][kind]
-                parts.append(f"best of {kind} {percent:.2f} % in checkpoints/step-{best:08d}")
+            rows["compared"] = comparison
         if (replaced := run.folder / "quarantine.jsonl").exists():
             count = len(replaced.read_text().splitlines())
-            parts.append(f"{count} damaged images were replaced (quarantine.jsonl)")
-        summary = "; ".join([*parts, f"everything is in {run.folder}/"])
+            verb = "was" if count == 1 else "were"
+            rows["replaced"] = f"{counted(count, 'damaged image')} {verb} replaced (quarantine.jsonl)"
+        rows["folder"] = f"{run.folder}/"
+        first = f"step {run.step}{part}, epoch {epoch(run.step, clock.steps_per_epoch)}{epochs}"
+        summary = "\n".join([first, *(f"  {name:<9} {text}" for name, text in rows.items())])
         run.status("done", Exit.DONE, summary, comparison)
         self.close()
-        say(summary)
+        say(f"{self._cfg.run} is finished: {summary}")
         return Exit.DONE
 
     def preempted(self) -> int:
@@ -205,3 +221,30 @@ class Log:
         for file in (self._metrics, self._record):
             if file:
                 file.close()
+
+
+# ---- results in words; top-1 in percent ----
+
+
+def percents(top1: Mapping[str, float]) -> str:
+    """By kind of weights: 93.75 % EMA, 92.10 % raw. A single kind has no name."""
+    named = [f"{top1[kind]:.2f} % {name}" for kind, name in KINDS.items() if kind in top1]
+    return ", ".join(named) if len(named) > 1 else f"{next(iter(top1.values())):.2f} %"
+
+
+def epoch(step: int, steps_per_epoch: int) -> str:
+    """Epochs that have passed after `step`: 12, or 12.5 in the middle of one."""
+    return f"{round(step / steps_per_epoch, 2):g}"
+
+
+def evaluation_line(evaluated: Mapping[int, Mapping[str, float]], step: int, steps_per_epoch: int) -> str:
+    """Of the evaluation after `step`, beside the best until then; `evaluated`: top-1 by step and kind of
+    weights.
+    """
+    steps = reader.best_steps(evaluated)
+    kind = max(steps, key=lambda kind: (evaluated[steps[kind]][kind], -steps[kind], kind == "ema"))
+    best = f"best {evaluated[steps[kind]][kind]:.2f} %"
+    if steps[kind] != step:
+        name = f"{KINDS[kind]}, " if len(steps) > 1 else ""
+        best += f" ({name}epoch {epoch(steps[kind], steps_per_epoch)})"
+    return f"epoch {epoch(step, steps_per_epoch)}  top-1 {percents(evaluated[step])}  {best}"

@@ -11,30 +11,29 @@ import subprocess
 import sys
 from collections.abc import Callable
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from reconverge.config.settings import Tracker as Settings
 
+FAILED = "wandb online failed"  # so begins the line of tracker.log that says it
+COMMAND = ("-m", "reconverge.run.tracker")
 FLUSH = 30.0  # seconds that the end of a run waits for the mirror
 
 
 class Tracker:
-    """The process that mirrors `folder`; none for tracker=none."""
+    """The process that mirrors `folder`; none for tracker=none. `note`: what a person should know of it."""
 
     def __init__(self, settings: Settings, folder: Path):
         self._process: subprocess.Popen | None = None
+        self._log, self._log_before, self.note = folder / "tracker.log", 0, ""
         if settings.name == "none":
             return
-        command = [
-            sys.executable,
-            "-m",
-            "reconverge.run.tracker",
-            settings.name,
-            settings.project,
-            str(folder),
-        ]
-        with open(folder / "tracker.log", "a") as log:
+        self.note = _offline_note(folder) if settings.name == "wandb" else _viewer_note(folder)
+        command = [sys.executable, *COMMAND, settings.name, settings.project, str(folder)]
+        with open(self._log, "a") as log:
+            self._log_before = log.tell()
             # A session of its own: Ctrl-C is for the training. It ends when its standard input does, however
             # this process ended.
             self._process = subprocess.Popen(
@@ -54,11 +53,29 @@ class Tracker:
             code = self._process.wait(FLUSH)
         except subprocess.TimeoutExpired:
             return "the tracker is still at work, see tracker.log; the run is complete without it"
-        return (
-            f"the tracker failed with exit code {code}, see tracker.log; metrics.jsonl is complete"
-            if code
-            else None
-        )
+        if code:
+            return f"the tracker failed with exit code {code}, see tracker.log; metrics.jsonl is complete"
+        with open(self._log, errors="replace") as log:
+            log.seek(self._log_before)
+            return next((line.strip() for line in log if line.startswith(FAILED)), None)
+
+
+def _wandb_mode() -> str:
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    logged_in = "WANDB_API_KEY" in os.environ or (netrc.exists() and "wandb" in netrc.read_text())
+    return os.environ.get("WANDB_MODE", "online" if logged_in else "offline")
+
+
+def _offline_note(folder: Path) -> str:
+    if _wandb_mode() != "offline":
+        return ""
+    reason = "WANDB_MODE=offline" if "WANDB_MODE" in os.environ else "no login was found (wandb login)"
+    return f"wandb records offline, {reason}; wandb sync {folder}/wandb/offline-* uploads the run later"
+
+
+def _viewer_note(folder: Path) -> str:
+    install = "" if find_spec("tensorboard") else "pip install tensorboard; "
+    return f"to see the curves in TensorBoard: {install}tensorboard --logdir {folder.parent}"
 
 
 def mirror(name: str, project: str, folder: Path) -> None:
@@ -109,14 +126,12 @@ def _wandb(folder: Path, project: str) -> tuple[Write, Callable[[], None]]:
             settings=wandb.Settings(init_timeout=30),
         )
 
-    netrc = Path("~/.netrc").expanduser()
-    logged_in = "WANDB_API_KEY" in os.environ or (netrc.exists() and "wandb" in netrc.read_text())
     try:
-        run = start(os.environ.get("WANDB_MODE", "online" if logged_in else "offline"))
+        run = start(_wandb_mode())
     except Exception as error:  # no server, no network, a wrong key
+        reason = " ".join(str(error).split())
         print(
-            f"wandb online failed ({error}); going on offline: wandb sync {folder}/wandb/offline-* sends it"
-            " later",
+            f"{FAILED} ({reason}); going on offline: wandb sync {folder}/wandb/offline-* uploads it later",
             flush=True,
         )
         run = start("offline")

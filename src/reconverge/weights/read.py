@@ -253,7 +253,7 @@ def _unreadable(init: str, error: Exception) -> Stop:
         Exit.DAMAGED,
         f"{init}: {reason}",
         "a whole file of tensors and plain values; nothing of this one was run",
-        "the file",
+        "save the weights alone: torch.save(model.state_dict(), FILE)" if code else "the file",
     )
 
 

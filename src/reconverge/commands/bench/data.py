@@ -12,7 +12,7 @@ import torch
 
 from reconverge import build
 from reconverge.base.errors import Exit
-from reconverge.base.terminal import say
+from reconverge.base.terminal import counted, say
 from reconverge.config.settings import Train
 from reconverge.data import native
 from reconverge.data.loader import Feed
@@ -61,7 +61,7 @@ def bench(cfg: Train, seconds: float, gpu: float) -> int:
     feed = iter(Feed(images, microbatches, workers, world.device, cfg.copy_ahead))
     speed, latencies = _drain(feed, cfg.microbatch, seconds)
     per_worker = f", {speed / workers:.0f} for each worker" if workers else ""
-    say(f"{workers} worker{'s' * (workers != 1)}: {speed:.0f} images/s{per_worker}")
+    say(f"{counted(workers, 'worker')}: {speed:.0f} images/s{per_worker}")
     say(
         f"time between two microbatches: {latencies[len(latencies) // 2] * 1000:.1f} ms (median),"
         f" {latencies[len(latencies) * 99 // 100] * 1000:.1f} ms (99th percentile)"

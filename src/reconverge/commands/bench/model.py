@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from reconverge import build
 from reconverge.base import chance
 from reconverge.base.errors import Exit, explain
-from reconverge.base.terminal import say
+from reconverge.base.terminal import counted, say
 from reconverge.config.settings import Train
 from reconverge.distributed.world import World, default_threads
 from reconverge.models import create, drop_path, throughput
@@ -79,7 +79,7 @@ def bench(cfg: Train, batches: list[int], seconds: float, phases: list[str], jso
 
 def _how(cfg: Train, world: World) -> str:
     switches = [name for name in ("compile", "channels_last", "checkpointing") if getattr(cfg, name)]
-    threads = [f"{world.threads} threads"] if world.device.type == "cpu" else []
+    threads = [counted(world.threads, "thread")] if world.device.type == "cpu" else []
     return ", ".join([f"torch {torch.__version__}", cfg.precision, *switches, *threads])
 
 
