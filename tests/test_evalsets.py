@@ -279,7 +279,8 @@ def test_wrong_input(run, digits, evaluate, capsys, tmp_path):
         (["suite=robustness", f"suite.root={digits}", "suite.sets=[z]"], 2, "sketch"),
         (["suite=robustness", f"suite.root={digits}", "images=x.png"], 2, "one of data=, suite= and images="),
         (["images=nothing"], 66, "does not exist"),
-        (["images=3"], 2, "images=FOLDER"),
+        (["images=3"], 66, "does not exist"),
+        (["images=[3]"], 2, "images=FOLDER"),
         (["data=eval/sketch", f"data.root={tmp_path}/strange"], 2, "folders that are not names of classes"),
         (["data=eval/a", f"data.root={tmp_path}/strange"], 78, "are not classes of the model"),
     ):
@@ -324,5 +325,5 @@ def test_predictions_of_images_without_labels(run, digits, logits, evaluate):
 
 
 def test_the_docs_name_every_corruption():
-    text = (ROOT / "docs" / "evaluate.md").read_text()
+    text = (ROOT / "docs" / "evaluation.md").read_text()
     assert all(f"`{name}`" in text for name in (*sets.ALEXNET, *sets.C_BAR))

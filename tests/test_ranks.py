@@ -84,7 +84,7 @@ def test_two_ranks_give_the_bits_of_one_by_tree(train, torchrun):
     assert hashes("two", 3) == hashes("one", 3)
     assert "2 ranks by torchrun" in said
     assert said.count("promises ") == 1  # one rank speaks
-    assert "R4 any ranks, same bits" in said
+    assert "R4 any number of ranks: same bits" in said
 
 
 @pytest.mark.slow

@@ -114,7 +114,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_skipped(whole, train, capsys, 
     file.write_bytes(content if harm == "flip" else content[:-7])
     assert train(*EVERY, "run=a") == 0
     said = capsys.readouterr().out
-    assert f"skipped a damaged checkpoint: step-00000005: {file.name} has" in said
+    what = "the sha256 of model.safetensors is not" if harm == "flip" else "optimizer.safetensors has"
+    assert f"skipped a damaged checkpoint: step-00000005: {what}" in said
     assert "resumed after step 4" in said
     assert bits("a") == expected(whole)
 
@@ -452,3 +453,45 @@ def test_a_save_below_a_damaged_newer_checkpoint_is_the_one_that_stays(whole, tr
     assert (newest.name, skipped) == ("step-00000005", [])
     assert train(*EVERY, "run=a", "keep=1") == 0
     assert bits("a") == expected(whole)
+
+
+@pytest.mark.parametrize("save_every", ["2", "0"])
+def test_what_was_trained_is_saved_although_an_evaluation_fails(train, digits, tmp_path, capsys, save_every):
+    """A validation image that cannot be read ends the run; mended, it goes on from that step."""
+    shutil.copytree(digits, tmp_path / "set")
+    given = [f"data.root={tmp_path}/set", "steps=6", "evaluate_every=2", f"save_every={save_every}"]
+    assert train(*CHANCE, *given, "run=whole") == 0
+    image = next((tmp_path / "set" / "val" / "7").iterdir())
+    good = image.read_bytes()
+    image.write_bytes(bytes(len(good)))
+    assert train(*CHANCE, *given, "run=a") == 65
+    assert image.name in capsys.readouterr().err
+    assert [path.name for path in Path("runs/a/checkpoints").iterdir()] == ["step-00000002"]
+    image.write_bytes(good)
+    assert train(*CHANCE, *given, "run=a") == 0
+    assert "resumed after step 2" in capsys.readouterr().out
+    assert bits("a") == bits("whole")
+    assert records(Path("runs/a")) == records(Path("runs/whole"))
+
+
+def test_a_finished_run_whose_length_may_change_trains_on(train, capsys):
+    """R2 is lost, environment.json records it, and the epochs that were added are trained."""
+    assert train("epochs=2", "run=a") == 0
+    assert train("epochs=3", "run=a") == 78
+    assert train("epochs=3", "run=a", "resume_allow=[epochs]") == 0
+    assert "promise R2 is lost" in capsys.readouterr().out
+    status, environment = (
+        json.loads(Path(f"runs/a/{name}.json").read_text()) for name in ("status", "environment")
+    )
+    assert status["step"] == status["total"] == 21
+    assert not environment["promises"]["R2"]
+    assert [entry["because"] for entry in environment["lost"]] == ["epochs"]
+    assert train("epochs=3", "run=a") == 0  # finished, as it is now
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_what_is_allowed_of_a_finished_run_is_noted(train, capsys):
+    assert train("epochs=2", "run=a") == 0
+    assert train("epochs=2", "optim.clip=1", "run=a", "resume_allow=[optim.clip]") == 0
+    assert not json.loads(Path("runs/a/environment.json").read_text())["promises"]["R2"]
+    assert json.loads(Path("runs/a/status.json").read_text())["reason"] == "done"

@@ -50,18 +50,29 @@ class Milestones:
             self._tracer.step()
         with self._log.clock_stopped():
             stopping = self._world.any(told_to_stop())
-            if self._clock.due(self._clock.evaluate_every, step) and not stopping:
-                self._log.flush()
-                self._evaluate(step)
+            evaluating = self._clock.due(self._clock.evaluate_every, step) and not stopping
+            saving = self._clock.due(self._clock.save_every, step) or stopping
+            if saving or evaluating:
+                self._log.flush()  # stops here, before anything is saved, if a step was not finite
+            if saving:
+                self._save(step)
+            if evaluating:
+                try:
+                    self._evaluate(step)
+                except Exception:  # a damaged image, for example: the steps before it are not lost
+                    if not saving:
+                        self._save(step)
+                    raise
                 # A signal cuts the evaluation short: it comes again on resume.
                 stopping = self._world.any(told_to_stop())
-            best = self._log.best_steps().values()
-            if self._clock.due(self._clock.save_every, step) or step in best or stopping:
-                self._log.flush()  # stops here, before anything is saved, if a step was not finite
-                self._run.still_mine()
-                if self._run.writes:
-                    self._state.save(self._run.checkpoints, step, self._cfg.keep, best)
+                if not saving and (stopping or step in self._log.best_steps().values()):
+                    self._save(step)
         return stopping
+
+    def _save(self, step: int) -> None:
+        self._run.still_mine()
+        if self._run.writes:
+            self._state.save(self._run.checkpoints, step, self._cfg.keep, self._log.best_steps().values())
 
     def _evaluate(self, step: int) -> None:
         """metrics.jsonl, outcomes.npz, curves.png, predictions.png; nothing if a signal cuts it short."""

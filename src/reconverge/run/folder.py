@@ -46,6 +46,7 @@ class Run:
         self._cfg = cfg
         self._clock: Clock | None = None  # None: the folder is as it was
         self._lock: Lock | None = None
+        self._changed = False  # since the first start: then even a finished run begins, and records it
         try:
             self.resuming, self._environment = ranks.from_rank_0(self._open)
         except BaseException:
@@ -83,7 +84,7 @@ class Run:
         return ranks.from_rank_0(self._finished)
 
     def _finished(self) -> str | None:
-        if not self.resuming or not (self.folder / "status.json").exists():
+        if not self.resuming or self._changed or not (self.folder / "status.json").exists():
             return None
         status = reader.status(self.folder)
         over = status["step"] >= min(status["total"], self._cfg.steps or status["total"])
@@ -123,6 +124,7 @@ class Run:
                 f"run=NAME for a new run, or remove {self.folder} to start over; to resume it:"
                 f" {' '.join(again) or 'the same again'}, or resume_allow=[{names}], which gives up R2",
             )
+        self._changed = self._changed or bool(differences)
         for name, *values in differences:
             old, new = differing(*values)
             recorded["lost"].append(
