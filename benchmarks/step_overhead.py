@@ -63,7 +63,7 @@ def main() -> None:
 
     import train
     from reconverge.models.drop_path import Masked
-    from reconverge.run.folder import Run
+    from reconverge.run.log import Log
     from reconverge.training import optim
     from reconverge.training.ema import Ema
 
@@ -87,16 +87,16 @@ def main() -> None:
     timed(torch.Tensor, "backward", "backward")
     timed(optim, "update", "optimizer")
     timed(Ema, "update", "EMA")
-    step_done = Run.step_done
+    step_done = Log.step_done
 
-    def after_step(run: Run, *values: Any) -> None:
-        step_done(run, *values)
+    def after_step(log: Log, *values: Any) -> None:
+        step_done(log, *values)
         now, workers = time.process_time(), worker_seconds()
         rows.append({"step": now - last["cpu"], "workers": workers - last["workers"], **spent})
         last.update(cpu=now, workers=workers)
         spent.update(dict.fromkeys(spent, 0.0))
 
-    Run.step_done = after_step  # type: ignore[method-assign]
+    Log.step_done = after_step  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder) / "images", 96)
         os.chdir(folder)
