@@ -2,6 +2,7 @@
 
 import torch
 
+from reconverge.base.errors import Exit
 from reconverge.base.signals import told_to_stop
 from reconverge.config.settings import Train
 from reconverge.data.sources import Source
@@ -61,6 +62,8 @@ class Milestones:
                 self._run.still_mine()
                 if self._run.writes:
                     self._state.save(self._run.checkpoints, step, self._cfg.keep, best)
+                    self._run.saved = step
+                    self._run.status("running", Exit.DONE)
         return stopping
 
     def _evaluate(self, step: int) -> None:

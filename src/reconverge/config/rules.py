@@ -1,5 +1,6 @@
 """What a setting allows, and what the parts of a configuration must agree on. Imports no torch."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -221,9 +222,19 @@ def evaluation(cfg: Eval) -> None:
 
 
 def check_value(key: str, value: Any, checks: Any) -> None:
-    """Hold a setting against its choices, bounds and pattern. Errors: Stop(USAGE)."""
+    """Hold a setting against its choices, bounds and pattern; inf and nan are never allowed.
+
+    Errors: Stop(USAGE).
+    """
     if value is None:
         return
+    if not _finite(value):
+        raise Stop(
+            Exit.USAGE,
+            f"{key}={value}",
+            f"{key}: finite numbers ({checks['help']})",
+            f"another {key}",
+        )
     if checks["choices"] and value not in checks["choices"]:
         raise Stop(
             Exit.USAGE,
@@ -249,3 +260,12 @@ def check_value(key: str, value: Any, checks: Any) -> None:
             f"{key}: {checks['help']}; it matches {checks['pattern']}",
             f"another {key}",
         )
+
+
+def _finite(value: Any) -> bool:
+    """Whether no number in a value, a list or a table is inf or nan."""
+    if isinstance(value, dict):
+        return all(map(_finite, [*value.keys(), *value.values()]))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)

@@ -244,6 +244,7 @@ def export(run: Opened, weights: Weights, form: str, folder: Path, license: str)
     """
     cfg = run.cfg
     net = create.model(cfg.model, len(run.classes), cfg.seed).eval()
+    checkpoint.hold(f"{run.folder}, {weights.kind} weights", weights.tensors, net.state_dict())
     net.load_state_dict(weights.tensors)
     about = {
         "format": FORMAT,

@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from reconverge.base import files, launcher
 from reconverge.config.settings import Tracker as Settings
 
 FLUSH = 30.0  # seconds that the end of a run waits for the mirror
@@ -28,13 +29,12 @@ class Tracker:
             return
         command = [
             sys.executable,
-            "-m",
-            "reconverge.run.tracker",
+            *launcher.module("reconverge.run.tracker"),
             settings.name,
             settings.project,
             str(folder),
         ]
-        with open(folder / "tracker.log", "a") as log:
+        with files.appending(folder / "tracker.log") as log:
             # A session of its own: Ctrl-C is for the training. It ends when its standard input does, however
             # this process ended.
             self._process = subprocess.Popen(
@@ -64,7 +64,7 @@ class Tracker:
 def mirror(name: str, project: str, folder: Path) -> None:
     write, finish = {"wandb": _wandb, "tensorboard": _tensorboard}[name](folder, project)
     mark = folder / f"tracker-{name}.json"
-    done = json.loads(mark.read_text()) if mark.exists() else {"step": -1, "records": 0}
+    done = json.loads(files.read_text(mark)) if mark.exists() else {"step": -1, "records": 0}
     metrics, seen, at_step = folder / "metrics.jsonl", {"step": -1, "records": 0}, 0
     ended = False
     while True:
@@ -80,7 +80,7 @@ def mirror(name: str, project: str, folder: Path) -> None:
                 if (seen["step"], seen["records"]) > (done["step"], done["records"]):
                     write(record)
                     done = seen
-        mark.write_text(json.dumps(done))
+        files.write_whole(mark, json.dumps(done))
         if ended:
             break
         ended = bool(
@@ -104,7 +104,7 @@ def _wandb(folder: Path, project: str) -> tuple[Write, Callable[[], None]]:
             id=sha256(str(folder.resolve()).encode()).hexdigest()[:16],
             resume="allow",
             dir=str(folder),
-            config=yaml.safe_load((folder / "config.yaml").read_text()),
+            config=yaml.safe_load(files.read_text(folder / "config.yaml")),
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(init_timeout=30),
         )

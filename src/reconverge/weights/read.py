@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from reconverge.base import chance
 from reconverge.base.errors import Exit, Stop, explain
-from reconverge.base.files import sha256_of
+from reconverge.base.files import read_text, sha256_of
 from reconverge.run import checkpoint
 
 FORMS = (
@@ -112,7 +112,7 @@ def _run(path: Path, wanted: str) -> Pretrained:
             f"init={path}",
         )
     try:
-        classes = (run / "classes.txt").read_text().splitlines()
+        classes = read_text(run / "classes.txt").splitlines()
     except FileNotFoundError:
         raise Stop(
             Exit.MISSING,
@@ -120,12 +120,11 @@ def _run(path: Path, wanted: str) -> Pretrained:
             "a run's folder with all its files",
             "restore the file from a copy",
         ) from None
-    step = json.loads((chosen / "state.json").read_text())["step"]
-    digest = json.loads((chosen / "MANIFEST.json").read_text())["files"][files[wanted].name]["sha256"]
+    step, digest = checkpoint.numbers(chosen)["step"], sha256_of(files[wanted])
     text = f"{path}: {wanted} weights of run {run.name} after step {step}"
     text += "".join(f"; skipped a damaged checkpoint: {reason}" for reason in skipped)
     return Pretrained(
-        safetensors.torch.load_file(files[wanted]),
+        checkpoint.load_tensors(files[wanted]),
         classes,
         {
             "text": text,
