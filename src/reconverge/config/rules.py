@@ -173,7 +173,9 @@ def evaluation_data(given: Data, trained: Data | None, overrides: Sequence[str])
                 "a data set: only a run knows its own",
                 "data=imagenet1k data.root=...",
             )
-        return replace(trained, **{name: getattr(given, name) for name in named("data", overrides)})
+        # A run of somebody names no folder to write to: the cache is that of this command.
+        changed = {name: getattr(given, name) for name in named("data", overrides)}
+        return replace(trained, **changed | {"cache": given.cache})
     check_data(given)
     return given
 

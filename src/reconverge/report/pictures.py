@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from reconverge.base.files import anew
 from reconverge.config.settings import Data, Evaluate
 from reconverge.data import transforms
 from reconverge.data.sources import Source
@@ -112,7 +113,7 @@ def sheet(
     with warnings.catch_warnings():
         # Class names in scripts that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(path)
+        _save(figure, path)
 
 
 def curves(folder: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int) -> None:
@@ -152,7 +153,7 @@ def curves(folder: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int
     )
     if best > 90:  # the last percents are what one looks for
         accuracy.set_ylim(80, 100.5)
-    figure.savefig(folder / "curves.png")
+    _save(figure, folder / "curves.png")
 
 
 def plan(path: Path, epochs: Sequence[float], rates: Sequence[float], layers: Mapping[int, float]) -> None:
@@ -167,7 +168,12 @@ def plan(path: Path, epochs: Sequence[float], rates: Sequence[float], layers: Ma
         axes.bar(list(layers), list(layers.values()), color="C2")
         axes.xaxis.get_major_locator().set_params(integer=True)
         named(axes, "lr scale", "layer, from the stem to the head")
-    figure.savefig(path)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with anew(path) as draft:
+        figure.savefig(draft)
 
 
 def named(axes: Any, title: str, x: str) -> None:

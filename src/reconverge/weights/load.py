@@ -13,7 +13,7 @@ from reconverge.base import imagenet
 from reconverge.base.errors import Exit, Stop
 from reconverge.weights import names, read
 from reconverge.weights.names import Entry
-from reconverge.weights.read import Pretrained
+from reconverge.weights.read import FLOATS, INTEGERS, Pretrained
 
 SHOWN = 8  # names of one kind in a message; environment.json has them all
 # The possible results for a key. The numbers of the first five are always printed; the others only if there
@@ -21,9 +21,6 @@ SHOWN = 8  # names of one kind in a message; environment.json has them all
 ALWAYS = ("loaded", "converted", "missing", "unexpected", "of another shape")
 RARE = ("resampled", "recomputed", "of the head")
 POSITIONS = ("pos_embed", "relative_position_bias_table")
-# What a weight may be stored as. Other types need a scale, which these files do not have, or are no numbers.
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INTEGERS = (torch.int64, torch.int32)
 # Not weights: old files of Swin have the first two, and old files of ResNet lack the last.
 BUFFERS = ("relative_position_index", "attn_mask", "num_batches_tracked")
 
