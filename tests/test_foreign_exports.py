@@ -1,5 +1,5 @@
-"""Exports, timm folders and pages of runs that may come from somebody else: nothing of them is run, nothing is
-written through their links, and nothing else of this computer gets into a page.
+"""Exports, timm folders and pages of runs that may come from somebody else: nothing of them is run, nothing
+is written through their links, and nothing else of this computer gets into a page.
 """
 
 import base64

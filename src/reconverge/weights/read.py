@@ -155,6 +155,7 @@ def model(given: str) -> nn.Module:
     Errors: Stop(USAGE, MISSING, DAMAGED).
     """
     scheme, _, name = given.partition(":")
+    tensors: dict[str, Tensor] = {}  # as they are stored; those of timm's own names are checked by their hash
     if scheme == "timm":
         if not timm.is_model_pretrained(name):
             known = timm.list_pretrained()
