@@ -94,7 +94,7 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
         scaler.update()
         if model.ema is not None:
             model.ema.update(net, skip)
-        log.step_done(step + 1, losses, norm, rate, digests)
+        log.step_done(step + 1, losses, optim.checked(net, norm), rate, digests)
 
         if milestones.after(step + 1):
             return log.preempted()

@@ -178,7 +178,8 @@ def _feed(cfg: Train, run: Run, machine: Machine, data: Datasets, start: int) ->
     microbatches = order.steps(start, data.clock.end, world.rank, world.size)
     if cfg.data.stage is not None:
         folder, copies = Path(cfg.data.stage).expanduser() / cfg.run, world.local_rank == 0
-        stage = Stage(data.training, order.windows, folder, cfg.data.stage_gb, copies)
+        owner = str(run.folder.resolve())
+        stage = Stage(data.training, order.windows, folder, cfg.data.stage_gb, copies, owner)
         microbatches = run.closing.enter_context(stage).follow(microbatches)
     quarantine = Quarantine(run.folder / "quarantine.jsonl", cfg.data.max_substitutes)
     return Feed(

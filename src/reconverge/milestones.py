@@ -2,6 +2,7 @@
 
 import torch
 
+from reconverge.base.errors import Exit
 from reconverge.base.signals import told_to_stop
 from reconverge.config.settings import Train
 from reconverge.data.sources import Source
@@ -73,6 +74,8 @@ class Milestones:
         self._run.still_mine()
         if self._run.writes:
             self._state.save(self._run.checkpoints, step, self._cfg.keep, self._log.best_steps().values())
+            self._run.saved = step
+            self._run.status("running", Exit.DONE)
 
     def _evaluate(self, step: int) -> None:
         """metrics.jsonl, outcomes.npz, curves.png, predictions.png; nothing if a signal cuts it short."""

@@ -1,18 +1,23 @@
 """Files: reading by position, retries after short faults, atomic replacement, and lines of JSON. Imports no
 torch.
+
+A run's folder may come from somebody else. Files in it are read, and appended to, only if they are plain
+files, and are replaced under a name that nobody can foresee: a link in the folder leads nowhere.
 """
 
 import errno
 import json
 import math
 import os
+import stat
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from reconverge.base.errors import Exit, Stop
 
@@ -57,24 +62,69 @@ def patiently(job: Callable[[], Result], where: Callable[[], str]) -> Result:
         ) from error
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace the file `path` atomically: if the process is killed, the old or the new file is there, whole.
+@contextmanager
+def anew(path: Path) -> Iterator[Path]:
+    """A path of the same name, in a new folder beside `path`. What is written there replaces `path`
+    atomically when the context ends without an error: if the process is killed, the old or the new file is
+    there, whole. A link at `path` is replaced; its target stays as it is.
 
     Errors: OSError; then no part of the new file is left.
     """
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    draft = path.with_name(f".{path.name}.new")
-    try:
-        with open(draft, "wb") as file:
-            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        draft = Path(folder) / path.name
+        yield draft
+        handle = os.open(draft, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         draft.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace the file `path` atomically, as `anew` does. Errors: OSError."""
+    with anew(path) as draft:
+        draft.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+
+
+def read_plain(path: Path) -> bytes:
+    """The contents of a plain file. Errors: OSError; Stop(DAMAGED) if it is a link, a pipe, a device."""
+    with open(_opened(path, os.O_RDONLY), "rb") as file:
+        return file.read()
+
+
+def read_text(path: Path) -> str:
+    """The text of a plain file. Errors: as read_plain, and ValueError if it is no text."""
+    return read_plain(path).decode("utf-8")
+
+
+def appending(path: Path) -> TextIO:
+    """A plain file, made if it is not there, to append lines to. Errors: as read_plain."""
+    return open(_opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a")
+
+
+def _opened(path: Path, flags: int) -> int:
+    try:
+        number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if not (path.is_symlink() or error.errno == errno.ENXIO):  # ENXIO: a pipe that nobody reads
+            raise
+        raise no_plain_file(path) from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise no_plain_file(path)
+    return number
+
+
+def no_plain_file(path: Path) -> Stop:
+    return Stop(
+        Exit.DAMAGED,
+        f"{path} is a link, or another thing that is no plain file",
+        "plain files and folders in the folder of a run, a checkpoint or an export",
+        "put the file itself there; to keep a run on another disk, make its whole folder a link",
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -116,5 +166,5 @@ def json_line(values: dict[str, Any]) -> str:
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """Every complete line of a file, or none if there is no file. A kill may have cut the last line short."""
-    text = path.read_text().split("\n") if path.exists() else []
+    text = read_text(path).split("\n") if path.exists() or path.is_symlink() else []
     return [json.loads(line) for line in text[:-1]]

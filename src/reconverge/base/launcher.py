@@ -77,3 +77,14 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def module(name: str) -> list[str]:
+    """Arguments for a Python that runs a module, as `-m` does, but never imports from the folder in which it
+    is started: `-m` would take a tensorboardX.py that lies there for the library. (`-P` needs Python 3.11.)
+    """
+    program = (
+        "import sys; sys.path[:] = filter(None, sys.path); import runpy;"
+        f" runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+    )
+    return ["-c", program]

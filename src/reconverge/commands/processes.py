@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
+from reconverge.base import launcher
 from reconverge.base.environment import ROOT
 from reconverge.base.errors import Exit, Stop
 
@@ -28,10 +29,8 @@ def script() -> Path:
 
 def command(script: Path, ranks: int) -> list[str]:
     """The command that runs a script on `ranks` ranks of this machine."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    )
-    return [sys.executable, *launcher, str(script)]
+    torchrun = [*launcher.module("torch.distributed.run"), "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *(torchrun if ranks > 1 else []), str(script)]
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def _prepare(scratch: Path, run: Opened, start: int, threads: int) -> Train:
     (scratch / "train.py").symlink_to(processes.script())
     if start:
         (scratch / "checkpoints").mkdir()
-        _checkpoint(scratch, start).symlink_to(_checkpoint(run.folder, start))
+        shutil.copytree(_checkpoint(run.folder, start), _checkpoint(scratch, start))
         (scratch / "config.yaml").write_text(compose.to_text(cfg))
         (scratch / "environment.json").write_text(json.dumps({"facts": {}, "lost": [], "starts": []}))
     return cfg

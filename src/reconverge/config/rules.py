@@ -1,5 +1,6 @@
 """What a setting allows, and what the parts of a configuration must agree on. Imports no torch."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -175,7 +176,9 @@ def evaluation_data(given: Data, trained: Data | None, overrides: Sequence[str])
                 "a data set: only a run knows its own",
                 "data=imagenet1k data.root=...",
             )
-        return replace(trained, **{name: getattr(given, name) for name in named("data", overrides)})
+        # A run of somebody names no folder to write to: the cache is that of this command.
+        changed = {name: getattr(given, name) for name in named("data", overrides)}
+        return replace(trained, **changed | {"cache": given.cache})
     check_data(given)
     return given
 
@@ -224,9 +227,19 @@ def evaluation(cfg: Eval) -> None:
 
 
 def check_value(key: str, value: Any, checks: Any) -> None:
-    """Hold a setting against its choices, bounds and pattern. Errors: Stop(USAGE)."""
+    """Hold a setting against its choices, bounds and pattern; inf and nan are never allowed.
+
+    Errors: Stop(USAGE).
+    """
     if value is None:
         return
+    if not _finite(value):
+        raise Stop(
+            Exit.USAGE,
+            f"{key}={value}",
+            f"{key}: finite numbers ({checks['help']})",
+            f"another {key}",
+        )
     if checks["choices"] and value not in checks["choices"]:
         raise Stop(
             Exit.USAGE,
@@ -252,3 +265,12 @@ def check_value(key: str, value: Any, checks: Any) -> None:
             f"{key}: {checks['help']}; it matches {checks['pattern']}",
             another(key, value, checks),
         )
+
+
+def _finite(value: Any) -> bool:
+    """Whether no number in a value, a list or a table is inf or nan."""
+    if isinstance(value, dict):
+        return all(map(_finite, [*value.keys(), *value.values()]))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)

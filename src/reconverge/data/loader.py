@@ -134,7 +134,7 @@ class Quarantine:
                 continue
             self.samples.add(entry.sample)
             if writes:
-                with open(self.path, "a") as file:
+                with files.appending(self.path) as file:
                     file.write(files.json_line(entry._asdict()))
             if len(self.samples) > self._limit:
                 raise Stop(

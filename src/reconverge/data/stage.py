@@ -1,18 +1,28 @@
-"""Copies the shards that are needed next from slow storage to a local disk; one thread for each node."""
+"""Copies the shards that are needed next from slow storage to a local disk; one thread for each node.
 
-import shutil
+The folder of the copies has a file with the name of its run. Nothing is removed from a folder without it, and
+from such a folder only what has the name of a copy.
+"""
+
+import os
+import re
 import threading
+import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from reconverge.base.errors import Exit, Stop, explain
-from reconverge.base.files import patiently
+from reconverge.base.files import patiently, read_text, write_whole
 from reconverge.data.order import Microbatch, Windows
 from reconverge.data.shards import Shards, staged_name
 from reconverge.data.sources import Source
+
+MARK = "reconverge-stage.txt"  # one line: the run whose copies these are
+COPY = re.compile(r"\d{6,}\.tar|\.draft-[0-9a-f]{32}")  # staged_name(shard), and one that is being made
 
 
 class Stage:
@@ -24,12 +34,18 @@ class Stage:
     """
 
     def __init__(
-        self, source: Source, windows: Windows | None, folder: Path, gigabytes: float, copies: bool = True
+        self,
+        source: Source,
+        windows: Windows | None,
+        folder: Path,
+        gigabytes: float,
+        copies: bool = True,
+        run: str = "",
     ):
         """`copies`: whether this rank makes the copies. One rank of each host does; the others only read
-        them.
+        them. `run`: whose copies they are.
 
-        Errors: Stop(USAGE) if two windows do not fit.
+        Errors: Stop(USAGE) if two windows do not fit, or if `folder` has anything but copies of this run.
         """
         assert isinstance(source, Shards), "rules.check refuses data.stage for other kinds of data"
         assert windows is not None, "rules.check refuses data.stage with data.window=all"
@@ -50,8 +66,7 @@ class Stage:
         source.staged = folder
         self._thread: threading.Thread | None = None
         if copies:
-            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
-            folder.mkdir(parents=True)
+            self._take(run)
             self._thread = threading.Thread(target=self._work, daemon=True, name="stage")
             self._thread.start()
 
@@ -81,7 +96,36 @@ class Stage:
         self._source.staged = None
         if self._thread:
             self._thread.join()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # of a local disk that failed, or files of others that came meanwhile
+                for path in self._copies():
+                    path.unlink()
+                (self.folder / MARK).unlink()
+                self.folder.rmdir()
+
+    def _take(self, run: str) -> None:
+        """Make the folder, or empty it of the copies that a killed process of this run left.
+
+        Errors: Stop(USAGE).
+        """
+        said = f"copies of shards for the run {run}\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        there = {path.name for path in self.folder.iterdir()}
+        ours = MARK in there and read_text(self.folder / MARK) == said
+        foreign = sorted(name for name in there if not (ours and (name == MARK or COPY.fullmatch(name))))
+        if foreign or self.folder.is_symlink():
+            raise Stop(
+                Exit.USAGE,
+                f"data.stage: {self.folder} has files that are not copies of this run:"
+                f" {', '.join(foreign[:5]) or 'it is a link'}",
+                "a folder in which only this run keeps its copies; nothing was removed",
+                "another data.stage=, or remove these files if nobody needs them",
+            )
+        write_whole(self.folder / MARK, said)
+        for path in self._copies():
+            path.unlink()
+
+    def _copies(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if COPY.fullmatch(path.name)]
 
     def _bytes(self, shards: object) -> int:
         return sum(self._source.shards[shard]["bytes"] for shard in shards)  # type: ignore[attr-defined]
@@ -122,7 +166,7 @@ class Stage:
         the meantime.
         """
         names = {staged_name(shard): shard for shard in self._wanted(*at)}
-        for path in self.folder.iterdir():
+        for path in self._copies():
             if path.name not in names:
                 path.unlink()
         for name, shard in names.items():
@@ -135,9 +179,10 @@ class Stage:
     def _copy(self, shard: int) -> None:
         """Copy one shard. The copy gets its name when it is complete. Errors: Stop(DAMAGED)."""
         about = self._source.shards[shard]
-        source, draft = self._source.root / about["name"], self.folder / ".draft"
+        source, draft = self._source.root / about["name"], self.folder / f".draft-{uuid.uuid4().hex}"
         digest = sha256()
-        with open(source, "rb", buffering=0) as reading, open(draft, "wb") as writing:
+        made = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        with open(source, "rb", buffering=0) as reading, open(made, "wb") as writing:
             while not self._closed and (block := reading.read(1 << 22)):
                 digest.update(block)
                 writing.write(block)

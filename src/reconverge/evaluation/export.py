@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reconverge.base import chance, imagenet
-from reconverge.base.errors import Exit, Stop
-from reconverge.base.files import sha256_of
+from reconverge.base.errors import Exit, Stop, explain
+from reconverge.base.files import anew, no_plain_file, read_text, sha256_of, write_whole
 from reconverge.config import compose
 from reconverge.config.settings import Train
+from reconverge.evaluation import exported
 from reconverge.models import create
 from reconverge.run import checkpoint, reader
+from reconverge.run.checkpoint import load_tensors
 from reconverge.run.reader import Opened
+from reconverge.weights import read
 
 FORMAT = "reconverge-export-1"
 OPSET = 18  # of ONNX
@@ -99,18 +102,20 @@ class Form(NamedTuple):
     logits: Callable[[Path, dict[str, Any], Tensor], Tensor]
     usage: str  # Python code that loads the model from FOLDER
     exact: bool  # whether its logits have equal bits on the machine that wrote it
+    files: tuple[str, ...]  # that are loaded
 
 
 def _safetensors(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
-    save_file(
-        {name: tensor.contiguous() for name, tensor in net.state_dict().items()}, folder / "model.safetensors"
-    )
+    with anew(folder / "model.safetensors") as draft:
+        save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, draft)
 
 
 def _by_ourselves(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
     cfg = compose.from_text(about["config"], Train)
     net = create.model(cfg.model, len(about["classes"]), cfg.seed).eval()
-    net.load_state_dict(load_file(folder / "model.safetensors"))
+    tensors = load_tensors(folder / "model.safetensors")
+    checkpoint.hold(str(folder / "model.safetensors"), tensors, net.state_dict())
+    net.load_state_dict(tensors)
     return net(images)
 
 
@@ -153,50 +158,39 @@ def _timm(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) 
             "license": about["license"],
         },
     }
-    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(folder / "config.json", json.dumps(content, indent=1) + "\n")
     _safetensors(net, folder, about, example)
 
 
 def _by_timm(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
-    import timm
-
-    with chance.scope("init", "export"):
-        net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return net(images)
+    return read.model(str(folder)).eval()(images)
 
 
 def _pt2(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
-    torch.export.save(
-        torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)),
-        folder / "model.pt2",
-    )
+    program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with anew(folder / "model.pt2") as draft:
+        torch.export.save(program, draft)
 
 
 def _by_torch(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
-    return torch.export.load(folder / "model.pt2").module()(images)
+    return exported.pt2(folder / "model.pt2")(images)
 
 
 def _onnx(net: nn.Module, folder: Path, about: dict[str, Any], example: Tensor) -> None:
     _needed("onnx", "onnxscript", "onnxruntime")
-    torch.onnx.export(
-        net,
-        (example,),
-        folder / "model.onnx",
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        external_data=False,
-        verbose=False,
-    )
+    options: dict[str, Any] = {"dynamo": True, "opset_version": OPSET, "external_data": False}
+    shapes = ({0: torch.export.Dim("batch")},)
+    options |= {"input_names": ["images"], "output_names": ["logits"], "verbose": False}
+    with anew(folder / "model.onnx") as draft:
+        torch.onnx.export(net, (example,), draft, dynamic_shapes=shapes, **options)
 
 
 def _by_onnxruntime(folder: Path, about: dict[str, Any], images: Tensor) -> Tensor:
-    _needed("onnxruntime")
+    _needed("onnx", "onnxruntime")
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    model = exported.onnx(folder / "model.onnx")
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     one, all = (session.run(None, {"images": batch.numpy()})[0] for batch in (images[:1], images))
     if abs(one - all[:1]).max() > TOLERANCE * abs(all).max():
         raise Stop(
@@ -222,14 +216,17 @@ def _needed(*packages: str) -> None:
 
 FORMS = {
     "timm": Form(_timm, _by_timm,
-        'import timm\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', True),
+        'import timm\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', True,
+        ("config.json", "model.safetensors")),
     "safetensors": Form(_safetensors, _by_ourselves,
-        'from safetensors.torch import load_file\nweights = load_file("FOLDER/model.safetensors")', True),
+        'from safetensors.torch import load_file\nweights = load_file("FOLDER/model.safetensors")', True,
+        ("model.safetensors",)),
     "pt2": Form(_pt2, _by_torch, 'import torch\nmodel = torch.export.load("FOLDER/model.pt2").module()',
-        True),
+        True, ("model.pt2",)),
     "onnx": Form(_onnx, _by_onnxruntime,
         'import onnxruntime\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
-        'logits = session.run(None, {"images": images})[0]', False),
+        'logits = session.run(None, {"images": images})[0]', False,
+        ("model.onnx",)),
 }  # fmt: skip
 
 
@@ -244,6 +241,7 @@ def export(run: Opened, weights: Weights, form: str, folder: Path, license: str)
     """
     cfg = run.cfg
     net = create.model(cfg.model, len(run.classes), cfg.seed).eval()
+    checkpoint.hold(f"{run.folder}, {weights.kind} weights", weights.tensors, net.state_dict())
     net.load_state_dict(weights.tensors)
     about = {
         "format": FORMAT,
@@ -268,13 +266,18 @@ def export(run: Opened, weights: Weights, form: str, folder: Path, license: str)
     side = cfg.evaluate.size
     example = torch.from_numpy(chance.uniform((EXAMPLES, 3, side, side), "export", "example")).float() * 4 - 2
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise no_plain_file(folder)
     FORMS[form].write(net, folder, about, example)
-    save_file({"images": example, "logits": net(example)}, folder / "example.safetensors")
-    (folder / "README.md").write_text(card(about, folder.name))
+    with anew(folder / "example.safetensors") as draft:
+        save_file({"images": example, "logits": net(example)}, draft)
+    write_whole(folder / "README.md", card(about, folder.name))
     about["files"] = {
-        path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != "export.json"
+        path.name: sha256_of(path)
+        for path in sorted(folder.iterdir())
+        if path.name != "export.json" and path.is_file() and not path.is_symlink()
     }
-    (folder / "export.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_whole(folder / "export.json", json.dumps(about, indent=1) + "\n")
     return about
 
 
@@ -286,9 +289,8 @@ def check(folder: Path) -> str:
     Errors: Stop(MISSING, DAMAGED).
     """
     try:
-        about = json.loads((folder / "export.json").read_text())
-        form = FORMS[about["form"]]
-        files = about["files"].items()
+        about = json.loads(read_text(folder / "export.json"))
+        form, files = FORMS[about["form"]], dict(about["files"])
     except FileNotFoundError:
         raise Stop(
             Exit.MISSING,
@@ -296,32 +298,37 @@ def check(folder: Path) -> str:
             "a folder that reconverge export wrote",
             "correct the path",
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Stop(
-            Exit.DAMAGED,
-            f"{folder / 'export.json'} is damaged: {error!r}",
-            "the file as reconverge export wrote it",
-            "export the model again",
-        ) from None
-    for name, digest in files:
-        if not (folder / name).exists() or sha256_of(folder / name) != digest:
-            raise Stop(
-                Exit.DAMAGED,
-                f"{folder / name} has changed since the export",
-                "every file as reconverge export wrote it",
-                "export the model again",
-            )
-    example = load_file(folder / "example.safetensors")
-    logits = form.logits(folder, about, example["images"])
-    away = float((logits - example["logits"]).abs().max() / example["logits"].abs().max())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(f"{folder / 'export.json'} is damaged: {error!r}") from None
+    for name, digest in files.items():
+        if Path(name).name != name or (folder / name).is_symlink() or not (folder / name).is_file():
+            raise _damaged(f"{folder / name} is missing, or is no plain file of the export")
+        if sha256_of(folder / name) != digest:
+            raise _damaged(f"{folder / name} has changed since the export")
+    for name in ("example.safetensors", *form.files):
+        if name not in files:
+            raise _damaged(f"{folder / 'export.json'} leaves out {name}")
+    example = load_tensors(folder / "example.safetensors")
+    images, expected = example.get("images"), example.get("logits")
+    if images is None or expected is None or images.dtype != torch.float32 or images.ndim != 4:
+        raise _damaged(f"{folder / 'example.safetensors'} has no images and logits")
+    try:
+        logits = form.logits(folder, about, images)
+    except Exception as error:  # of any tool
+        if explain(error):
+            raise
+        words = str(error).partition("\n")[0]
+        raise _damaged(f"{folder}: its model does not compute the example: {words}") from None
+    if not len(images) or (logits.shape, logits.dtype) != (expected.shape, expected.dtype):
+        raise _damaged(f"{folder}: the logits of the example have another shape")
+    away = float((logits - expected).abs().max() / expected.abs().max())
     if not away <= TOLERANCE:
-        raise Stop(
-            Exit.DAMAGED,
-            f"{folder}: the logits of the example differ by {away:.2g} of the largest logit",
-            f"a difference of {TOLERANCE:g} of the largest logit at most",
-            "export the model again",
-        )
+        raise _damaged(f"{folder}: the logits of the example differ by {away:.2g} of the largest logit")
     return "equal bit for bit" if away == 0 else f"equal within {away:.1g} of the largest logit"
+
+
+def _damaged(given: str) -> Stop:
+    return Stop(Exit.DAMAGED, given, "an export as reconverge export wrote it", "export the model again")
 
 
 def _accuracy(run: Opened, weights: Weights) -> float | None:

@@ -57,8 +57,10 @@ def of_run(run: Opened, path: Path) -> Trained:
     nets = {}
     for name, weights in (("raw", "model"), ("ema", "ema")):
         if weights in tensors:
-            nets[name] = create.model(run.cfg.model, len(run.classes), run.cfg.seed).eval()
-            nets[name].load_state_dict(tensors[weights])
+            net = create.model(run.cfg.model, len(run.classes), run.cfg.seed).eval()
+            checkpoint.hold(str(chosen / f"{weights}.safetensors"), tensors[weights], net.state_dict())
+            net.load_state_dict(tensors[weights])
+            nets[name] = net
     cfg, fixed_size = run.cfg, run.cfg.model.image_size is not None
     return Trained(
         str(chosen),

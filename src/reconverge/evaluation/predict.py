@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from reconverge.base.errors import Exit, Stop
-from reconverge.base.files import patiently
+from reconverge.base.files import anew, patiently
 from reconverge.base.terminal import say
 from reconverge.data.folder import suffixes
 from reconverge.report import pictures
@@ -78,7 +78,7 @@ def predict(
     )
     rows, picture = folder / "predictions.csv", folder / "predicted.png"
     if evaluator.world.rank == 0:
-        with open(rows, "w", newline="") as file:
+        with anew(rows) as draft, open(draft, "w", newline="") as file:
             heads = [f"{what}{place}" for place in range(1, best + 1) for what in ("class", "probability")]
             csv.writer(file).writerow(["image", *heads])
             for path, names, of in zip(source.paths, answers, shares, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from reconverge.base.files import write_whole
 from reconverge.base.terminal import say, table
 from reconverge.config.settings import Data
 from reconverge.distributed import ranks
@@ -85,7 +86,7 @@ class Findings:
             content = self._about | {"evaluate": asdict(self._evaluator.settings), "sets": self._found}
             say(row(self._found, list(self._model.nets), *self._beside))
         if writes:
-            path.write_text(json.dumps(content, indent=1) + "\n")
+            write_whole(path, json.dumps(content, indent=1) + "\n")
         say(f"written to {path}")
 
 

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from reconverge.base.files import read_plain
 from reconverge.report.numbers import Bin, Ran, curve, series, steps_per_epoch
 from reconverge.report.pictures import BLUE, EMA, RAW, RED, named, over_epochs, padded, percent_ticks, short
 
@@ -187,8 +188,13 @@ def thumbnail(pixels: np.ndarray) -> str:
 
 
 def picture(path: Path) -> str | None:
-    """The address of a PNG file; None if there is none."""
-    return _address("png", path.read_bytes()) if path.exists() else None
+    """The address of a PNG file; None if there is none. A link, or anything but a picture, is none: nothing
+    else of this computer gets into a page.
+    """
+    if path.is_symlink() or not path.is_file():
+        return None
+    content = read_plain(path)
+    return _address("png", content) if content.startswith(b"\x89PNG\r\n\x1a\n") else None
 
 
 def _address(kind: str, content: bytes) -> str:

@@ -5,6 +5,7 @@ Names of classes, runs and files may be any text; the template escapes them.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from reconverge.base import imagenet
 from reconverge.base.errors import Stop
 from reconverge.base.terminal import mean_and_std
+from reconverge.config.settings import Data
 from reconverge.data import sources, transforms
 from reconverge.data.decode import Undecodable
 from reconverge.report import charts, numbers, pictures
@@ -144,7 +146,8 @@ def _images(run: Ran, newest: Newest, names: list[str]) -> tuple[list[tuple[str,
     """The best and the worst predictions as the model saw them, or none of them and why."""
     found, transform = newest.predictions, transforms.evaluation(run.cfg.evaluate)
     try:
-        source = sources.open_validation(run.cfg.data, run.classes)
+        own = replace(run.cfg.data, cache=Data.cache)  # a run of somebody names no folder to write to
+        source = sources.open_validation(own, run.classes)
         if source.fingerprint != newest.fingerprint:
             return [], "the validation images have changed since the evaluation"
 

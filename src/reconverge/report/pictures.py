@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
+from reconverge.base.files import anew
 from reconverge.config.settings import Data, Evaluate, Mix
 from reconverge.data import transforms
 from reconverge.data.sources import Source
@@ -179,7 +180,7 @@ def sheet(
     with warnings.catch_warnings():
         # Class names in scripts that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(path)
+        _save(figure, path)
 
 
 def curves(folder: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int, mix: Mix) -> None:
@@ -219,7 +220,7 @@ def curves(folder: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int
         # Below the charts, where it covers no line.
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(short(folder.name, 100), fontsize=12, parse_math=False)
-    figure.savefig(folder / "curves.png")
+    _save(figure, folder / "curves.png")
 
 
 def percent_ticks(axes: Any) -> None:
@@ -250,7 +251,12 @@ def plan(path: Path, epochs: Sequence[float], rates: Sequence[float], layers: Ma
         axes.bar(list(layers), list(layers.values()), color="C2")
         axes.xaxis.get_major_locator().set_params(integer=True)
         named(axes, "lr scale", "layer, from the stem to the head")
-    figure.savefig(path)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with anew(path) as draft:
+        figure.savefig(draft)
 
 
 def padded(size: tuple[float, float], pad: float) -> Figure:

@@ -1,24 +1,33 @@
 """Saves checkpoints atomically, and verifies them before they are loaded. milestones.py decides when.
 
 checkpoints/step-00001234/ contains one safetensors file for each set of tensors, state.json, and
-MANIFEST.json with the size and sha256 of each file, which is written last. No loaded file can run code.
+MANIFEST.json with the size and sha256 of each file, which is written last. No loaded file can run code, and
+no tensor is copied into a model or an optimizer before all of them were held against it (`hold`).
 """
 
 import json
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reconverge.base.errors import Exit, Stop
-from reconverge.base.files import sha256_of
+from reconverge.base.files import no_plain_file, read_text, sha256_of
 from reconverge.run.reader import checkpoint_of, checkpoints, step_of
 
 FORMAT = "checkpoint-1"
+NEEDED = ("model.safetensors", "state.json")  # every checkpoint has them
+FILES = re.compile(r"\w+\.safetensors|state\.json")  # and nothing else beside its manifest
+# Folders that a kill may leave in checkpoints/; earlier versions gave them names without the last part.
+PASSING = re.compile(r"\.(new|old)-(step-)?\d{8,}(-[0-9a-f]{32})?")
 
 
 def save(
@@ -41,7 +50,7 @@ def save(
             "free space for one more checkpoint than keep=",
             "free some space, then run the same command again to continue; or use keep=1",
         )
-    new = folder / f".new-{step:08d}"
+    new = folder / f".new-{step:08d}-{uuid.uuid4().hex}"
     try:
         new.mkdir()
         for name, group in tensors.items():
@@ -71,7 +80,7 @@ def save(
         raise
     final = checkpoint_of(folder, step)
     if final.exists():  # a damaged checkpoint, which was reported when the run resumed from an older one
-        final.rename(folder / f".old-{step:08d}")
+        final.rename(folder / f".old-{step:08d}-{uuid.uuid4().hex}")
     new.rename(final)
     _sync(folder)
     _clean(folder)
@@ -126,30 +135,108 @@ def choose(path: Path) -> tuple[Path, list[str]]:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint: None if every file has the recorded size and sha256."""
+    """What is wrong with a checkpoint: None if it has exactly the files of its manifest, each with the
+    recorded size and sha256, and what it says of its step is its name.
+    """
     try:
-        manifest = json.loads((path / "MANIFEST.json").read_text())
+        manifest = json.loads(read_text(path / "MANIFEST.json"))
         if manifest["format"] != FORMAT:
             return f"its format is {manifest['format']}, not {FORMAT}"
-        for name, entry in manifest["files"].items():
+        recorded = dict(manifest["files"])
+        for name in recorded:
+            if not FILES.fullmatch(name):
+                return f"MANIFEST.json lists {name!r}, which is no file of a checkpoint"
+        there = {file.name for file in path.iterdir() if FILES.fullmatch(file.name)}
+        for name in sorted({*there, *NEEDED} - recorded.keys()):
+            return f"MANIFEST.json leaves out {name}"
+        for name, entry in recorded.items():
             file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
+            if file.is_symlink() or not file.is_file():
+                return f"{name} is missing" if not file.is_symlink() else f"{name} is a link"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
             if sha256_of(file) != entry["sha256"]:
                 return f"the sha256 of {name} is not the recorded one"
+        if (said := numbers(path)["step"]) != step_of(path):
+            return f"state.json is of step {said}"
     except FileNotFoundError:
         return "MANIFEST.json is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except Stop as stop:
+        return str(stop.args[1])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "MANIFEST.json is damaged"
     return None
 
 
+def numbers(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: its step, and the state of the loss scale. Errors: Stop(DAMAGED)."""
+    try:
+        found = json.loads(read_text(path / "state.json"))
+        if type(found["step"]) is not int:
+            raise ValueError("its step is no whole number")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(f"{path / 'state.json'}: {error!r}") from None
+    return found
+
+
+def tensors_of(path: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one set, on the CPU. Verify the checkpoint before. Errors: Stop(DAMAGED)."""
+    return load_tensors(path / f"{name}.safetensors")
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Errors: Stop(DAMAGED), FileNotFoundError."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise no_plain_file(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise damaged(f"{path}: {str(error).partition(chr(10))[0]}") from None
+
+
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors of each set, on the CPU, and the state of a checkpoint. Verify it before."""
-    return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, json.loads(
-        (path / "state.json").read_text()
+    """The tensors of each set, on the CPU, and the state of a checkpoint. Verify it before.
+
+    Errors: Stop(DAMAGED).
+    """
+    sets = [file.stem for file in sorted(path.glob("*.safetensors"))]
+    return {name: tensors_of(path, name) for name in sets}, numbers(path)
+
+
+def hold(where: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Hold tensors that were read against those that they are for, before anything is copied: names complete
+    and none besides, shapes, dtypes, and finite values.
+
+    Errors: Stop(DAMAGED). Native code reads what it is given without a second look.
+    """
+    faults = [f"{name} is missing" for name in wanted if name not in tensors]
+    faults += [f"{name} is not one of its tensors" for name in tensors if name not in wanted]
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            continue
+        shape, dtype = wanted[name].shape, wanted[name].dtype
+        if tensor.shape != shape:
+            faults.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
+        elif tensor.dtype != dtype:
+            faults.append(f"{name} has the type {tensor.dtype}, not {dtype}")
+        elif not finite(tensor):
+            faults.append(f"{name} has values that are not finite")
+    if faults:
+        more = f", and {len(faults) - 3} more faults" if len(faults) > 3 else ""
+        raise damaged(f"{where}: {'; '.join(faults[:3])}{more}")
+
+
+def finite(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all())
+
+
+def damaged(given: str) -> Stop:
+    return Stop(
+        Exit.DAMAGED,
+        given,
+        "the file as the run wrote it: each tensor of its model and optimizer, with its shape, its type and"
+        " finite values",
+        "restore the checkpoint from a copy, or remove its folder to use the one before it",
     )
 
 
@@ -160,14 +247,26 @@ def prune(folder: Path, step: int, keep: int, best: Collection[int]) -> None:
     """
     kept = [step_of(path) for path in checkpoints(folder) if step_of(path) <= step][-keep:]
     for path in checkpoints(folder):
-        if step_of(path) not in (*kept, *best):
-            path.rename(folder / f".old-{path.name}")  # so that a kill leaves no incomplete checkpoint
+        if step_of(path) not in (*kept, *best) and _ours(path):
+            path.rename(
+                folder / f".old-{path.name}-{uuid.uuid4().hex}"
+            )  # so that a kill leaves no incomplete checkpoint
     _clean(folder)
 
 
 def _clean(folder: Path) -> None:
+    """Remove what a kill left: folders with our names that hold nothing but files of a checkpoint."""
     for path in [*folder.glob(".new-*"), *folder.glob(".old-*")]:
-        shutil.rmtree(path)
+        if PASSING.fullmatch(path.name) and _ours(path):
+            shutil.rmtree(path)
+
+
+def _ours(path: Path) -> bool:
+    return (
+        not path.is_symlink()
+        and path.is_dir()
+        and all(FILES.fullmatch(file.name) or file.name == "MANIFEST.json" for file in path.iterdir())
+    )
 
 
 def _sync(path: Path) -> None:

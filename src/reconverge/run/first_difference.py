@@ -63,7 +63,7 @@ def checkpoints(one: Path, other: Path) -> str | None:
 
 def manifest(checkpoint: Path) -> dict[str, dict[str, str]]:
     """The files of a checkpoint, each with its hash."""
-    return json.loads((checkpoint / "MANIFEST.json").read_text())["files"]
+    return json.loads(files.read_text(checkpoint / "MANIFEST.json"))["files"]
 
 
 def _first_tensor(one: Path, other: Path) -> str:

@@ -42,6 +42,7 @@ class Run:
         self.overrides = overrides
         self.writes = launcher.HERE.rank == 0
         self.step = 0  # of the training, as far as it has come
+        self.saved = 0  # step of the newest checkpoint; status.json says it, if all of them are deleted
         self.closing = ExitStack()  # what is to be ended with the run, however it ends
         self._cfg = cfg
         self._clock: Clock | None = None  # None: the folder is as it was
@@ -57,6 +58,7 @@ class Run:
     def _open(self) -> tuple[bool, dict[str, Any]]:
         """Whether the run goes on, and what its environment.json says."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_links()
         self._lock = Lock(self.folder / "lock")
         if self._lock.takeover:
             say(self._lock.takeover)
@@ -64,11 +66,12 @@ class Run:
         path = self.folder / "environment.json"
         if not reader.checkpoints(self.checkpoints):  # nothing to compare with
             if path.exists():  # starts that came to no checkpoint stay on record
-                new["starts"] = json.loads(path.read_text())["starts"]
+                new["starts"] = reader.environment(self.folder)["starts"]
+            self._refuse_lost_checkpoints(new["starts"])
             return False, new
         try:
-            recorded = json.loads(path.read_text())
-            before = compose.from_text((self.folder / "config.yaml").read_text(), Train)
+            recorded = json.loads(files.read_text(path))
+            before = compose.from_text(files.read_text(self.folder / "config.yaml"), Train)
         except (FileNotFoundError, ValueError) as error:
             raise Stop(
                 Exit.DAMAGED,
@@ -78,6 +81,30 @@ class Run:
             ) from error
         self._settle(published.differences(before, self._cfg), recorded, self._cfg.resume_allow)
         return True, recorded
+
+    def _refuse_links(self) -> None:
+        """What this process will write in the folder must not land elsewhere. Errors: Stop(DAMAGED)."""
+        for path in sorted(self.folder.iterdir()):
+            below = path.iterdir() if path == self.checkpoints and not path.is_symlink() else ()
+            for one in (path, *below):
+                if one.is_symlink() and one.suffix != ".py":
+                    raise files.no_plain_file(one)
+
+    def _refuse_lost_checkpoints(self, starts: Sequence[dict[str, Any]]) -> None:
+        """A run that has saved does not start over its own record. Errors: Stop(MISSING)."""
+        path = self.folder / "status.json"
+        status = reader.status(self.folder) if path.exists() else {}
+        ended = status.get("step", 0) if status.get("reason") in ("done", "preempted") else 0
+        saved = max([status.get("saved") or 0, ended, *(start.get("after_step", 0) for start in starts)])
+        if saved:
+            raise Stop(
+                Exit.MISSING,
+                f"{self.folder} has no checkpoint, but it has saved one after step {saved}, and its record is"
+                " still there",
+                "a run with its checkpoints, or a run that has never saved one",
+                f"restore {self.checkpoints} from a copy; or run=NAME for a new run; or remove {self.folder}"
+                " to begin this one again",
+            )
 
     def finished(self) -> str | None:
         """The last line of a run that has nothing left to do."""
@@ -177,7 +204,7 @@ class Run:
         `notes`: what is to be known of the data, such as that it is a lossy copy. `decoder`: what decodes its
         images from now on.
         """
-        self.step, self._clock = step, clock
+        self.step, self.saved, self._clock = step, step, clock
         command = shlex.join([sys.executable, sys.argv[0], *self.overrides])
         start = {"time": _now(), "after_step": step, "command": command, "decoder": decoder}
         self._environment |= {
@@ -200,6 +227,7 @@ class Run:
             "reason": reason,
             "exit_code": int(code),
             "step": self.step,
+            "saved": self.saved,
             "end": self._clock.end,
             "total": self._clock.total,
             "summary": summary,
@@ -239,7 +267,9 @@ class Run:
             return
         path = self.folder / "errors" / f"rank-{launcher.HERE.rank}.txt"
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join([_now(), "\n", *traceback.format_exception(error), f"{stop or ''}\n"]))
+        files.write_whole(
+            path, "".join([_now(), "\n", *traceback.format_exception(error), f"{stop or ''}\n"])
+        )
         if stop:
             stop.told = True
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from reconverge.base.errors import Exit, Stop
-from reconverge.base.files import json_line
+from reconverge.base.files import appending, json_line, read_text
 from reconverge.base.signals import told_by
 from reconverge.base.terminal import Progress, counted, say
 from reconverge.config.settings import Train
@@ -57,8 +57,8 @@ class Log:
         self._progress: Progress | None = None
         self._tracker: Tracker | None = None
         if run.writes:
-            self._metrics = open(run.folder / "metrics.jsonl", "a")  # noqa: SIM115, for the whole of the run
-            self._record = open(run.folder / "record.jsonl", "a")  # noqa: SIM115
+            self._metrics = appending(run.folder / "metrics.jsonl")  # for the whole of the run
+            self._record = appending(run.folder / "record.jsonl")
             self._progress = Progress(run.step, clock.end)
             self._tracker = Tracker(cfg.tracker, run.folder)
             if self._tracker.note:
@@ -126,6 +126,14 @@ class Log:
 
     def _stop_if_not_finite(self, steps: list[Step]) -> None:
         for step, loss, norm, *_ in steps:
+            if norm == -math.inf:  # optim.checked
+                raise Stop(
+                    Exit.NOT_FINITE,
+                    f"step {step}: the loss is {loss}, and after its update some weights are not finite",
+                    "finite numbers; the last checkpoint is good: its weights were looked at before it was"
+                    " written",
+                    "a lower optim.lr=, or optim.clip=1; a resumed run meets the same step again",
+                )
             self._in_a_row = 0 if math.isfinite(norm) else self._in_a_row + 1
             if self._in_a_row > (OVERFLOWS if self._cfg.precision == "fp16" else 0):
                 raise Stop(
@@ -193,7 +201,7 @@ class Log:
         if comparison:
             rows["compared"] = comparison
         if (replaced := run.folder / "quarantine.jsonl").exists():
-            count = len(replaced.read_text().splitlines())
+            count = len(read_text(replaced).splitlines())
             verb = "was" if count == 1 else "were"
             rows["replaced"] = f"{counted(count, 'damaged image')} {verb} replaced (quarantine.jsonl)"
         rows["folder"] = f"{run.folder}/"

@@ -38,7 +38,7 @@ def save(path: Path, step: int, source: Source, results: dict[str, Result]) -> N
 
 def load(path: Path) -> tuple[int, str, dict[str, Predictions]]:
     """Step, fingerprint of the validation images, and the predictions by kind of weights: raw, ema."""
-    with open(path, "rb") as opened, np.load(opened) as file:  # np.load(path) does not close a damaged file
+    with np.load(io.BytesIO(files.read_plain(path)), allow_pickle=False) as file:
         kinds = dict.fromkeys(name.partition("/")[0] for name in file if "/" in name)
         found = {
             kind: Predictions(file["labels"], *(file[f"{kind}/{name}"] for name in OF_WEIGHTS))

@@ -5,13 +5,14 @@ A file that is damaged gives Stop(DAMAGED) with the name of the file and the fau
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from zipfile import BadZipFile
 
 from reconverge.base.errors import Exit, Stop, reason
-from reconverge.base.files import json_lines
+from reconverge.base.files import json_lines, read_text
 from reconverge.config import compose
 from reconverge.config.settings import Train
 
@@ -41,8 +42,8 @@ def opened(path: Path) -> Opened:
         )
     for folder in (path, *path.parents[:2]):
         if (folder / "config.yaml").exists() and (folder / "classes.txt").exists():
-            cfg = compose.from_text((folder / "config.yaml").read_text(), Train)
-            return Opened(folder, cfg, (folder / "classes.txt").read_text().splitlines())
+            config, classes = _text(folder / "config.yaml"), _text(folder / "classes.txt")
+            return Opened(folder, compose.from_text(config, Train), classes.splitlines())
     raise Stop(
         Exit.MISSING,
         f"{path} is neither a run nor a checkpoint of a run",
@@ -77,15 +78,16 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def record(folder: Path) -> list[dict[str, Any]]:
-    """The lines of record.jsonl, or none if there is no file."""
-    return json_lines(folder / "record.jsonl")
+    """The lines of record.jsonl, or none if there is no file. Errors: Stop(DAMAGED)."""
+    path = folder / "record.jsonl"
+    return as_written(path, lambda: [_of_step(line) for line in json_lines(path)])
 
 
 def as_written(path: Path, load: Callable[[], Content]) -> Content:
     """The result of `load`, which reads the file `path`. Errors: Stop(DAMAGED); OSError is passed on."""
     try:
         return load()
-    except (ValueError, TypeError, KeyError, AttributeError, EOFError, BadZipFile) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, EOFError, BadZipFile, RecursionError) as error:
         raise Stop(
             Exit.DAMAGED,
             f"{path} is damaged: {reason(error)}",
@@ -94,9 +96,13 @@ def as_written(path: Path, load: Callable[[], Content]) -> Content:
         ) from None
 
 
+def _text(path: Path) -> str:
+    return as_written(path, lambda: read_text(path))
+
+
 def _table(path: Path, *needed: str) -> dict[str, Any]:
     def load() -> dict[str, Any]:
-        table = json.loads(path.read_text())
+        table = json.loads(read_text(path))
         return table | {key: table[key] for key in needed}
 
     return as_written(path, load)
@@ -104,11 +110,15 @@ def _table(path: Path, *needed: str) -> dict[str, Any]:
 
 def _numbers(line: Any) -> dict[str, Any]:
     """A line of metrics.jsonl; ValueError for anything else."""
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        raise ValueError(f"a line without a step: {line}")
-    for key, value in line.items():
+    for key, value in _of_step(line).items():
         if not (value is None or type(value) in (int, float)):
             raise ValueError(f"step {line['step']}: {key} is not a number")
+    return line
+
+
+def _of_step(line: Any) -> dict[str, Any]:
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        raise ValueError(f"a line without a step: {line}")
     return line
 
 
@@ -149,8 +159,8 @@ def best(lines: Sequence[Mapping[str, Any]]) -> Best | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints in a folder checkpoints/, oldest first, valid or not."""
-    return sorted(folder.glob("step-*"))
+    """All checkpoints in a folder checkpoints/, oldest first, valid or not; no other folder beside them."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:

@@ -42,7 +42,7 @@ class State:
         """Load the newest valid checkpoint. Returns its step (0: there is none), and why newer ones were
         skipped.
 
-        Errors: Stop(DAMAGED).
+        Errors: Stop(DAMAGED, NOT_COMPARABLE); then model and optimizer are unchanged.
         """
         path, skipped = ranks.from_rank_0(lambda: checkpoint.newest_valid(folder))
         if path is None:
@@ -55,17 +55,46 @@ class State:
                 "start the run in a folder on a shared file system",
             )
         tensors, numbers = checkpoint.load(path)
-        try:
-            self.net.load_state_dict(tensors["model"])
-            if self.ema:
-                self.ema.model.load_state_dict(tensors["ema"])
-            optim.load_state_tensors(self.optimizer, tensors["optimizer"])
-        except (KeyError, RuntimeError) as error:
-            raise Stop(
-                Exit.NOT_COMPARABLE,
-                f"{path}: {str(error).splitlines()[0]}",
-                "a checkpoint of this model, with EMA weights if ema.decay is set",
-                "run=NAME to start a new run",
-            ) from error
+        for name, model in self._models().items():
+            if name not in tensors:
+                raise Stop(
+                    Exit.NOT_COMPARABLE,
+                    f"{path} has no {name}.safetensors",
+                    "a checkpoint of this model, with EMA weights if ema.decay is set",
+                    "run=NAME to start a new run",
+                )
+            checkpoint.hold(str(path / f"{name}.safetensors"), tensors[name], model.state_dict())
+        self._hold_optimizer(path, tensors.get("optimizer", {}), numbers["step"])
+        self._hold_scaler(path, numbers.get("scaler"))
+        # Nothing was changed so far. Now nothing can be refused any more.
+        for name, model in self._models().items():
+            model.load_state_dict(tensors[name])
+        optim.load_state_tensors(self.optimizer, tensors.get("optimizer", {}))
         self.scaler.load_state_dict(numbers["scaler"])
         return numbers["step"], skipped
+
+    def _models(self) -> dict[str, nn.Module]:
+        """By the name of their file."""
+        return {"model": self.net} | ({"ema": self.ema.model} if self.ema else {})
+
+    def _hold_optimizer(self, path: Path, tensors: dict[str, torch.Tensor], step: int) -> None:
+        """Errors: Stop(DAMAGED). The fused kernel would write past moments that are too short."""
+        if not tensors and self.scaler.is_enabled() and not self.optimizer.defaults["fused"]:
+            return  # fp16 has skipped every step so far
+        where = str(path / "optimizer.safetensors")
+        checkpoint.hold(where, tensors, optim.expected_state(self.optimizer))
+        for name, tensor in tensors.items():
+            bad = bool((tensor < 0).any()) and not name.endswith("/exp_avg")
+            if bad or (name.endswith("/step") and float(tensor) > step):
+                raise checkpoint.damaged(f"{where}: {name} has values that no training gives")
+
+    def _hold_scaler(self, path: Path, state: object) -> None:
+        """Errors: Stop(DAMAGED)."""
+        wanted = self.scaler.state_dict()
+        right = isinstance(state, dict) and state.keys() == wanted.keys()
+        if right and isinstance(state, dict):
+            numbers = state.values()
+            right = all(type(number) in (int, float) and 0 <= number < float("inf") for number in numbers)
+            right = right and state.get("scale", 1) > 0
+        if not right:
+            raise checkpoint.damaged(f"{path / 'state.json'}: the state of the loss scale is {state}")

@@ -15,10 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from reconverge.base import files, launcher
 from reconverge.config.settings import Tracker as Settings
 
 FAILED = "wandb online failed"  # so begins the line of tracker.log that says it
-COMMAND = ("-m", "reconverge.run.tracker")
+COMMAND = launcher.module("reconverge.run.tracker")
 FLUSH = 30.0  # seconds that the end of a run waits for the mirror
 
 
@@ -32,7 +33,7 @@ class Tracker:
             return
         self.note = _offline_note(folder) if settings.name == "wandb" else _viewer_note(folder)
         command = [sys.executable, *COMMAND, settings.name, settings.project, str(folder)]
-        with open(self._log, "a") as log:
+        with files.appending(self._log) as log:
             self._log_before = log.tell()
             # A session of its own: Ctrl-C is for the training. It ends when its standard input does, however
             # this process ended.
@@ -81,7 +82,7 @@ def _viewer_note(folder: Path) -> str:
 def mirror(name: str, project: str, folder: Path) -> None:
     write, finish = {"wandb": _wandb, "tensorboard": _tensorboard}[name](folder, project)
     mark = folder / f"tracker-{name}.json"
-    done = json.loads(mark.read_text()) if mark.exists() else {"step": -1, "records": 0}
+    done = json.loads(files.read_text(mark)) if mark.exists() else {"step": -1, "records": 0}
     metrics, seen, at_step = folder / "metrics.jsonl", {"step": -1, "records": 0}, 0
     ended = False
     while True:
@@ -97,7 +98,7 @@ def mirror(name: str, project: str, folder: Path) -> None:
                 if (seen["step"], seen["records"]) > (done["step"], done["records"]):
                     write(record)
                     done = seen
-        mark.write_text(json.dumps(done))
+        files.write_whole(mark, json.dumps(done))
         if ended:
             break
         ended = bool(
@@ -121,7 +122,7 @@ def _wandb(folder: Path, project: str) -> tuple[Write, Callable[[], None]]:
             id=sha256(str(folder.resolve()).encode()).hexdigest()[:16],
             resume="allow",
             dir=str(folder),
-            config=yaml.safe_load((folder / "config.yaml").read_text()),
+            config=yaml.safe_load(files.read_text(folder / "config.yaml")),
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(init_timeout=30),
         )

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from reconverge.config.settings import Optim
 from reconverge.models.layers import layers
@@ -92,6 +93,19 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     }
 
 
+def expected_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What `state_tensors` returns after an update, as to names, shapes and dtypes: for each parameter that
+    is trained two moments and a step count. The values are nothing.
+    """
+    count, found = torch.zeros(()), dict[str, torch.Tensor]()
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if parameter.requires_grad:
+                found |= {f"{name}/step": count}
+                found |= {f"{name}/{kind}": parameter for kind in ("exp_avg", "exp_avg_sq")}
+    return found
+
+
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Load the tensors that `state_tensors` returned.
 
@@ -122,3 +136,13 @@ def update(optimizer: torch.optim.AdamW, skip: torch.Tensor) -> None:
         optimizer.step()
     elif not skip.item():
         optimizer.step()
+
+
+def checked(model: nn.Module, norm: torch.Tensor) -> torch.Tensor:
+    """The gradient's `norm`, or -inf if an update left a weight or a buffer that is not finite. It stays on
+    the device: the host learns of both by one number, when the log is written.
+    """
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    largest = get_total_norm(floats, norm_type=math.inf)
+    return torch.where(largest.isfinite(), norm, -math.inf)

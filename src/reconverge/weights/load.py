@@ -13,7 +13,7 @@ from reconverge.base import imagenet
 from reconverge.base.errors import Exit, Stop
 from reconverge.weights import names, read
 from reconverge.weights.names import Entry
-from reconverge.weights.read import Pretrained
+from reconverge.weights.read import FLOATS, INTEGERS, Pretrained
 
 SHOWN = 8  # names of one kind in a message; environment.json has them all
 # The possible results for a key. The numbers of the first five are always printed; the others only if there
@@ -42,13 +42,7 @@ def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str])
     fitting, head_entries = _sorted(entries, own, head_names, keys)
     _refuse_partial(init, found, keys, strict)
     for entry in (*fitting, *head_entries):
-        if entry.tensor.is_floating_point() and not entry.tensor.isfinite().all():
-            raise Stop(
-                Exit.DAMAGED,
-                f"init={init}: {entry.given} has values that are not finite",
-                "weights with finite values only",
-                "use another file or checkpoint",
-            )
+        _refuse_values(init, entry, own[entry.name])
     said = _load_head(own, head_names, head_entries, head, found, classes, init)
     for entry in fitting:
         own[entry.name].copy_(entry.tensor)  # a state dict shares its memory with the model
@@ -59,6 +53,32 @@ def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str])
         "head": said,
         "keys": {kind: names for kind, names in keys.items() if names or kind in ALWAYS},
     }
+
+
+def _refuse_values(init: str, entry: Entry, own: Tensor) -> None:
+    """Errors: Stop(USAGE) for numbers of another kind than the weight's, such as int8 without its scale;
+    Stop(DAMAGED) for values that are not finite once they have the type of the weight.
+    """
+    tensor, kind = entry.tensor, "floating-point numbers" if own.is_floating_point() else "integers"
+    allowed = FLOATS if own.is_floating_point() else INTEGERS
+    if tensor.dtype not in allowed or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        how = f"{tensor.dtype}".removeprefix("torch.")
+        how += "" if tensor.layout == torch.strided else f", {tensor.layout}".replace("torch.", "")
+        raise Stop(
+            Exit.USAGE,
+            f"init={init}: {entry.given} consists of {how}"
+            + (" without values" if tensor.device.type == "meta" else ""),
+            f"{kind}: {', '.join(str(dtype).removeprefix('torch.') for dtype in allowed)}",
+            "weights that are not quantized, saved as float32",
+        )
+    if not tensor.to(own.dtype).isfinite().all():
+        cast = "" if not tensor.isfinite().all() else f" as {own.dtype}".replace("torch.", "")
+        raise Stop(
+            Exit.DAMAGED,
+            f"init={init}: {entry.given} has values that are not finite{cast}",
+            "weights with finite values only",
+            "use another file or checkpoint",
+        )
 
 
 def table(origin: dict[str, Any]) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Reads the weights that `init=` names: a run, a file, a folder, or a download. No file can run code."""
 
-import argparse
 import difflib
 import json
 import os
@@ -8,38 +7,23 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import safetensors.torch
 import timm
-import torch
 import torchvision
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from reconverge.base import chance
 from reconverge.base.errors import Exit, Stop, explain
-from reconverge.base.files import sha256_of
+from reconverge.base.files import read_text, sha256_of
 from reconverge.run import checkpoint
-
-FORMS = (
-    "runs/NAME, one of its checkpoints, a .safetensors, .pth or .pt file, a folder with config.json,"
-    " timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME"
-)
-# Names of the raw and the EMA weights in checkpoint files: first those of the official code of ConvNeXt, DeiT
-# and Swin, then those of timm.
-SETS = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
-LOCAL_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    tensors: dict[str, Tensor]  # names as in the file
-    classes: list[str] | None  # of the rows of the head; None if they are not known
-    origin: dict[str, Any]  # for environment.json; always has `text` and `sha256`
+from reconverge.weights import stored
+from reconverge.weights.stored import FLOATS, FORMS, INTEGERS, SETS, Pretrained
 
 
 def read(init: str) -> Pretrained:
@@ -69,7 +53,7 @@ def read(init: str) -> Pretrained:
         raise _absent(path)
     if path.is_dir():
         return _folder(path, wanted)
-    return _file(path, wanted)
+    return stored.file(path, wanted)
 
 
 def _absent(path: Path) -> Stop:
@@ -90,7 +74,7 @@ def _folder(path: Path, wanted: str) -> Pretrained:
     if is_run:
         return _run(path, wanted or "raw")
     if is_timm:
-        return _timm_folder(path, wanted)
+        return stored.timm_folder(path, wanted)
     raise Stop(
         Exit.MISSING,
         f"init={path} is a folder without checkpoints/ and config.json",
@@ -112,7 +96,7 @@ def _run(path: Path, wanted: str) -> Pretrained:
             f"init={path}",
         )
     try:
-        classes = (run / "classes.txt").read_text().splitlines()
+        classes = read_text(run / "classes.txt").splitlines()
     except FileNotFoundError:
         raise Stop(
             Exit.MISSING,
@@ -120,12 +104,11 @@ def _run(path: Path, wanted: str) -> Pretrained:
             "a run's folder with all its files",
             "restore the file from a copy",
         ) from None
-    step = json.loads((chosen / "state.json").read_text())["step"]
-    digest = json.loads((chosen / "MANIFEST.json").read_text())["files"][files[wanted].name]["sha256"]
+    step, digest = checkpoint.numbers(chosen)["step"], sha256_of(files[wanted])
     text = f"{path}: {wanted} weights of run {run.name} after step {step}"
     text += "".join(f"; skipped a damaged checkpoint: {reason}" for reason in skipped)
     return Pretrained(
-        safetensors.torch.load_file(files[wanted]),
+        checkpoint.load_tensors(files[wanted]),
         classes,
         {
             "text": text,
@@ -135,125 +118,6 @@ def _run(path: Path, wanted: str) -> Pretrained:
             "path": str(files[wanted]),
             "sha256": digest,
         },
-    )
-
-
-def _timm_config(path: Path) -> tuple[str, Any]:
-    """Architecture and label names of timm's config.json. Errors: Stop(DAMAGED)."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-        return str(config["architecture"]), config.get(
-            "label_names", config.get("pretrained_cfg", {}).get("label_names")
-        )
-    except (ValueError, KeyError, AttributeError) as error:
-        raise Stop(
-            Exit.DAMAGED,
-            f"{path / 'config.json'}: {error!r}",
-            "timm's config.json with the key architecture",
-            "name another folder, or name the file with the weights instead",
-        ) from error
-
-
-def _timm_folder(path: Path, wanted: str) -> Pretrained:
-    """A folder that timm's save_for_hf writes, and timm reads by the name local-dir:PATH."""
-    architecture, names = _timm_config(path)
-    found = [path / name for name in LOCAL_FILES if (path / name).exists()]
-    if not found:
-        raise Stop(
-            Exit.MISSING,
-            f"init={path} has no file with weights",
-            f"a folder with config.json and {' or '.join(LOCAL_FILES)}",
-            "correct the path, or name the file with the weights",
-        )
-    weights = _file(found[0], wanted)
-    origin = {**weights.origin, "architecture": architecture, "text": f"{found[0]}: {architecture}"}
-    return Pretrained(
-        weights.tensors, [str(name) for name in names] if isinstance(names, list) else None, origin
-    )
-
-
-def _file(path: Path, wanted: str) -> Pretrained:
-    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
-        raise Stop(Exit.USAGE, f"init={path}", FORMS, "name one of these")
-    if (path.parent / "MANIFEST.json").exists():
-        # Read as a single file, its sha256 and classes and the name of its run would be lost.
-        change = f"init={path.parent}{':ema' if path.stem == 'ema' else ''}"
-        raise Stop(
-            Exit.USAGE,
-            f"init={path} is one file of a checkpoint",
-            "the folder of the checkpoint",
-            change,
-        )
-    content = _load(path)
-    tensors, chosen = content, "one set of weights"
-    held = {kind: [key for key in keys if isinstance(content.get(key), dict)] for kind, keys in SETS.items()}
-    if held["raw"] or held["ema"]:
-        keys = held[wanted or "raw"]
-        if len(keys) != 1:
-            change = f"init={path}:ema" if held["ema"] and not wanted else f"init={path}"
-            raise Stop(
-                Exit.USAGE,
-                f"init={path}{wanted and ':' + wanted}; the keys of this file are"
-                f" {', '.join(map(str, content))}",
-                "a file with one of the keys model, state_dict; with :ema one of model_ema, state_dict_ema",
-                change,
-            )
-        tensors, chosen = content[keys[0]], f"key {keys[0]}"
-    elif wanted:
-        raise Stop(
-            Exit.USAGE,
-            f"init={path}:{wanted}",
-            "the path without :raw or :ema, because this file has only one set of weights",
-            f"init={path}",
-        )
-    if not tensors or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-    ):
-        raise Stop(
-            Exit.USAGE,
-            f"init={path}; the keys of this file are {', '.join(map(str, list(content)[:8]))}",
-            "a state dict (name -> tensor), or a file with a state dict in one of the keys model, model_ema,"
-            " state_dict, state_dict_ema",
-            "save the state_dict() of the model, or name another file",
-        )
-    digest = sha256_of(path)
-    return Pretrained(
-        tensors,
-        None,
-        {"text": f"{path}: {chosen}", "weights": chosen, "path": str(path.absolute()), "sha256": digest},
-    )
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """Reads tensors and plain values only; argparse.Namespace is also allowed, because the official
-    checkpoints store their options in one.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    # torch raises UnpicklingError, EOFError, RuntimeError, ValueError, KeyError and more on broken files
-    except Exception as error:
-        if not isinstance(error, SafetensorError) and explain(error):
-            raise
-        raise _unreadable(str(path), error) from None
-    return content if isinstance(content, dict) else {}
-
-
-def _unreadable(init: str, error: Exception) -> Stop:
-    code = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.\w+)", str(error))
-    if code:
-        reason = f"it asks for {code[1]}, which could run code"
-    elif isinstance(error, pickle.UnpicklingError):  # torch's own message advises to load it unsafely
-        reason = "not a file of torch.save"
-    else:
-        reason = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
-    return Stop(
-        Exit.DAMAGED,
-        f"{init}: {reason}",
-        "a whole file of tensors and plain values; nothing of this one was run",
-        "save the weights alone: torch.save(model.state_dict(), FILE)" if code else "the file",
     )
 
 
@@ -268,7 +132,7 @@ def _downloading(init: str) -> Iterator[None]:
     try:
         yield
     except (pickle.UnpicklingError, SafetensorError) as error:
-        raise _unreadable(init, error) from None
+        raise stored.unreadable(init, error) from None
     except Exception as error:  # of requests, httpx, urllib, huggingface_hub
         stop = explain(error)
         if stop and stop.code != Exit.MISSING:
@@ -291,6 +155,7 @@ def model(given: str) -> nn.Module:
     Errors: Stop(USAGE, MISSING, DAMAGED).
     """
     scheme, _, name = given.partition(":")
+    tensors: dict[str, Tensor] = {}  # as they are stored; those of timm's own names are checked by their hash
     if scheme == "timm":
         if not timm.is_model_pretrained(name):
             known = timm.list_pretrained()
@@ -312,11 +177,48 @@ def model(given: str) -> nn.Module:
         name = given
     else:
         folder = Path(given).expanduser()
-        _timm_config(folder)
+        stored.timm_config(folder)
+        tensors = stored.file(stored.weights_in(folder), "").tensors
         name = f"local-dir:{folder}"
     # timm knows the addresses of the weights, and converts old names of weights.
     with _downloading(given), chance.scope("init", given):
-        return timm.create_model(name, pretrained=True)
+        if scheme == "hf-hub":
+            tensors = _of_hub(name.partition(":")[2])
+        net = timm.create_model(name, pretrained=True)
+    _refuse_others(given, tensors, net)
+    return net
+
+
+def _of_hub(repository: str) -> dict[str, Tensor]:
+    """The tensors as they are stored in a repository, whose config.json was looked at. Errors: Stop(DAMAGED),
+    those of the library.
+    """
+    owner, _, revision = repository.partition("@")
+    path = Path(huggingface_hub.hf_hub_download(owner, "config.json", revision=revision or None))
+    stored.timm_config(path.parent)
+    known = json.loads(path.read_text())
+    other = known.get("pretrained_cfg", known).get("hf_hub_filename")
+    given = {"filename": str(other)} if other else {}
+    return timm.models.load_state_dict_from_hf(repository, weights_only=True, **given)
+
+
+def _refuse_others(given: str, tensors: dict[str, Tensor], net: nn.Module) -> None:
+    """Refuse what timm has cast to the type of the weight, or loaded although it is not finite.
+
+    Errors: Stop(DAMAGED).
+    """
+    own = net.state_dict()
+    for name, tensor in tensors.items():
+        allowed = FLOATS if name in own and own[name].is_floating_point() else (*FLOATS, *INTEGERS)
+        if tensor.dtype not in allowed:
+            raise _no_weights(given, f"{name} consists of {tensor.dtype}".replace("torch.", ""))
+    for name, tensor in own.items():
+        if not checkpoint.finite(tensor):
+            raise _no_weights(given, f"{name} has values that are not finite")
+
+
+def _no_weights(given: str, reason: str) -> Stop:
+    return Stop(Exit.DAMAGED, f"{given}: {reason}", "finite floating-point weights", "use other weights")
 
 
 def _created(given: str) -> Pretrained:
