@@ -10,26 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.progress import track
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import patiently
 from reconverge.data import index
+from reconverge.data.image import suffixes
 
 VERSION = "index-2"  # also the name of the folder in the cache
-
-# Formats that Pillow recognises but cannot decode without other programs.
-STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-
-
-def suffixes() -> set[str]:
-    """Suffixes of image files: those of all formats that Pillow can decode."""
-    return {
-        suffix
-        for suffix, name in Image.registered_extensions().items()
-        if name in Image.OPEN and name not in STUBS
-    }
 
 
 class Folder:

@@ -23,7 +23,7 @@ from xxhash import xxh3_64_digest
 from reconverge.base import chance, files
 from reconverge.base.errors import Exit, Stop, reason
 from reconverge.base.signals import CAUGHT
-from reconverge.data.decode import Undecodable
+from reconverge.data.image import Undecodable
 from reconverge.data.order import Microbatch
 from reconverge.data.sources import Source
 from reconverge.data.transforms import Transform

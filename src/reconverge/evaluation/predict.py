@@ -10,7 +10,7 @@ from torch import nn
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import patiently
 from reconverge.base.terminal import say
-from reconverge.data.folder import suffixes
+from reconverge.data.image import suffixes
 from reconverge.report import pictures
 from reconverge.report.pictures import pixels
 from reconverge.training.evaluate import Evaluator, top5

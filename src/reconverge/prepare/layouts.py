@@ -13,7 +13,7 @@ from typing import NamedTuple
 from reconverge.base import imagenet
 from reconverge.base.errors import Exit, Stop
 from reconverge.data import tar
-from reconverge.data.folder import suffixes
+from reconverge.data.image import suffixes
 from reconverge.prepare import archives, validation_labels
 
 FORMS = (

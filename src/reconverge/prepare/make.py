@@ -20,7 +20,7 @@ from reconverge.base.lock import Lock
 from reconverge.base.terminal import Meter, say
 from reconverge.prepare import in_place, indexing, layouts
 from reconverge.prepare.layouts import Layout, Taken
-from reconverge.prepare.odd import UNREADABLE, Bomb, oddities, shrunk, strict_exif
+from reconverge.prepare.odd import UNREADABLE, Bomb, oddities, shrunk, warnings_kept
 from reconverge.prepare.scatter import Scatter
 
 
@@ -79,7 +79,7 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
     work.mkdir(parents=True, exist_ok=True)
     lock = Lock(to / ".lock")
     try:
-        with strict_exif(), ThreadPoolExecutor(jobs) as threads:
+        with warnings_kept(), ThreadPoolExecutor(jobs) as threads:
             if found:
                 about = in_place.indexed(found, to, work, dataset, threads)
             else:

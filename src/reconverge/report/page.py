@@ -14,7 +14,7 @@ from reconverge.base import imagenet
 from reconverge.base.errors import Stop
 from reconverge.base.terminal import mean_and_std
 from reconverge.data import sources, transforms
-from reconverge.data.decode import Undecodable
+from reconverge.data.image import Undecodable
 from reconverge.report import charts, numbers
 from reconverge.report.numbers import Newest, Ran
 from reconverge.training.evaluate import calibration_error
