@@ -77,6 +77,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """Wait until the contents of a file are on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     digest = sha256()

@@ -18,6 +18,8 @@ from reconverge.data import index, tar
 
 FORMAT = "reconverge-shards-1"
 IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "ppm")  # suffixes of images in shards
+FLAT = "of one colour only"  # kinds of dataset.json's "unusual", beside those of image.py
+UNREADABLE = "unreadable, at which training stops unless data.on_bad_image=substitute"
 OPEN = 64  # shards that one process keeps open
 
 
@@ -298,6 +300,11 @@ def notes(about: dict[str, Any], split: str) -> list[str]:
     """Remarks about this split that the user should see before training."""
     part, lossy = about["splits"][split], about["lossy"]
     said = []
+    for kind, count in part.get("unusual", {}).items():
+        if kind != FLAT:
+            said.append(f"{split}: {count} images {kind}")
+        elif count == part["images"]:
+            said.append(f"{split}: every image is {kind}; nothing can be learned from them")
     if part["expected"] not in (None, part["images"]):
         said.append(f"{split}: {part['images']} images, but the published set has {part['expected']}")
     if lossy:

@@ -68,7 +68,7 @@ def indexed(
     report = to / "report.jsonl"
     lines: list[str] = []
 
-    def examine(sample: shards.Sample) -> None:
+    def examine(split: str, sample: shards.Sample) -> None:
         try:
             odd = oddities(sample.data, sample.suffix)
         except Bomb as bomb:
@@ -79,7 +79,9 @@ def indexed(
                 "remove the image from the shard",
             ) from None
         if odd:
-            lines.append(json.dumps({"key": sample.key, "odd": odd, "fate": "kept as it is"}) + "\n")
+            lines.append(
+                json.dumps({"split": split, "key": sample.key, "odd": odd, "fate": "kept as it is"}) + "\n"
+            )
 
     parts = indexing.indexed(to, work, names, threads, examine)
     report.write_text("".join(sorted(lines)))

@@ -11,12 +11,17 @@ from PIL import Image
 
 from reconverge.base.errors import reason
 from reconverge.data import image as images
+from reconverge.data import shards
 from reconverge.data.image import Undecodable
 
 UNREADABLE = ("empty", "unreadable", "truncated")  # --drop-unreadable leaves out these
-FLAT = "one colour in every pixel"
 
 _warned = threading.local()  # .texts: Pillow's warnings in this thread
+
+
+def is_unreadable(word: str) -> bool:
+    """Whether a word of oddities() says that the image cannot be decoded."""
+    return word.startswith(UNREADABLE)
 
 
 class Bomb(Exception):
@@ -76,7 +81,7 @@ def oddities(data: bytes, suffix: str) -> list[str]:
         cut = "truncated" in str(error) or "Truncated" in str(error)
         found.append(f"{'truncated' if cut else 'unreadable'}: {error}")
     else:
-        found += [FLAT] * (colours is not None)
+        found += [shards.FLAT] * (colours is not None)
     return found
 
 
