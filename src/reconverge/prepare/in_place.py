@@ -65,6 +65,8 @@ def indexed(
         "indexing WebDataset shards without copying them:"
         f" {', '.join(f'{len(paths)} of {split}' for split, paths in found.items())}"
     )
+    for split, paths in found.items():
+        _show_first(split, paths)
     report = to / "report.jsonl"
     lines: list[str] = []
 
@@ -84,6 +86,23 @@ def indexed(
             )
 
     parts = indexing.indexed(to, work, names, threads, examine)
+    for split, part in parts.items():
+        if not sum(part["images"]):
+            raise Stop(
+                Exit.MISSING,
+                f"{len(found[split])} shards of {split} without any image",
+                f"members KEY.SUFFIX with an image ({', '.join(shards.IMAGES)}) and KEY.cls",
+                "correct SOURCE, or write the shards again",
+            )
+        unused: dict[str, list[Any]] = {}
+        for suffix, count, first in part["unused"]:
+            unused.setdefault(suffix, [0, first])[0] += count
+        for _, (count, first) in sorted(unused.items()):
+            odd = [f"{count} members with this suffix are neither image nor label"]
+            lines.append(json.dumps({"name": first, "odd": odd, "fate": "left out"}) + "\n")
+        if unused:
+            told = ", ".join(f"{count} .{suffix}" for suffix, (count, _) in sorted(unused.items()))
+            say(f"{split}: members that are not used: {told}")
     report.write_text("".join(sorted(lines)))
     labels = max((part["labels"] for part in parts.values()), default=0)
     classes = (
@@ -106,3 +125,14 @@ def indexed(
         "expected_classes": indexing.CLASSES.get(str(dataset)),
     }
     return indexing.about(to, plan, parts, None, 0)
+
+
+def _show_first(split: str, paths: list[Path]) -> None:
+    """Print how the names of the first sample are read. Errors: Stop(DAMAGED)."""
+    for path in paths:
+        with open(path, "rb") as file:
+            if (first := next(shards.samples(file, str(path)), None)) is not None:
+                say(
+                    f"{split}: the first key is {first.key}, its image a .{first.suffix}, its label {first.label}"
+                )
+                return

@@ -56,6 +56,7 @@ def indexed(
                 "images": [len(part) for part in rows],
                 "content": combined,
                 "labels": max((int(part["label"].max()) + 1 for part in rows if len(part)), default=0),
+                "unused": [(suffix, *of) for piece in pieces for suffix, of in piece["unused"].items()],
                 "repeated": os.fsdecode(twice[0]) if len(twice) else None,
             }
     return made
@@ -72,9 +73,15 @@ def _piece(
         combined ^= content(sample.key, sample.data)
         examine(sample)
 
-    rows, digest = shards.scan(to / name, number, look)
+    unused: dict[str, list[Any]] = {}  # suffix -> number of members, name of the first
+
+    def count(member: str) -> None:
+        suffix = member.rpartition("/")[2].partition(".")[2]
+        unused.setdefault(suffix, [0, f"{name}, {member}"])[0] += 1
+
+    rows, digest = shards.scan(to / name, number, look, count)
     meter.add((to / name).stat().st_size, len(rows))
-    return {"rows": rows, "sha256": digest, "content": combined}
+    return {"rows": rows, "sha256": digest, "content": combined, "unused": unused}
 
 
 def about(
