@@ -131,8 +131,6 @@ def _show_first(split: str, paths: list[Path]) -> None:
     """Print how the names of the first sample are read. Errors: Stop(DAMAGED)."""
     for path in paths:
         with open(path, "rb") as file:
-            if (first := next(shards.samples(file, str(path)), None)) is not None:
-                say(
-                    f"{split}: the first key is {first.key}, its image a .{first.suffix}, its label {first.label}"
-                )
+            if (one := next(shards.samples(file, str(path)), None)) is not None:
+                say(f"{split}: the first key is {one.key}, its image a .{one.suffix}, its label {one.label}")
                 return

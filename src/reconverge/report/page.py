@@ -105,6 +105,8 @@ def _images(run: Ran, newest: Newest, names: list[str]) -> tuple[list[tuple[str,
         source = sources.open_validation(run.cfg.data, run.classes)
         if source.fingerprint != newest.fingerprint:
             return [], "the validation images are others now than those of the evaluation"
+        if len(source) != len(found.labels):
+            return [], f"{len(source) - len(found.labels)} damaged images were left out of the evaluation"
 
         def shown(sample: int) -> dict[str, Any]:
             return {

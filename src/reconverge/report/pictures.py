@@ -53,8 +53,9 @@ def predictions(folder: Path, validation: Source, evaluate: Evaluate, results: d
     what the better weights say in its place.
     """
     weights, result = max(results.items(), key=lambda item: item[1].top1)
-    ids, classes = np.unique(np.linspace(0, result.images - 1, 32).astype(np.int64)), validation.classes
-    pairs = zip(validation.labels(ids), result.predicted[ids], strict=True)
+    rows, classes = np.unique(np.linspace(0, result.images - 1, 32).astype(np.int64)), validation.classes
+    ids = result.ids[rows]
+    pairs = zip(validation.labels(ids), result.predicted[rows], strict=True)
     named = [(_short(classes[true]), _short(classes[said]), true == said) for true, said in pairs]
     captions = [true if right else f"{said}\nis {true}" for true, said, right in named]
     colours = ["green" if right else "crimson" for *_, right in named]

@@ -47,7 +47,10 @@ class Log:
         """
         self._cfg, self._run, self._clock, self._world, self._feed = cfg, run, clock, world, feed
         self._samples_of = samples_of
-        self._evaluated = reader.top1(ranks.from_rank_0(self._cut_back))  # of each evaluation, by step
+        lines = ranks.from_rank_0(self._cut_back)
+        self._evaluated = reader.top1(lines)  # of each evaluation, by step
+        # Step -> damaged validation images that its evaluation left out, if any.
+        self._left_out = {line["step"]: line["left_out"] for line in lines if "left_out" in line}
         self._pending: list[Pending] = []
         self._intervals = 0
         self._in_a_row = 0  # steps whose gradient was not finite
@@ -136,6 +139,8 @@ class Log:
         """One line of metrics.jsonl; a number that is not finite, as fp16 has them, becomes null."""
         line = {"step": step, **values}
         self._evaluated |= reader.top1([line])
+        if "left_out" in values:
+            self._left_out[step] = int(values["left_out"])
         if self._metrics:
             self._metrics.write(json_line(line))
             self._metrics.flush()
@@ -173,6 +178,8 @@ class Log:
             better = max(top1, key=lambda name: top1[name])
             others = "".join(f", {name} {value:.2f} %" for name, value in top1.items() if name != better)
             parts = [f"top-1 {top1[better]:.2f} % ({better} weights{others}) after step {run.step}"]
+            if left_out := self._left_out.get(run.step):
+                parts.append(f"without {left_out} damaged validation images")
         if comparison:
             parts.append(comparison)
         for kind, best in self.best_steps().items():
