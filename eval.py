@@ -53,7 +53,7 @@ def evaluate(cfg: Eval, run: Opened | None, data: Data, overrides: Sequence[str]
     settings = trained.resized(asked)
     data = rules.normalised_as(data, trained.mean, trained.std, overrides)
     normalise = Normalise(data.mean, data.std, world.device, cfg.channels_last)
-    evaluator = Evaluator(settings, normalise, world, workers)
+    evaluator = Evaluator(settings, normalise, world, workers, data.on_bad_image)
     for net in trained.nets.values():
         world.place(net, cfg.channels_last)
     folder = run.folder if run else Path()

@@ -117,7 +117,7 @@ def test_a_wrong_folder_is_refused(photographs, tmp_path, break_it, code, said):
     assert stopped.value.code == code
 
 
-MODES = ["L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "1", "F"]
+MODES = ["L", "LA", "P", "RGB", "RGBA", "CMYK", "1"]  # test_image.py has those of more than 8 bits
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -125,13 +125,9 @@ def test_every_mode_becomes_what_pillow_converts_to(mode, tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
     gradient = Image.fromarray(np.arange(64 * 48, dtype=np.uint8).reshape(48, 64))
-    image = (
-        Image.fromarray((np.arange(64 * 48).reshape(48, 64) * 21).astype(np.uint16))
-        if mode == "I;16"
-        else gradient.convert(mode)
-    )
+    image = gradient.convert(mode)
     for split in ("train", "val"):
-        image.save(tmp_path / split / "a" / f"x.{'tiff' if mode in ('CMYK', 'F') else 'png'}")
+        image.save(tmp_path / split / "a" / f"x.{'tiff' if mode == 'CMYK' else 'png'}")
     train, _ = folder(tmp_path, tmp_path / "cache")
     with Image.open(train.path(0)) as opened:
         assert opened.mode == mode

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reconverge.data import native
-from reconverge.data.decode import RESAMPLING, Undecodable, crop_and_resize, dimensions
+from reconverge.data.decode import RESAMPLING, crop_and_resize, dimensions
+from reconverge.data.image import Undecodable
 
 
 def picture(width, height, seed, mode="RGB"):

@@ -382,3 +382,53 @@ def test_wrong_input(reconverge, tmp_path):
     (source / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     code, said = reconverge("prepare", source, "--to", tmp_path / "c")
     assert (code, "devkit" in said) == (66, True)
+
+
+def shard(path, names):
+    """A tar file of members; an image has the pixels of its own, a .cls the label 0 or 1 in turn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = iter(GOOD * 9)
+    with tarfile.open(path, "w") as archive:
+        for number, name in enumerate(names):
+            data = b"%d" % (number // 2 % 2) if name.endswith("cls") else next(pictures).data
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def test_keys_with_dots_are_refused_before_anything_is_written(reconverge, tmp_path):
+    names = [f"2024.05.{number:03d}.{suffix}" for number in range(6) for suffix in ("jpg", "cls")]
+    shard(tmp_path / "a" / "train-0.tar", names)
+    code, said = reconverge("prepare", tmp_path / "a", "--to", tmp_path / "made")
+    assert code == 65, said
+    assert "2024.05.000.jpg and 2024.05.001.jpg are two images of one sample" in " ".join(said.split())
+    assert not (tmp_path / "made" / "dataset.json").exists()
+    plain = [f"x{number}.{suffix}" for number in range(4) for suffix in ("jpg", "cls")]
+    shard(tmp_path / "b" / "train-0.tar", plain + names)
+    assert reconverge("prepare", tmp_path / "b", "--to", tmp_path / "made2")[0] == 65
+
+
+def test_names_in_shards_are_read_by_webdatasets_rule(reconverge, tmp_path):
+    names = ["a/x.input.JPG", "a/x.input.cls", "y.jpg", "y.cls", "y.mask.png", "z.one.cls", "z.two.jpeg"]
+    names += ["x.a.b.jpg", "x.a.cls", "README", ".hidden.jpg", "y.json", "d/._x.jpg"]
+    shard(tmp_path / "source" / "train-0.tar", names)
+    code, said = reconverge("prepare", tmp_path / "source", "--to", tmp_path / "made")
+    assert code == 0, said
+    train, _ = open_shards(tmp_path / "made", None, validation=False)
+    assert [train.index.key(sample) for sample in range(len(train))] == ["a/x", "y", "z", "x"]
+    with tarfile.open(tmp_path / "source" / "train-0.tar") as archive:
+        for sample, name in enumerate(["a/x.input.JPG", "y.jpg", "z.two.jpeg", "x.a.b.jpg"]):
+            assert train.read(sample) == archive.extractfile(name).read()
+    said = " ".join(said.split())
+    assert "train: the first key is a/x, its image a .jpg, its label 0" in said
+    assert "members that are not used: 1 ., 1 ._x.jpg, 1 .hidden.jpg, 1 .json, 1 .mask.png" in said
+    lines = [json.loads(line) for line in (tmp_path / "made" / "report.jsonl").read_text().splitlines()]
+    left = {line["name"].rpartition(", ")[2] for line in lines if line["fate"] == "left out"}
+    assert left == {"README", ".hidden.jpg", "y.json", "d/._x.jpg", "y.mask.png"}
+
+
+def test_shards_without_images_are_refused(reconverge, tmp_path):
+    shard(tmp_path / "source" / "train-0.tar", ["a.txt", "b.heic"])
+    code, said = reconverge("prepare", tmp_path / "source", "--to", tmp_path / "made")
+    assert (code, "without any image" in said) == (66, True), said
+    assert not (tmp_path / "made" / "dataset.json").exists()

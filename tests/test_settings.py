@@ -115,7 +115,8 @@ ELSEWHERE = {
     "world_timeout": "faults/test_lost_ranks.py (slow): a rank that stands still is named after it",
     "compile": "test_train.py (slow): the compiled model trains to the same loss",
     "resume_allow": "test_resume.py: a change is refused, and allowed by name",
-    "data.on_bad_image": "test_shards.py: damaged images stop the run, or are replaced when asked",
+    "data.on_bad_image": "test_shards.py: damaged images stop the run, or are replaced when asked;"
+    " test_damaged_validation.py: or are left out of evaluations",
     "data.native": (
         "test_native.py: the same weights and another line in the panel; on refuses to start without it"
     ),

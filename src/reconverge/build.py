@@ -14,6 +14,7 @@ from reconverge.base import environment, launcher, terminal
 from reconverge.config import published
 from reconverge.config.settings import Train
 from reconverge.data import native, transforms
+from reconverge.data.early import Early
 from reconverge.data.loader import Batch, Feed, Images, Quarantine
 from reconverge.data.mix import Mix, Normalise
 from reconverge.data.sources import Source
@@ -90,7 +91,14 @@ def training(cfg: Train, run: Run, data: Datasets) -> Training:
     log = Log(cfg, run, data.clock, world, feed, data.order.step_ids)
     normalise = Normalise(cfg.data.mean, cfg.data.std, world.device, cfg.channels_last)
     inputs = Inputs(iter(feed), normalise, Mix(cfg.augment.erase, cfg.mix, len(classes)))
-    evaluator = Evaluator(cfg.evaluate, normalise, world, machine.workers)
+    evaluator = Evaluator(cfg.evaluate, normalise, world, machine.workers, cfg.data.on_bad_image)
+    if (
+        data.validation is not None
+        and data.clock.evaluate_every is not None
+        and start < data.clock.steps_per_epoch
+    ):
+        feed.early = Early(data.validation, cfg.data.on_bad_image, world.rank)
+        run.closing.callback(feed.early.close)
     if tracer := world.tracer(cfg.debug.profile, run.folder / "trace.json"):
         run.closing.enter_context(tracer)
     milestones = Milestones(

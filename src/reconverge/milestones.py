@@ -87,7 +87,8 @@ class Milestones:
         if results is None:
             return
         found = {f"{kind}_{key}": getattr(results[kind], key) for kind in results for key in NUMBERS}
-        self._log.evaluation(step, **found)
+        left_out = len(next(iter(results.values())).left_out)
+        self._log.evaluation(step, **found, **({"left_out": left_out} if left_out else {}))
         if self._run.writes:
             folder = self._run.folder
             predictions.save(folder / "outcomes.npz", step, validation, results)

@@ -127,6 +127,12 @@ def no_plain_file(path: Path) -> Stop:
     )
 
 
+def sync(path: Path) -> None:
+    """Wait until the contents of a file are on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     digest = sha256()

@@ -209,7 +209,8 @@ class Data:
     stage_gb: float = setting(100.0, low=0, free=True, unit="10^9 bytes for each node",
         help="largest size of data.stage")
     on_bad_image: str = setting("stop", choices=("stop", "substitute"), free=True,
-        help="when a training image is damaged: stop, or use another image in its place")
+        help="when an image is damaged: stop; or use another training image in its place, and leave a "
+             "validation image out of the evaluation")
     max_substitutes: int = setting(100, low=0, free=True, unit="images",
         help="how many damaged images may be replaced before the run stops")
     images: int = setting(5120, low=10, unit="images",

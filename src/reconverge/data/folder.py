@@ -4,32 +4,28 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.progress import track
 
+from reconverge.base import files
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import patiently
+from reconverge.base.terminal import say
+from reconverge.data import image as images
 from reconverge.data import index
+from reconverge.data.image import Undecodable, suffixes
+from reconverge.data.visits import Visits
 
-VERSION = "index-2"  # also the name of the folder in the cache
+HEADERS = 50_000  # images whose headers are looked at when a folder is listed: all of ImageNet's validation
 
-# Formats that Pillow recognises but cannot decode without other programs.
-STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-
-
-def suffixes() -> set[str]:
-    """Suffixes of image files: those of all formats that Pillow can decode."""
-    return {
-        suffix
-        for suffix, name in Image.registered_extensions().items()
-        if name in Image.OPEN and name not in STUBS
-    }
+VERSION = "index-3"  # also the name of the folder in the cache
 
 
 class Folder:
@@ -44,11 +40,16 @@ class Folder:
         self.classes: list[str] = about["classes"]
         self.fingerprint: str = about["fingerprint"]
         self.ignored: list[str] = about["ignored"]  # paths of files that are not images
-        self.notes = [f"files left out because they are not images: {len(self.ignored)}"] * bool(self.ignored)
+        self.broken = {path: trouble for path, trouble in about["broken"].items() if self._still(path)}
+        self.notes = notes(root, about)
         self.labels = self.index.labels
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def _still(self, path: str) -> bool:
+        """Whether an image whose header was unreadable has not been repaired since it was listed."""
+        return isinstance(looked_at(self.root / path), str)
 
     def path(self, sample: int) -> Path:
         return self.root / self.index.key(sample)
@@ -104,10 +105,31 @@ def open_folder(root: Path, cache: Path, classes: list[str] | None = None) -> Fo
         )
     identity = sha256(json.dumps([str(root.resolve()), classes]).encode()).hexdigest()[:16]
     page = cache / VERSION / f"{identity}.json"
-    about = json.loads(page.read_text()) if page.exists() else None
+    about = _cached(page)
     if about is None or about["modified"] != _modified(root, about["modified"]):
         about = _list(root, page, classes)
-    return Folder(root, about, page.with_name(f"{about['fingerprint']}.npy"))
+    return Folder(root, about, _rows(page, about))
+
+
+def _rows(page: Path, about: dict[str, Any]) -> Path:
+    return page.with_name(f"{about['fingerprint']}.npy")
+
+
+def _cached(page: Path) -> dict[str, Any] | None:
+    """What an earlier start has listed, if both of its files are as they were written."""
+    try:
+        kept = json.loads(page.read_text())
+        about = kept["about"]
+        whole = kept["sha256"] == _checksum(about) and about["rows"] == files.sha256_of(_rows(page, about))
+    except (OSError, ValueError, KeyError, TypeError):  # missing, cut off, or not what was written
+        whole = False
+    if not whole and page.exists():
+        say(f"the cached index {page} is damaged; the folder is listed again")
+    return about if whole else None
+
+
+def _checksum(about: dict[str, Any]) -> str:
+    return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _modified(root: Path, folders: Any) -> dict[str, int]:
@@ -130,14 +152,16 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
             f" {', '.join(known[:5])}{', ...' if len(known) > 5 else ''}",
             "rename the folders, or correct data.root= or data.val=",
         )
-    images = suffixes()
+    known_suffixes = suffixes()
     labels = {name: label for label, name in enumerate(known)}
     parts: list[np.ndarray] = []
     ignored, modified, hashed = [], {".": root.stat().st_mtime_ns}, sha256()
+    visits = Visits(root, found)
+    deep = 0  # classes whose images are all in folders below the class folder
     for name in track(found, f"listing {root}", transient=True, disable=len(found) < 100):
         of_class = []
-        for path, size in _files(root, name, modified):
-            if os.path.splitext(path)[1].lower() not in images:
+        for path, size in _files(root, name, modified, visits):
+            if os.path.splitext(path)[1].lower() not in known_suffixes:
                 ignored.append(path)
                 continue
             encoded = os.fsencode(path)
@@ -147,9 +171,10 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
             raise Stop(
                 Exit.MISSING,
                 f"no image in {root / name}",
-                f"at least one image file for each class: {', '.join(sorted(images)[:8])}, ...",
+                f"at least one image file for each class: {', '.join(sorted(known_suffixes)[:8])}, ...",
                 "put images into the folder, or remove it",
             )
+        deep += all(entry[-1].count(b"/") > 1 for entry in of_class)
         parts.append(np.array(of_class, index.row(max(len(entry[-1]) for entry in of_class))))
     if not parts:
         raise Stop(
@@ -159,38 +184,96 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
             "correct data.root=, data.train= or data.val=",
         )
     hashed.update(json.dumps(known).encode())
-    about = {
+    paths = [os.fsdecode(path) for part in parts for path in part["key"].tolist()]
+    about = _headers(root, paths) | {
         "root": str(root.resolve()),
         "classes": known,
         "fingerprint": hashed.hexdigest(),
         "ignored": ignored,
         "modified": modified,
+        "again": [os.path.relpath(path, root) for path in visits.again],
+        "deep": deep == len(found),
     }
     _write(page, about, parts)
     return about
 
 
+def looked_at(path: Path) -> list[str] | str:
+    """The kinds (image.kinds) of an image file, by its header; or a text that says why it is unreadable."""
+    try:
+        with open(path, "rb") as file:
+            image = images.opened(file)
+            return images.unusable(image) or images.kinds(image)
+    except Undecodable as error:
+        return str(error)
+    except OSError:  # reading it says more
+        return []
+
+
+def _headers(root: Path, paths: list[str]) -> dict[str, Any]:
+    """Which files have unreadable headers, and how many are of each kind. Of more than HEADERS images, so
+    many are looked at, at equal distances.
+    """
+    seen = paths[:: -(-len(paths) // HEADERS)]
+    with ThreadPoolExecutor(16) as threads:
+        found = dict(zip(seen, threads.map(lambda path: looked_at(root / path), seen), strict=True))
+    kinds = Counter(kind for kinds in found.values() if isinstance(kinds, list) for kind in kinds)
+    return {
+        "looked_at": len(seen),
+        "broken": {path: said for path, said in found.items() if isinstance(said, str)},
+        "kinds": dict(kinds),
+    }
+
+
+def notes(root: Path, about: dict[str, Any]) -> list[str]:
+    """What is not used as it is, each kind once."""
+    ignored, again, classes = about["ignored"], about["again"], about["classes"]
+    part = f" of {about['looked_at']} that were looked at"
+    said = []
+    if ignored:
+        suffixes = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in ignored})
+        said.append(
+            f"files left out because they are not images: {len(ignored)} ({', '.join(suffixes[:5])};"
+            f" the first is {ignored[0]})"
+        )
+    if again:
+        said.append(
+            f"links left out because they lead to a folder that is read already: {len(again)} (the first is"
+            f" {again[0]})"
+        )
+    if about["deep"]:
+        said.append(
+            f"no class folder of {root} has an image itself, only folders with images: are {classes[0]}, ..."
+            " the classes, or is the folder one level too high?"
+        )
+    said += [f"{count} images{part} {kind}" for kind, count in about["kinds"].items()]
+    return said
+
+
 def _write(page: Path, about: dict[str, Any], parts: list[np.ndarray]) -> None:
-    """Write both files atomically: first under another name, then renamed.
+    """Write both files whole: first under another name, synced, then renamed. `about` gets the checksum of
+    the rows, and the page has its own.
 
     The rows of a fingerprint never change, so other runs may have the file open.
     """
     page.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=page.parent))
     index.write(new / "rows.npy", parts)
-    (new / "rows.npy").rename(page.with_name(f"{about['fingerprint']}.npy"))
-    (new / page.name).write_text(json.dumps(about))
-    (new / page.name).rename(page)
+    about["rows"] = files.sha256_of(new / "rows.npy")
+    files.sync(new / "rows.npy")
+    (new / "rows.npy").rename(_rows(page, about))
+    files.write_whole(page, json.dumps({"about": about, "sha256": _checksum(about)}))
     shutil.rmtree(new)
 
 
-def _files(root: Path, below: str, modified: dict[str, int]) -> Iterator[tuple[str, int]]:
+def _files(root: Path, below: str, modified: dict[str, int], visits: Visits) -> Iterator[tuple[str, int]]:
     """Path below `root` and size of every file of a class, sorted, without hidden files."""
     modified[below] = (root / below).stat().st_mtime_ns
     for entry in sorted(os.scandir(root / below), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _files(root, f"{below}/{entry.name}", modified)
+            if visits.enters(entry.path):
+                yield from _files(root, f"{below}/{entry.name}", modified, visits)
         else:
             yield f"{below}/{entry.name}", entry.stat().st_size

@@ -23,7 +23,8 @@ from xxhash import xxh3_64_digest
 from reconverge.base import chance, files
 from reconverge.base.errors import Exit, Stop, reason
 from reconverge.base.signals import CAUGHT
-from reconverge.data.decode import Undecodable
+from reconverge.data.early import Early
+from reconverge.data.image import Undecodable
 from reconverge.data.order import Microbatch
 from reconverge.data.sources import Source
 from reconverge.data.transforms import Transform
@@ -35,7 +36,7 @@ class Bad(NamedTuple):
 
     sample: int
     reason: str
-    substitute: int
+    substitute: int | None  # None: the sample is left out
 
 
 class Batch(NamedTuple):
@@ -49,11 +50,20 @@ class Images(Dataset):
     it would become a traceback.
 
     `on_bad_image`: "stop", or "substitute" to replace a damaged sample by another one, whose id is computed
-    from the id of the damaged one.
+    from the id of the damaged one. For an evaluation, which must not count another image in its place:
+    `blank`, the pixels that a damaged sample gets. Its result has to be left out.
     """
 
-    def __init__(self, source: Source, transform: Transform, seed: int, on_bad_image: str = "stop"):
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        seed: int,
+        on_bad_image: str = "stop",
+        blank: np.ndarray | None = None,
+    ):
         self.source, self.transform, self.seed, self.on_bad_image = source, transform, seed, on_bad_image
+        self._blank = blank
 
     def __getitem__(self, microbatch: Microbatch | Stop) -> tuple[Batch, list[Bad]] | Stop:
         if isinstance(microbatch, Stop):
@@ -111,6 +121,9 @@ class Images(Dataset):
             except Stop as stop:
                 if self.on_bad_image == "stop" or stop.code != Exit.DAMAGED:
                     raise
+                if self._blank is not None:
+                    bad.append(Bad(sample, stop.args[1], None))
+                    return self._blank, sample
                 other = chance.key("substitute", sample) % len(self.source)
                 bad.append(Bad(sample, stop.args[1], other))
                 trouble, sample = stop, other
@@ -162,6 +175,7 @@ class Feed:
         quarantine: Quarantine | None = None,
     ):
         self.waited = 0.0
+        self.early: Early | None = None
         self._quarantine = quarantine
         self._bad: list[Bad] = []
         self._device = device
@@ -216,11 +230,20 @@ class Feed:
             return Batch(images, batch.labels.to(self._device, non_blocking=True), batch.digest)
 
     def settle(self, world: World) -> None:
-        """Record the samples that any rank has replaced since the last call. Errors: Stop(DAMAGED)."""
-        bad = [entry for entries in world.gather_objects(self._bad) for entry in entries]
-        self._bad = []
+        """Record the samples that any rank has replaced since the last call. Errors: Stop(DAMAGED), also if
+        a validation image is damaged, at which the next evaluation would stop.
+        """
+        bad = self.damaged(world)
+        if self.early is not None:
+            self.early.settle(world)
         if self._quarantine:
             self._quarantine.note(bad, writes=world.rank == 0)
+
+    def damaged(self, world: World) -> list[Bad]:
+        """The damaged samples that any rank has met since the last call."""
+        bad = [entry for entries in world.gather_objects(self._bad) for entry in entries]
+        self._bad = []
+        return bad
 
     def _arrived(self, batch: Batch) -> Batch:
         if self._side is not None:

@@ -9,7 +9,6 @@ import importlib.util
 import io
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +237,7 @@ def choose(choice: str) -> str:
             "data.native=on with a working C library; auto and off give the same pixels, at half the speed",
             f"data.native=auto; or {NEEDS}",
         )
-    return f"Pillow {PIL.__version__} and simplejpeg {version('simplejpeg')}, not native: {checked}"
+    return f"Pillow {PIL.__version__}, not native: {checked}"
 
 
 def chosen() -> Native | None:

@@ -18,6 +18,8 @@ from reconverge.data import index, tar
 
 FORMAT = "reconverge-shards-1"
 IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "ppm")  # suffixes of images in shards
+FLAT = "of one colour only"  # kinds of dataset.json's "unusual", beside those of image.py
+UNREADABLE = "unreadable, at which training stops unless data.on_bad_image=substitute"
 OPEN = 64  # shards that one process keeps open
 
 
@@ -26,54 +28,95 @@ class Sample(NamedTuple):
 
     key: str
     label: int
-    suffix: str
+    suffix: str  # of the image; its last part, for KEY.input.jpg
     start: int  # byte offset of the image in the shard
     data: bytes
 
 
-def samples(file: BinaryIO, where: str) -> Iterator[Sample]:
-    """All samples of a shard. Errors: Stop(DAMAGED), also for a sample without image or label."""
-    key: str | None = None
-    image: tuple[str, int, bytes] | None = None
-    label: int | None = None
+Content = tuple[int, bytes]  # byte offset in the shard, bytes
 
-    def finished() -> Sample:
-        if image is None or label is None:
-            raise _damaged(f"{where}: {key} has no {'image' if image is None else 'label (.cls)'}")
-        return Sample(str(key), label, *image)
+
+def samples(
+    file: BinaryIO, where: str, unused: Callable[[str], None] = lambda name: None
+) -> Iterator[Sample]:
+    """All samples of a shard, by webdataset's rule of names: a key ends at the first dot of the base name,
+    and the rest is the suffix. `unused` is called with the name of every member that is not used.
+
+    The image of a sample is the member with the suffix of an image, or else its only member whose suffix ends
+    so (KEY.input.jpg); the label likewise with .cls. Errors: Stop(DAMAGED), also for a sample without image
+    or label, or with several.
+    """
+    key: str | None = None
+    images: dict[str, Content] = {}
+    labels: dict[str, Content] = {}
+
+    def finished() -> Iterator[Sample]:
+        if images or labels:
+            assert key is not None
+            suffix, label = (
+                _only(images, key, where, "image", unused),
+                _only(labels, key, where, "label", unused),
+            )
+            yield Sample(key, _label(labels[label], key, where), suffix.rpartition(".")[2], *images[suffix])
 
     for member in tar.members(file, where):
         folder, _, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
-        if (this := f"{folder}/{stem}" if folder else stem) != key:
-            if key is not None and (image or label is not None):
-                yield finished()
-            key, image, label = this, None, None
-        if (image if suffix.lower() in IMAGES else label if suffix == "cls" else None) is not None:
-            if image is None or label is None:
-                raise _damaged(
-                    f"{where}, byte {member.start}: {key} has two {'images' if image else 'labels'}"
-                )
-            yield finished()  # the next sample has the same name
-            image, label = None, None
-        if suffix.lower() in IMAGES:
-            image = suffix.lower(), member.start, tar.read(file, member, where)
-        elif suffix == "cls":
-            text = tar.read(file, member, where).strip()
-            if not text.isdigit():
-                raise _damaged(f"{where}, byte {member.start}: the label of {key} is {text[:20]!r}")
-            label = int(text)
-    if key is not None and (image or label is not None):
-        yield finished()
+        suffix = suffix.lower()
+        last = suffix.rpartition(".")[2]
+        kind = images if last in IMAGES else labels if last == "cls" else None
+        if not stem or kind is None:  # webdataset leaves out .hidden.jpg
+            unused(member.name)
+            continue
+        this = f"{folder}/{stem}" if folder else stem
+        if this != key or (suffix in kind and images and labels):  # the next sample may have the same key
+            yield from finished()
+            key, images, labels = this, {}, {}
+            kind = images if last in IMAGES else labels
+        if suffix in kind:
+            what = "images" if kind is images else "labels"
+            raise _damaged(f"{where}, byte {member.start}: {key} has two {what}")
+        kind[suffix] = member.start, tar.read(file, member, where)
+    yield from finished()
+
+
+def _only(members: dict[str, Content], key: str, where: str, what: str, unused: Callable[[str], None]) -> str:
+    """The suffix of the image or label of a sample. Errors: Stop(DAMAGED)."""
+    plain = [suffix for suffix in members if "." not in suffix]
+    found = plain or list(members)
+    if not found:
+        raise _damaged(f"{where}: {key} has no {'image' if what == 'image' else 'label (.cls)'}")
+    if len(found) > 1:
+        first, second = (f"{key}.{suffix}" for suffix in found[:2])
+        raise Stop(
+            Exit.DAMAGED,
+            f"{where}: {first} and {second} are two {what}s of one sample, because a key ends at the first"
+            " dot of a name",
+            f"shards as webdataset reads them: one {what} for each key",
+            "write the shards again, with keys that have no dot (2024_05_003.jpg) and one image for each key;"
+            " or unpack them to class folders",
+        )
+    for suffix in members:
+        if suffix != found[0]:
+            unused(f"{key}.{suffix}")
+    return found[0]
+
+
+def _label(content: Content, key: str, where: str) -> int:
+    start, data = content
+    text = data.strip()
+    if not text.isdigit():
+        raise _damaged(f"{where}, byte {start}: the label of {key} is {text[:20]!r}")
+    return int(text)
 
 
 def scan(
-    path: Path, number: int, examine: Callable[[Sample], None] = lambda sample: None
+    path: Path, number: int, examine: Callable[[Sample], None], unused: Callable[[str], None]
 ) -> tuple[np.ndarray, str]:
-    """Index rows of shard `number`, and its sha256. Errors: Stop(DAMAGED)."""
+    """Index rows of shard `number`, and its sha256. `unused` as in samples(). Errors: Stop(DAMAGED)."""
     rows, digest = [], sha256_of(path)
     with open(path, "rb") as file:
-        for sample in samples(file, str(path)):
+        for sample in samples(file, str(path), unused):
             examine(sample)
             checksum = xxhash.xxh3_64_intdigest(sample.data)
             rows.append(
@@ -203,9 +246,14 @@ def problems(root: Path, about: dict[str, Any]) -> list[tuple[Exit, str]]:
     """
     files = [(shard["name"], shard["bytes"]) for part in about["splits"].values() for shard in part["shards"]]
     with ThreadPoolExecutor(16) as threads:  # on a network file system each request takes milliseconds
+        found = [
+            (Exit.MISSING, f"{root} has no image in the split {split}")
+            for split, part in about["splits"].items()
+            if not part["images"]
+        ]
         asked = [threads.submit(index_problem, root, part) for part in about["splits"].values()]
         asked += [threads.submit(_problem, root / name, size) for name, size in files]
-        found = [problem for job in asked if (problem := job.result())]
+        found += [problem for job in asked if (problem := job.result())]
         if not found:
             sources = [Shards(root, about, split) for split in about["splits"]]
             firsts = [(source, int(first)) for source in sources for first in source.first_ids()]
@@ -298,6 +346,11 @@ def notes(about: dict[str, Any], split: str) -> list[str]:
     """Remarks about this split that the user should see before training."""
     part, lossy = about["splits"][split], about["lossy"]
     said = []
+    for kind, count in part.get("unusual", {}).items():
+        if kind != FLAT:
+            said.append(f"{split}: {count} images {kind}")
+        elif count == part["images"]:
+            said.append(f"{split}: every image is {kind}; nothing can be learned from them")
     if part["expected"] not in (None, part["images"]):
         said.append(f"{split}: {part['images']} images, but the published set has {part['expected']}")
     if lossy:

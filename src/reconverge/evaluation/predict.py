@@ -10,7 +10,7 @@ from torch import nn
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import anew, patiently
 from reconverge.base.terminal import say
-from reconverge.data.folder import suffixes
+from reconverge.data.image import suffixes
 from reconverge.report import pictures
 from reconverge.report.pictures import pixels
 from reconverge.training.evaluate import Evaluator, top5
@@ -27,7 +27,7 @@ class Files:
             below = sorted(
                 found
                 for found in path.rglob("*")
-                if found.suffix.lower() in known and not found.name.startswith(".")
+                if found.suffix.lower() in known and not found.name.startswith(".") and not found.is_dir()
             )
             if not path.exists() or not (below or path.is_file()):
                 what = "has no image" if path.exists() else "does not exist"
@@ -49,7 +49,16 @@ class Files:
         return np.zeros_like(ids)
 
     def read(self, sample: int) -> bytes:
-        return patiently(self.paths[sample].read_bytes, self.paths[sample].__str__)
+        """Errors: Stop(DAMAGED, DISK)."""
+        try:
+            return patiently(self.paths[sample].read_bytes, self.paths[sample].__str__)
+        except OSError as error:
+            raise Stop(
+                Exit.DAMAGED,
+                f"{self.paths[sample]}: {error.strerror}",
+                "files that this user may read",
+                "correct images=, or the permissions",
+            ) from None
 
     def where(self, sample: int) -> str:
         return str(self.paths[sample])
@@ -58,13 +67,17 @@ class Files:
 def predict(
     given: str | list[str], folder: Path, nets: dict[str, nn.Module], classes: list[str], evaluator: Evaluator
 ) -> int:
-    """Write predictions.csv and predicted.png into `folder`, with the EMA weights if there are any."""
+    """Write predictions.csv and predicted.png into `folder`, with the EMA weights if there are any.
+
+    Errors: Stop(DAMAGED) after both are written, if images were broken; predictions.csv names them.
+    """
     source, weights, best = Files(given), list(nets)[-1], min(5, len(classes))  # ema comes after raw
+    evaluator = evaluator._replace(on_bad_image="substitute")  # leaves broken images out
     tables = evaluator.table(top5, 2 * best, {weights: nets[weights]}, source)
     if tables is None:
         say("stopped before the end; no file was written")
         return Exit.PREEMPTED
-    table = tables[weights].numpy()
+    table = tables.of[weights].numpy()
     if not np.isfinite(table).all():
         raise Stop(
             Exit.NOT_FINITE,
@@ -72,24 +85,47 @@ def predict(
             "finite probabilities",
             "precision=fp32; if that does not help, the weights are broken",
         )
-    answers, shares = (
-        [[classes[label] for label in row] for row in table[:, :best].astype(int)],
-        table[:, best:],
-    )
     rows, picture = folder / "predictions.csv", folder / "predicted.png"
+    answers = [[classes[label] for label in row] for row in table[:, :best].astype(int)]
+    shares, broken = table[:, best:], {bad.sample: bad.reason for bad in tables.left_out}
     if evaluator.world.rank == 0:
-        with anew(rows) as draft, open(draft, "w", newline="") as file:
-            heads = [f"{what}{place}" for place in range(1, best + 1) for what in ("class", "probability")]
-            csv.writer(file).writerow(["image", *heads])
-            for path, names, of in zip(source.paths, answers, shares, strict=True):
-                pairs = zip(names, (f"{share:.6f}" for share in of), strict=True)
-                csv.writer(file).writerow([path, *chain.from_iterable(pairs)])
-        shown = range(min(32, len(source)))
+        written = dict(zip(tables.ids.tolist(), zip(answers, shares, strict=True), strict=True))
+        _write(rows, source, best, written, broken)
+        shown = tables.ids[:32].tolist()
         captions = [
-            pictures.captioned(answers[sample][0], shares[sample, 0], source.where(sample))
-            for sample in shown
+            pictures.captioned(answers[row][0], shares[row, 0], source.where(sample))
+            for row, sample in enumerate(shown)
         ]
-        title = f"{len(source)} images: most probable class ({weights} weights)"
-        pictures.sheet(picture, pixels(source, shown, evaluator.settings), captions, title)
-    say(f"predicted {len(source)} images with the {weights} weights: {rows}; the first images: {picture}")
+        title = f"{len(answers)} images: most probable class ({weights} weights)"
+        if shown:
+            pictures.sheet(picture, pixels(source, shown, evaluator.settings), captions, title)
+    say(f"predicted {len(answers)} images with the {weights} weights: {rows}; the first images: {picture}")
+    if broken:
+        raise Stop(
+            Exit.DAMAGED,
+            f"{len(broken)} of {len(source)} images could not be read: {'; '.join(list(broken.values())[:5])}"
+            f"{f'; and {len(broken) - 5} more' if len(broken) > 5 else ''}",
+            f"images that Pillow can decode completely; the other {len(answers)} are in {rows}, whose column"
+            " error names the broken ones",
+            "repair or remove these files",
+        )
     return Exit.DONE
+
+
+def _write(
+    path: Path,
+    source: Files,
+    best: int,
+    found: dict[int, tuple[list[str], np.ndarray]],
+    broken: dict[int, str],
+) -> None:
+    """The table of all images in order. There is a column `error` if some were broken."""
+    with anew(path) as draft, open(draft, "w", newline="") as file:
+        heads = [f"{what}{place}" for place in range(1, best + 1) for what in ("class", "probability")]
+        csv.writer(file).writerow(["image", *heads, *(["error"] if broken else [])])
+        for sample, image in enumerate(source.paths):
+            cells = [""] * (2 * best)
+            if sample in found:
+                names, shares = found[sample]
+                cells = list(chain(*zip(names, (f"{share:.6f}" for share in shares), strict=True)))
+            csv.writer(file).writerow([image, *cells, *([broken.get(sample, "")] if broken else [])])

@@ -7,8 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from reconverge.base.files import write_whole
 from reconverge.base.terminal import say, table
 from reconverge.config.settings import Data
@@ -95,7 +93,8 @@ def counted(data: Data, parts: list[Part], results: dict[str, list[Result]]) -> 
     score = sets.SETS[str(data.dataset)].score if data.kind == "evaluation" else sets.top1
     prints = [part.source.fingerprint for part in parts]
     found: dict[str, Any] = {
-        "images": sum(len(part.source) for part in parts),
+        "images": sum(answer.images for answer in next(iter(results.values()))),
+        "left_out": [text for answer in next(iter(results.values())) for text in answer.left_out],
         "fingerprint": prints[0] if len(prints) == 1 else sha256(" ".join(prints).encode()).hexdigest(),
     }
     for name, answers in results.items():
@@ -106,7 +105,7 @@ def counted(data: Data, parts: list[Part], results: dict[str, list[Result]]) -> 
             continue
         (part,), (result,) = parts, answers
         found[name] |= {key: getattr(result, key) for key in ("top1", "top5", "loss", "ece", "images")}
-        labels, classes = part.source.labels(np.arange(len(part.source))), part.source.classes
+        labels, classes = part.source.labels(result.ids), part.source.classes
         of_classes = sorted(per_class(labels, result.predicted))
         found[name]["per_class"] = {classes[of.label]: 100 * of.right / of.images for of in of_classes}
     return found
@@ -119,6 +118,7 @@ def lines(
     images, known = found["images"], sets.SETS[str(data.dataset)] if data.kind == "evaluation" else None
     said = [
         f"{images:,} images of {'eval/' * bool(known)}{data.name}"
+        + (f" ({len(found['left_out'])} damaged ones left out)" if found["left_out"] else "")
         + (f" (but the published set has {known.images:,})" if known and images != known.images else "")
     ]
     beside = published.get(str(data.dataset)) if known else None

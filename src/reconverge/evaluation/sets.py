@@ -203,7 +203,7 @@ def _real(data: Data, parts: list[Part], results: list[Result]) -> dict[str, flo
             "a list of labels for each validation image",
             "download it again",
         )
-    return {"real": real_accuracy(accepted, order, result.predicted)}
+    return {"real": real_accuracy(accepted, order[result.ids], result.predicted)}
 
 
 def real_accuracy(accepted: Sequence[set[int]], order: np.ndarray, predicted: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Protocol
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.data import tar
+from reconverge.data.visits import Visits
 
 Entry = tuple[str, Callable[[], bytes]]  # name, and a function that reads the contents
 
@@ -51,6 +52,8 @@ def entries(path: Path) -> Iterator[Entry]:
 class Tree(Protocol):
     """Files below a root folder, by relative path, in sorted order."""
 
+    again: list[str]  # links that lead to a folder that is read already, found while reading
+
     def folders(self, below: str) -> list[str]: ...
     def has_files(self, below: str) -> bool: ...
     def entries(self, below: str) -> Iterator[Entry]: ...
@@ -62,6 +65,8 @@ class Tree(Protocol):
 class FolderTree:
     def __init__(self, root: Path):
         self.root = root
+        self.again: list[str] = []  # links that lead to a folder that is read already, found while reading
+        self._visits: dict[str, Visits] = {}  # by the folder that holds the class folders
 
     def folders(self, below: str) -> list[str]:
         return [
@@ -76,19 +81,29 @@ class FolderTree:
         )
 
     def entries(self, below: str) -> Iterator[Entry]:
-        for name in self._names(below):
-            path = self.root / below / name
-            if path.is_dir():
-                yield from self.entries(f"{below}/{name}")
-            else:
-                yield f"{below}/{name}", path.read_bytes
+        """The files of one folder, for example of a class. Each folder below it is visited once."""
+        top = os.path.dirname(below)
+        if top not in self._visits:
+            self._visits[top] = Visits(self.root / top, self.folders(top))
+        visits = self._visits[top]
+        known = len(visits.again)
+        for name in self._below(below, visits):
+            yield name, (self.root / name).read_bytes
+        self.again += [os.path.relpath(path, self.root) for path in visits.again[known:]]
 
     def total_bytes(self, below: str) -> int:
-        return sum(
-            os.stat(os.path.join(folder, name)).st_size
-            for folder, _, names in os.walk(self.root / below)
-            for name in names
-        )
+        visits = Visits(self.root / below, self.folders(below))
+        tops = [below, *(f"{below}/{name}" for name in self.folders(below))]
+        names = [name for top in tops for name in self._below(top, visits)]
+        return sum(os.stat(self.root / name).st_size for name in names)
+
+    def _below(self, below: str, visits: Visits) -> Iterator[str]:
+        for name in self._names(below):
+            path = self.root / below / name
+            if not path.is_dir():
+                yield f"{below}/{name}"
+            elif visits.enters(os.fspath(path)):
+                yield from self._below(f"{below}/{name}", visits)
 
     def has(self, name: str) -> bool:
         return (self.root / name).exists()
@@ -107,6 +122,7 @@ class ZipTree:
         except zipfile.BadZipFile as error:
             raise Stop(Exit.DAMAGED, f"{path}: {error}", "a complete zip file", "download it again") from None
         self._where = str(path)
+        self.again: list[str] = []
         self._names = sorted(name for name in self._zip.namelist() if not name.endswith("/"))
         for name in self._names:
             tar.refuse_path(name, self._where)

@@ -65,10 +65,12 @@ def indexed(
         "indexing WebDataset shards without copying them:"
         f" {', '.join(f'{len(paths)} of {split}' for split, paths in found.items())}"
     )
+    for split, paths in found.items():
+        _show_first(split, paths)
     report = to / "report.jsonl"
     lines: list[str] = []
 
-    def examine(sample: shards.Sample) -> None:
+    def examine(split: str, sample: shards.Sample) -> None:
         try:
             odd = oddities(sample.data, sample.suffix)
         except Bomb as bomb:
@@ -79,9 +81,28 @@ def indexed(
                 "remove the image from the shard",
             ) from None
         if odd:
-            lines.append(json.dumps({"key": sample.key, "odd": odd, "fate": "kept as it is"}) + "\n")
+            lines.append(
+                json.dumps({"split": split, "key": sample.key, "odd": odd, "fate": "kept as it is"}) + "\n"
+            )
 
     parts = indexing.indexed(to, work, names, threads, examine)
+    for split, part in parts.items():
+        if not sum(part["images"]):
+            raise Stop(
+                Exit.MISSING,
+                f"{len(found[split])} shards of {split} without any image",
+                f"members KEY.SUFFIX with an image ({', '.join(shards.IMAGES)}) and KEY.cls",
+                "correct SOURCE, or write the shards again",
+            )
+        unused: dict[str, list[Any]] = {}
+        for suffix, count, first in part["unused"]:
+            unused.setdefault(suffix, [0, first])[0] += count
+        for _, (count, first) in sorted(unused.items()):
+            odd = [f"{count} members with this suffix are neither image nor label"]
+            lines.append(json.dumps({"name": first, "odd": odd, "fate": "left out"}) + "\n")
+        if unused:
+            told = ", ".join(f"{count} .{suffix}" for suffix, (count, _) in sorted(unused.items()))
+            say(f"{split}: members that are not used: {told}")
     report.write_text("".join(sorted(lines)))
     labels = max((part["labels"] for part in parts.values()), default=0)
     classes = (
@@ -104,3 +125,12 @@ def indexed(
         "expected_classes": indexing.CLASSES.get(str(dataset)),
     }
     return indexing.about(to, plan, parts, None, 0)
+
+
+def _show_first(split: str, paths: list[Path]) -> None:
+    """Print how the names of the first sample are read. Errors: Stop(DAMAGED)."""
+    for path in paths:
+        with open(path, "rb") as file:
+            if (one := next(shards.samples(file, str(path)), None)) is not None:
+                say(f"{split}: the first key is {one.key}, its image a .{one.suffix}, its label {one.label}")
+                return

@@ -1,8 +1,10 @@
 """Makes the index of a data set and its dataset.json. Each shard is read once."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import numpy as np
 
 from reconverge.base import files, imagenet
 from reconverge.base.terminal import Meter, say
-from reconverge.data import index, shards
+from reconverge.data import image, index, shards
+from reconverge.prepare.odd import is_unreadable
 from reconverge.prepare.scatter import content
 
 IN1K, IN22K = imagenet.DATASETS["imagenet1k"], imagenet.DATASETS["imagenet22k"]  # the latter as of fall 2011
@@ -27,7 +30,7 @@ def indexed(
     work: Path,
     found: dict[str, list[str]],
     threads: ThreadPoolExecutor,
-    examine: Callable[[shards.Sample], None],
+    examine: Callable[[str, shards.Sample], None],
 ) -> dict[str, dict[str, Any]]:
     """Read every shard once. Writes the index of each split, and returns the facts for dataset.json."""
     made = {}
@@ -36,7 +39,7 @@ def indexed(
     ) as meter:
         for split, names in found.items():
             jobs = [
-                threads.submit(_piece, to, work, name, number, examine, meter)
+                threads.submit(_piece, to, work, name, number, partial(examine, split), meter)
                 for number, name in enumerate(names)
             ]
             pieces = [job.result() for job in jobs]
@@ -53,6 +56,7 @@ def indexed(
                 "images": [len(part) for part in rows],
                 "content": combined,
                 "labels": max((int(part["label"].max()) + 1 for part in rows if len(part)), default=0),
+                "unused": [(suffix, *of) for piece in pieces for suffix, of in piece["unused"].items()],
                 "repeated": os.fsdecode(twice[0]) if len(twice) else None,
             }
     return made
@@ -69,9 +73,15 @@ def _piece(
         combined ^= content(sample.key, sample.data)
         examine(sample)
 
-    rows, digest = shards.scan(to / name, number, look)
+    unused: dict[str, list[Any]] = {}  # suffix -> number of members, name of the first
+
+    def count(member: str) -> None:
+        suffix = member.rpartition("/")[2].partition(".")[2]
+        unused.setdefault(suffix, [0, f"{name}, {member}"])[0] += 1
+
+    rows, digest = shards.scan(to / name, number, look, count)
     meter.add((to / name).stat().st_size, len(rows))
-    return {"rows": rows, "sha256": digest, "content": combined}
+    return {"rows": rows, "sha256": digest, "content": combined, "unused": unused}
 
 
 def about(
@@ -82,7 +92,8 @@ def about(
     dropped: int,
 ) -> dict[str, Any]:
     """The contents of dataset.json. Prints a note if the numbers are not those of the published set."""
-    splits = {}
+    splits: dict[str, Any] = {}
+    unusual = _unusual(to / "report.jsonl")
     total = {split: sum(part["images"]) for split, part in parts.items()}
     for split, part in parts.items():
         table = to / f"{split}.index.npy"
@@ -92,6 +103,7 @@ def about(
         splits[split] = {
             "images": total[split],
             "expected": expected,
+            "unusual": unusual.get(split, {}),
             "index": table.name,
             "index_bytes": table.stat().st_size,
             "index_sha256": files.sha256_of(table),
@@ -124,3 +136,14 @@ def about(
         for note in shards.notes(found, split):
             say(f"note: {note}")
     return found
+
+
+def _unusual(report: Path) -> dict[str, dict[str, int]]:
+    """Split -> how many of its images are of each kind that a training says before it begins."""
+    found: dict[str, Counter[str]] = {}
+    for line in files.json_lines(report):
+        if "split" in line and line["fate"] != "dropped":
+            of_split = found.setdefault(line["split"], Counter())
+            of_split.update(word for word in line["odd"] if word in (image.TURNED, image.WIDE, shards.FLAT))
+            of_split.update({shards.UNREADABLE} if any(map(is_unreadable, line["odd"])) else ())
+    return {split: dict(sorted(kinds.items())) for split, kinds in found.items()}

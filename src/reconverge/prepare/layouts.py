@@ -13,7 +13,7 @@ from typing import NamedTuple
 from reconverge.base import imagenet
 from reconverge.base.errors import Exit, Stop
 from reconverge.data import tar
-from reconverge.data.folder import suffixes
+from reconverge.data.image import suffixes
 from reconverge.prepare import archives, validation_labels
 
 FORMS = (
@@ -49,6 +49,7 @@ class Layout:
     ignored: list[str] = field(
         default_factory=list
     )  # names of files that are not images, found while reading
+    again: list[str] = field(default_factory=list)  # links left out, found while reading
     stream: bool = True  # read from beginning to end; otherwise file by file in any order
 
 
@@ -204,7 +205,9 @@ def _folders(source: Path) -> Layout | None:
 def _tree(
     kind: str, dataset: str, tree: archives.Tree, below: str, files: list[Path], synset_of: dict[str, str]
 ) -> Layout:
-    layout = Layout(kind, dataset, files, lambda: tree.folders(f"{below}train"), {}, stream=False)
+    layout = Layout(
+        kind, dataset, files, lambda: tree.folders(f"{below}train"), {}, again=tree.again, stream=False
+    )
 
     def train(classes: list[str], split: str = "train") -> Iterator[Taken]:
         for name in classes:

@@ -20,7 +20,7 @@ from reconverge.base.lock import Lock
 from reconverge.base.terminal import Meter, say
 from reconverge.prepare import in_place, indexing, layouts
 from reconverge.prepare.layouts import Layout, Taken
-from reconverge.prepare.odd import UNREADABLE, Bomb, oddities, shrunk, strict_exif
+from reconverge.prepare.odd import UNREADABLE, Bomb, oddities, shrunk, warnings_kept
 from reconverge.prepare.scatter import Scatter
 
 
@@ -79,7 +79,7 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
     work.mkdir(parents=True, exist_ok=True)
     lock = Lock(to / ".lock")
     try:
-        with strict_exif(), ThreadPoolExecutor(jobs) as threads:
+        with warnings_kept(), ThreadPoolExecutor(jobs) as threads:
             if found:
                 about = in_place.indexed(found, to, work, dataset, threads)
             else:
@@ -125,7 +125,7 @@ def _scattered(
             scatter.abandon()
     scatter.end()
     found = {split: scatter.names(split) for split in plan["shards"]}
-    parts = indexing.indexed(to, work, found, threads, lambda sample: None)
+    parts = indexing.indexed(to, work, found, threads, lambda split, sample: None)
     for split, made in parts.items():
         if not sum(made["images"]):
             raise Stop(
@@ -186,6 +186,14 @@ def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
             "one folder or tar file for each class",
             "correct the path SOURCE",
         )
+    if len(classes) == 1 and not layout.stream:
+        raise Stop(
+            Exit.USAGE,
+            f"{layout.kind} with one class, {classes[0]}",
+            "two classes or more",
+            "correct the path SOURCE, which may be one level too high: the folders in SOURCE/train are the"
+            " classes",
+        )
     if options.hold_out and "val" in layout.splits:
         raise Stop(
             Exit.USAGE,
@@ -226,10 +234,12 @@ def _scatter(
                 state["read"] += len(data)
                 meter.add(len(data))
                 drop = options.drop_unreadable and any(word.startswith((*UNREADABLE, "bomb")) for word in odd)
+                held = split not in plan["shards"] or _held_out(taken.key, split, plan, options)
+                into = "val" if held else split
                 if odd:
                     scatter.report(
                         {
-                            "split": split,
+                            "split": into,
                             "name": taken.name,
                             "key": taken.key,
                             "odd": odd,
@@ -239,11 +249,6 @@ def _scatter(
                 if drop:
                     state["dropped"] += 1
                 else:
-                    into = (
-                        "val"
-                        if split not in plan["shards"] or _held_out(taken.key, split, plan, options)
-                        else split
-                    )
                     scatter.add(into, taken.key, taken.suffix, taken.label, data)
                 if scatter.full():
                     scatter.commit()
@@ -251,6 +256,9 @@ def _scatter(
             scatter.commit()
         for name in layout.ignored:
             scatter.report({"name": name, "odd": ["no image"], "fate": "left out"})
+        for name in layout.again:
+            odd = ["a link to a folder that is read already"]
+            scatter.report({"name": name, "odd": odd, "fate": "left out"})
         state["scattered"] = True
         scatter.commit()
 

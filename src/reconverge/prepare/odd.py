@@ -1,15 +1,27 @@
 """Finds unusual and unreadable images by decoding them once, and makes the smaller copies for --resize."""
 
 import io
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from PIL import Image
 
 from reconverge.base.errors import reason
+from reconverge.data import image as images
+from reconverge.data import shards
+from reconverge.data.image import Undecodable
 
 UNREADABLE = ("empty", "unreadable", "truncated")  # --drop-unreadable leaves out these
+
+_warned = threading.local()  # .texts: Pillow's warnings in this thread
+
+
+def is_unreadable(word: str) -> bool:
+    """Whether a word of oddities() says that the image cannot be decoded."""
+    return word.startswith(UNREADABLE)
 
 
 class Bomb(Exception):
@@ -17,27 +29,36 @@ class Bomb(Exception):
 
 
 @contextmanager
-def strict_exif() -> Iterator[None]:
-    """Inside, Pillow's warnings about EXIF become exceptions.
+def warnings_kept() -> Iterator[None]:
+    """Inside, Pillow's warnings are kept for oddities(), and not printed.
 
     Use it in the main thread, around all other threads, because warning filters are global to the process.
     """
+
+    def keep(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
+        getattr(_warned, "texts", []).append(str(message))
+
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", module="PIL.TiffImagePlugin")
+        warnings.filterwarnings("always", module=r"PIL\.")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.showwarning = keep
         yield
 
 
 def oddities(data: bytes, suffix: str) -> list[str]:
-    """What is unusual about an image file with this suffix; an empty list for a good file. Errors: Bomb."""
+    """What is unusual about an image file with this suffix; an empty list for a good file. Errors: Bomb.
+
+    Whether it is readable is what training decides, by the same functions of image.py.
+    """
     if not data:
         return ["empty"]
+    _warned.texts = []
     try:
-        image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise Bomb(str(error)) from None
-    except Exception as error:
-        return [f"unreadable: {reason(error)}"]
+        image = images.opened(data)
+    except Undecodable as error:
+        if "DecompressionBombError" in str(error):
+            raise Bomb(str(error)) from None
+        return [f"unreadable: {error}"]
     found = []
     form = str(image.format)
     if form != {"jpg": "JPEG", "tif": "TIFF", "ppm": "PPM"}.get(suffix, suffix.upper()) and (
@@ -48,15 +69,19 @@ def oddities(data: bytes, suffix: str) -> list[str]:
     if image.mode == "CMYK":
         found.append("CMYK")
     try:
-        image.getexif()
+        image.getexif()  # raises at the first call only
     except Exception as error:
-        found.append(f"EXIF that cannot be parsed: {reason(error)}")
+        _warned.texts.append(reason(error))
+    if _warned.texts and "exif" in image.info:
+        found.append(f"EXIF that cannot be parsed: {_warned.texts[0]}")
+    found += images.kinds(image)
     try:
-        image.draft(image.mode, (1, 1))  # still reads every bit of a JPEG, but saves most computation
-        image.load()
-    except Exception as error:
+        colours = images.rgb(image).getcolors(1)  # None if there are more than one
+    except Undecodable as error:
         cut = "truncated" in str(error) or "Truncated" in str(error)
-        found.append(f"{'truncated' if cut else 'unreadable'}: {reason(error)}")
+        found.append(f"{'truncated' if cut else 'unreadable'}: {error}")
+    else:
+        found += [shards.FLAT] * (colours is not None)
     return found
 
 
@@ -65,8 +90,8 @@ def shrunk(data: bytes, side: int, quality: int) -> bytes:
     returned unchanged.
     """
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception:
+        image = images.rgb(images.opened(data))
+    except Undecodable:
         return data
     scale = side / min(image.size)
     if scale < 1:

@@ -17,7 +17,7 @@ from reconverge.base.errors import Stop
 from reconverge.base.terminal import mean_and_std
 from reconverge.config.settings import Data
 from reconverge.data import sources, transforms
-from reconverge.data.decode import Undecodable
+from reconverge.data.image import Undecodable
 from reconverge.report import charts, numbers, pictures
 from reconverge.report.numbers import Newest, Ran
 from reconverge.run import reader
@@ -150,6 +150,8 @@ def _images(run: Ran, newest: Newest, names: list[str]) -> tuple[list[tuple[str,
         source = sources.open_validation(own, run.classes)
         if source.fingerprint != newest.fingerprint:
             return [], "the validation images have changed since the evaluation"
+        if len(source) != len(found.labels):
+            return [], f"{len(source) - len(found.labels)} damaged images were left out of the evaluation"
 
         def shown(sample: int) -> dict[str, Any]:
             return {

@@ -83,14 +83,15 @@ def predictions(folder: Path, validation: Source, evaluate: Evaluate, results: d
     better weights are most confident of; each with prediction, confidence, true class and file name.
     """
     weights, result = max(results.items(), key=lambda item: item[1].top1)
-    labels, names = validation.labels(np.arange(result.images)), validation.classes
-    ids, which = _chosen(labels == result.predicted, result.confidence)
+    labels, names = validation.labels(result.ids), validation.classes
+    rows, which = _chosen(labels == result.predicted, result.confidence)
     captions, colours = [], []
-    for sample in ids:
-        true, predicted = names[labels[sample]], names[result.predicted[sample]]
-        confidence, where = result.confidence[sample], validation.where(sample)
+    for row in rows:
+        true, predicted = names[labels[row]], names[result.predicted[row]]
+        confidence, where = result.confidence[row], validation.where(int(result.ids[row]))
         captions.append(captioned(predicted, confidence, where, None if predicted == true else true))
         colours.append(BLUE if predicted == true else RED)
+    ids = result.ids[rows].tolist()
     kind = "EMA" if weights == "ema" else weights
     title = (
         f"{short(folder.name, 60)}: predictions of the {kind} weights, top-1 {result.top1:.2f} % of"

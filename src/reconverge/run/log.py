@@ -48,7 +48,10 @@ class Log:
         """
         self._cfg, self._run, self._clock, self._world, self._feed = cfg, run, clock, world, feed
         self._samples_of = samples_of
-        self._evaluated = reader.top1(ranks.from_rank_0(self._cut_back))  # of each evaluation, by step
+        lines = ranks.from_rank_0(self._cut_back)
+        self._evaluated = reader.top1(lines)  # of each evaluation, by step
+        # Step -> damaged validation images that its evaluation left out, if any.
+        self._left_out = {line["step"]: line["left_out"] for line in lines if "left_out" in line}
         self._pending: list[Pending] = []
         self._intervals = 0
         self._in_a_row = 0  # steps whose gradient was not finite
@@ -149,6 +152,8 @@ class Log:
         """One line of metrics.jsonl; a number that is not finite, as fp16 has them, becomes null."""
         line = {"step": step, **values}
         self._evaluated |= reader.top1([line])
+        if "left_out" in values:
+            self._left_out[step] = int(values["left_out"])
         if self._metrics:
             self._metrics.write(json_line(line))
             self._metrics.flush()
@@ -156,7 +161,12 @@ class Log:
     def evaluation(self, step: int, **values: float) -> None:
         """What was found after `step`: a line of metrics.jsonl, and one for a person."""
         self.metrics(step, **values)
-        say(evaluation_line(self._evaluated, step, self._clock.steps_per_epoch))
+        say(evaluation_line(self._evaluated, step, self._clock.steps_per_epoch) + self._without(step))
+
+    def _without(self, step: int) -> str:
+        """Beside a top-1: how many damaged images it does not count."""
+        left_out = self._left_out.get(step, 0)
+        return f" (without {counted(left_out, 'damaged image')})" if left_out else ""
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -190,13 +200,13 @@ class Log:
         epochs = f" of {self._cfg.epochs}" if part else ""
         rows = {"top-1": f"not evaluated after this step (evaluate_every={self._cfg.evaluate_every})"}
         if top1 := self.top1():
-            rows["top-1"] = percents(top1)
+            rows["top-1"] = percents(top1) + self._without(run.step)
         best = self.best_steps()
         for kind in filter(best.__contains__, KINDS):
             step = best[kind]
             rows[f"best {KINDS[kind]}" if len(best) > 1 else "best"] = (
                 f"{self._evaluated[step][kind]:.2f} %, epoch {epoch(step, clock.steps_per_epoch)},"
-                f" {reader.checkpoint_of(run.checkpoints, step).relative_to(run.folder)}"
+                f" {reader.checkpoint_of(run.checkpoints, step).relative_to(run.folder)}{self._without(step)}"
             )
         if comparison:
             rows["compared"] = comparison

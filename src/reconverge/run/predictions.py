@@ -30,7 +30,7 @@ def save(path: Path, step: int, source: Source, results: dict[str, Result]) -> N
     arrays = {
         f"{kind}/{name}": getattr(result, name) for kind, result in results.items() for name in OF_WEIGHTS
     }
-    arrays["labels"] = source.labels(np.arange(len(source)))
+    arrays["labels"] = source.labels(next(iter(results.values())).ids)
     file = io.BytesIO()
     np.savez(file, step=step, fingerprint=source.fingerprint, **arrays)  # type: ignore[arg-type]
     files.write_whole(path, file.getvalue())

@@ -6,7 +6,7 @@ Imports no torch, so that missing or wrong data are reported within a second.
 from typing import NamedTuple
 
 from reconverge.config.settings import Train
-from reconverge.data import order, sources
+from reconverge.data import order, sources, suitable
 from reconverge.data.sources import Source
 from reconverge.distributed import ranks
 from reconverge.training.clock import Clock
@@ -31,4 +31,8 @@ class Datasets(NamedTuple):
 def opened(cfg: Train) -> Datasets:
     """Open the data on rank 0 first, then on the others. Errors: Stop, also if a batch exceeds the images."""
     training, validation = ranks.rank_0_first(lambda: sources.open_sources(cfg.data))
+    suitable.refuse_one_class(training)
+    if cfg.data.on_bad_image == "stop":
+        suitable.refuse_broken([training, validation])
+    training.notes = training.notes + suitable.doubts(training, validation)
     return Datasets(training, validation, Clock.of(cfg, len(training)), order.Order.of(cfg, training))

@@ -12,7 +12,7 @@ from reconverge.base.errors import Exit, Stop
 from reconverge.base.signals import told_to_stop
 from reconverge.config.settings import Evaluate
 from reconverge.data import transforms
-from reconverge.data.loader import Feed, Images
+from reconverge.data.loader import Bad, Feed, Images
 from reconverge.data.mix import Normalise
 from reconverge.data.order import in_sequence
 from reconverge.data.sources import Source
@@ -28,6 +28,14 @@ class Result(NamedTuple):
     predicted: np.ndarray  # int64 (images,), predicted class of each sample id
     confidence: np.ndarray  # float64 (images,), probability of the predicted class
     losses: np.ndarray  # float64 (images,), cross-entropy
+    ids: np.ndarray  # int64 (images,), the sample ids, without those of damaged images
+    left_out: list[str]  # damaged images, which do not count
+
+
+class Tables(NamedTuple):
+    of: dict[str, Tensor]  # by model, float64 (images, width), one row for each image that was evaluated
+    ids: np.ndarray  # int64 (images,), their sample ids
+    left_out: list[Bad]  # damaged images
 
 
 class Among(nn.Module):
@@ -50,6 +58,7 @@ class Evaluator(NamedTuple):
     normalise: Normalise
     world: World
     workers: int
+    on_bad_image: str = "stop"  # substitute: leave damaged images out
     stop: Callable[[], bool] = told_to_stop  # whether this rank should stop before the end
 
     def __call__(self, models: dict[str, nn.Module], source: Source) -> dict[str, Result] | None:
@@ -60,7 +69,15 @@ class Evaluator(NamedTuple):
         tables = self.table(_outcome, 5, models, source)
         if tables is None:
             return None
-        results = {name: _result(table) for name, table in tables.items()}
+        if not len(tables.ids):
+            raise Stop(
+                Exit.DAMAGED,
+                f"all {len(source)} images are damaged; the first is {tables.left_out[0].reason}",
+                "images that Pillow can decode completely",
+                "correct data.root=, or repair the images",
+            )
+        left_out = [bad.reason for bad in tables.left_out]
+        results = {name: _result(table, tables.ids, left_out) for name, table in tables.of.items()}
         for name, result in results.items():
             if not math.isfinite(result.loss):
                 raise Stop(
@@ -78,9 +95,9 @@ class Evaluator(NamedTuple):
         width: int,
         models: dict[str, nn.Module],
         source: Source,
-    ) -> dict[str, Tensor] | None:
-        """A table for each model, float64 (images, width), with one row for each image in order. None if a
-        rank was stopped before the end.
+    ) -> Tables | None:
+        """A table for each model, with one row for each image in order, without damaged images if
+        on_bad_image allows that. None if a rank was stopped before the end.
 
         A row has the values of `columns(logits (N, classes), labels (N,))`, which returns `width` tensors of
         shape (N,). Each rank fills the rows of its own images, so the result does not depend on the ranks.
@@ -88,8 +105,10 @@ class Evaluator(NamedTuple):
         world, images = self.world, len(source)
         batches = in_sequence(images, self.settings.batch)
         mine = batches[world.rank :: world.size]
-        shown = Images(source, transforms.evaluation(self.settings), 0)
-        feed = iter(Feed(shown, mine, self.workers, world.device, ahead=True))
+        blank = np.zeros((self.settings.size, self.settings.size, 3), np.uint8)
+        shown = Images(source, transforms.evaluation(self.settings), 0, self.on_bad_image, blank)
+        feed = Feed(shown, mine, self.workers, world.device, ahead=True)
+        arriving = iter(feed)
         # The first column is 1 for an image that was evaluated.
         tables = {name: torch.zeros(images, 1 + width, dtype=torch.float64) for name in models}
         # Every rank uses the BatchNorm statistics of rank 0.
@@ -99,7 +118,7 @@ class Evaluator(NamedTuple):
                 return None
             if number >= len(mine):
                 continue
-            batch = next(feed)
+            batch = next(arriving)
             pixels = self.normalise(batch.images)
             for name, model in models.items():
                 with world.autocast():
@@ -111,7 +130,10 @@ class Evaluator(NamedTuple):
         gathered = {name: world.gather(table).sum(0) for name, table in tables.items()}
         for table in gathered.values():
             assert (table[:, 0] == 1).all(), f"{int(table[:, 0].sum())} of {len(table)} images were evaluated"
-        return {name: table[:, 1:] for name, table in gathered.items()}
+        bad = sorted(feed.damaged(world))
+        evaluated = np.setdiff1d(np.arange(images), [entry.sample for entry in bad])
+        kept = torch.from_numpy(evaluated)
+        return Tables({name: table[kept, 1:] for name, table in gathered.items()}, evaluated, bad)
 
 
 def _outcome(logits: Tensor, labels: Tensor) -> list[Tensor]:
@@ -121,7 +143,7 @@ def _outcome(logits: Tensor, labels: Tensor) -> list[Tensor]:
     return [best[:, 0], hits[:, 0], hits.any(1), losses, logits.softmax(1).amax(1)]
 
 
-def _result(table: Tensor) -> Result:
+def _result(table: Tensor, ids: np.ndarray, left_out: list[str]) -> Result:
     predicted, top1, top5, losses, confidence = table.T.contiguous()
     right, among_five = (100 * int(hits.sum()) / len(table) for hits in (top1, top5))
     return Result(
@@ -133,6 +155,8 @@ def _result(table: Tensor) -> Result:
         predicted.numpy().astype(np.int64),
         confidence.numpy(),
         losses.numpy(),
+        ids,
+        left_out,
     )
 
 
