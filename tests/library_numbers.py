@@ -117,20 +117,15 @@ def settings_of(name):
     raise KeyError(name)
 
 
-def built(name):
-    """Without memory for weights, where every timm can do that."""
-    given = settings_of(name)
-    return create.model(given, 1000, 0) if "swin" in name else create.on_meta(given, 1000)
-
-
 def models():
     """Layers with the arguments that their constructors chose, and the drop rates."""
     lines = []
     for name in NETS:
-        net = built(name)
+        net = create.on_meta(settings_of(name), 1000)
         kinds = Counter()
         for module in net.modules():
-            if next(module.children(), None) is None and not isinstance(module, nn.Identity):
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if (own or next(module.children(), None) is None) and not isinstance(module, nn.Identity):
                 widths = r"^\d+, \d+, |^\(?\d+,?\)?, |(in|out|normalized)_\w+=\S+ ?"
                 text = re.sub(r"groups=\d+", "groups=N", re.sub(widths, "", module.extra_repr()))
                 if not isinstance(module, drop_path.StochasticDepth):
@@ -164,7 +159,7 @@ def layer_groups():
     """Of each model: the parameters of each layer, and those of two dimensions without weight decay."""
     lines = []
     for name in NETS:
-        net = built(name)
+        net = create.on_meta(settings_of(name), 1000)
         shapes = {key: value.ndim for key, value in net.named_parameters()}
         try:
             groups = optim.parameter_groups(net, Optim(layer_decay=0.8))
