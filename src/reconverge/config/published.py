@@ -12,9 +12,10 @@ from reconverge.base.imagenet import DATASETS
 from reconverge.config.settings import Train, flat
 
 
-def notices(cfg: Train, overrides: Sequence[str]) -> list[str]:
-    """What might not be meant: a batch that lr was not chosen for, fine-tuning's settings from scratch, what
-    differs from the published recipe. `overrides`: of the command line.
+def notices(cfg: Train, overrides: Sequence[str], batch_norm: bool = False) -> list[str]:
+    """What might not be meant: a batch that lr was not chosen for, fine-tuning's settings from scratch, an
+    EMA with BatchNorm, what differs from the published recipe. `overrides`: of the command line;
+    `batch_norm`: whether the model has any.
     """
     found = []
     if (
@@ -31,6 +32,11 @@ def notices(cfg: Train, overrides: Sequence[str]) -> list[str]:
         found.append(
             f"trained at augment.size={cfg.augment.size} and evaluated at evaluate.size={cfg.evaluate.size},"
             " which is set by itself"
+        )
+    if batch_norm and cfg.ema.decay is not None:
+        found.append(
+            f"ema.decay={cfg.ema.decay:g} with a model that has BatchNorm: the paper trained such models"
+            " without EMA, which severely hurts them (recipe=in1k_roadmap has none); ema.decay=null: no EMA"
         )
     if cfg.init is None:
         if cfg.recipe.starts_from:

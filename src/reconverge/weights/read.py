@@ -24,10 +24,11 @@ from reconverge.base import chance
 from reconverge.base.errors import Exit, Stop, explain
 from reconverge.base.files import sha256_of
 from reconverge.run import checkpoint
+from reconverge.weights.given import no_run, parts
 
 FORMS = (
-    "runs/NAME, one of its checkpoints, a .safetensors, .pth or .pt file, a folder with config.json,"
-    " timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME"
+    "runs/NAME, runs/NAME:best, one of its checkpoints, a .safetensors, .pth or .pt file, a folder with"
+    " config.json, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME"
 )
 # Names of the raw and the EMA weights in checkpoint files: first those of the official code of ConvNeXt, DeiT
 # and Swin, then those of timm.
@@ -44,16 +45,8 @@ class Pretrained:
 
 def read(init: str) -> Pretrained:
     """The weights that `init` names, on the CPU. Errors: Stop(USAGE, MISSING, DAMAGED, PERMISSION)."""
-    rest, _, wanted = init.rpartition(":")
-    if not rest or wanted not in SETS:
-        rest, wanted = init, ""
-    elif Path(init).exists():
-        raise Stop(
-            Exit.USAGE,
-            f"init={init} can mean the path {init}, or the {wanted} weights of {rest}",
-            "a name with one meaning",
-            f"rename the file or folder {init}",
-        )
+    given = parts(init)
+    rest, wanted, best = given
     scheme, _, name = rest.partition(":")
     if scheme in DOWNLOADS and not Path(rest).exists():
         if wanted:
@@ -63,12 +56,16 @@ def read(init: str) -> Pretrained:
                 f"{scheme}:NAME without :{wanted}, because it has only one set of weights",
                 f"init={rest}",
             )
+        if best:
+            raise no_run(init, given)
         return DOWNLOADS[scheme](name)
     path = Path(rest).expanduser()
     if not path.exists():
         raise _absent(path)
+    if best and not (path / "checkpoints").is_dir():
+        raise no_run(init, given)
     if path.is_dir():
-        return _folder(path, wanted)
+        return _folder(path, wanted, best)
     return _file(path, wanted)
 
 
@@ -77,7 +74,7 @@ def _absent(path: Path) -> Stop:
     return Stop(Exit.MISSING, f"init={path}: there is no such file or folder", FORMS, change)
 
 
-def _folder(path: Path, wanted: str) -> Pretrained:
+def _folder(path: Path, wanted: str, best: bool) -> Pretrained:
     is_run = (path / "checkpoints").is_dir() or path.absolute().parent.name == "checkpoints"
     is_timm = (path / "config.json").exists()
     if is_run and is_timm:
@@ -88,7 +85,7 @@ def _folder(path: Path, wanted: str) -> Pretrained:
             "name one of its checkpoints, or the file with the weights",
         )
     if is_run:
-        return _run(path, wanted or "raw")
+        return _run(path, wanted or "raw", best)
     if is_timm:
         return _timm_folder(path, wanted)
     raise Stop(
@@ -99,9 +96,16 @@ def _folder(path: Path, wanted: str) -> Pretrained:
     )
 
 
-def _run(path: Path, wanted: str) -> Pretrained:
-    """The newest valid checkpoint of a run, or the named one, after its sha256 was verified."""
-    chosen, skipped = checkpoint.choose(path.absolute())
+def _run(path: Path, wanted: str, best: bool) -> Pretrained:
+    """The newest valid checkpoint of a run, that with the `best` top-1, or the named one, after its sha256
+    was verified.
+    """
+    top1: float | None = None
+    skipped: list[str] = []
+    if best:
+        chosen, top1 = checkpoint.best(path.absolute(), wanted)
+    else:
+        chosen, skipped = checkpoint.choose(path.absolute())
     run = chosen.parents[1]
     files = {"raw": chosen / "model.safetensors", "ema": chosen / "ema.safetensors"}
     if not files[wanted].exists():
@@ -123,6 +127,7 @@ def _run(path: Path, wanted: str) -> Pretrained:
     step = json.loads((chosen / "state.json").read_text())["step"]
     digest = json.loads((chosen / "MANIFEST.json").read_text())["files"][files[wanted].name]["sha256"]
     text = f"{path}: {wanted} weights of run {run.name} after step {step}"
+    text += "" if top1 is None else f", its best top-1 ({top1:.2f} %)"
     text += "".join(f"; skipped a damaged checkpoint: {reason}" for reason in skipped)
     return Pretrained(
         safetensors.torch.load_file(files[wanted]),
@@ -134,6 +139,7 @@ def _run(path: Path, wanted: str) -> Pretrained:
             "weights": wanted,
             "path": str(files[wanted]),
             "sha256": digest,
+            **({} if top1 is None else {"best_top1": top1}),
         },
     )
 
