@@ -98,6 +98,7 @@ def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, s
     assert (
         "fresh, 5 classes; the 5 classes of the file are different ones (model.head_init_scale=0.001)" in said
     )
+    assert "its classes are not the data's 5 (5, 6, 7, ...): 0 of the 5 names match" in said
 
 
 @pytest.fixture
