@@ -12,6 +12,9 @@ from conftest import SMALL, _main, trained, weights
 from safetensors.torch import load_file
 from test_pretrained import write_malicious
 
+from reconverge.base.errors import Exit, Stop
+from reconverge.weights import read
+
 
 @pytest.fixture(scope="session")
 def halves(digits, tmp_path_factory):
@@ -95,6 +98,68 @@ def test_a_run_starts_where_another_ended_and_records_its_parent(tune, capsys, s
     assert (
         "fresh, 5 classes; the 5 classes of the file are different ones (model.head_init_scale=0.001)" in said
     )
+    assert "its classes are not the data's 5 (5, 6, 7, ...): 0 of the 5 names match" in said
+
+
+@pytest.fixture
+def evaluated(low):
+    """runs/low with two evaluations: raw weights are best after step 1, EMA weights after step 2."""
+    shutil.copytree(low, "runs")
+    lines = [{"step": 1, "raw_top1": 60.0, "ema_top1": 40.0}, {"step": 2, "raw_top1": 50.0, "ema_top1": 45.0}]
+    Path("runs/low/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind", "step", "top1"),
+    [(":best", "model", 1, 60), (":raw:best", "model", 1, 60), (":ema:best", "ema", 2, 45)],
+)
+@pytest.mark.usefixtures("evaluated")
+def test_best_takes_the_checkpoint_with_the_best_top1_of_these_weights(suffix, kind, step, top1):
+    found = read.read(f"runs/low{suffix}")
+    given = load_file(f"runs/low/checkpoints/step-{step:08d}/{kind}.safetensors")
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in given.items())
+    assert (found.origin["step"], found.origin["best_top1"]) == (step, top1)
+    assert f"after step {step}, its best top-1 ({top1:.2f} %)" in found.origin["text"]
+    assert found.classes == list("01234")
+
+
+def test_a_run_starts_from_the_best_weights_of_another(tune):
+    line = {"step": 1, "raw_top1": 60.0, "ema_top1": 40.0}
+    Path("runs/low/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert tune("init=runs/low:ema:best", "steps=1", "optim.lr=0", "optim.min_lr=0") == 0
+    parent = load_file("runs/low/checkpoints/step-00000001/ema.safetensors")
+    assert all(
+        torch.equal(newest("high")[name], tensor) for name, tensor in parent.items() if "head.fc" not in name
+    )
+    assert origin()["weights"] == "ema"
+
+
+@pytest.mark.parametrize(
+    ("init", "code", "says"),
+    [
+        ("runs/low/checkpoints/step-00000001:best", Exit.USAGE, "init=runs/low:best"),
+        ("runs/low/checkpoints/step-00000001:ema:best", Exit.USAGE, "init=runs/low:ema:best"),
+        ("weights.safetensors:best", Exit.USAGE, "only a run has a best checkpoint"),
+        ("timm:test_vit:best", Exit.USAGE, "only a run has a best checkpoint"),
+        ("runs/none:best", Exit.MISSING, "init=runs/none: there is no such file"),
+        ("runs/never:best", Exit.MISSING, "runs/never were never evaluated"),
+        ("runs/lost:ema:best", Exit.MISSING, "step-00000002"),
+        ("runs/bad:best", Exit.DAMAGED, "step-00000001"),
+        ("runs/two:best", Exit.USAGE, "can mean the path"),
+    ],
+)
+@pytest.mark.usefixtures("evaluated")
+def test_a_best_that_is_not_there_is_refused(init, code, says):
+    shutil.copy("runs/low/checkpoints/step-00000001/model.safetensors", "weights.safetensors")
+    for name in ("never", "lost", "bad", "two", "two:best"):
+        shutil.copytree("runs/low", f"runs/{name}")
+    Path("runs/never/metrics.jsonl").unlink()
+    shutil.rmtree("runs/lost/checkpoints/step-00000002")
+    with open("runs/bad/checkpoints/step-00000001/model.safetensors", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(Stop) as stopped:
+        read.read(init)
+    assert (stopped.value.code, says in str(stopped.value)) == (code, True), str(stopped.value)
 
 
 def test_the_same_classes_keep_their_head(tune, halves):

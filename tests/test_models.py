@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import timm
@@ -484,6 +486,22 @@ def test_activation_checkpointing_and_channels_last_keep_the_masks(build):
     assert torch.allclose(
         plain, gradients(lambda net: net.to(memory_format=torch.channels_last)), rtol=1e-3, atol=1e-4
     )
+
+
+def test_a_model_that_cannot_be_built_on_the_meta_device_is_counted_too():
+    """With timm before 1.0.30 that is RegNet, and before 1.0.23 ConvNeXt."""
+    spec = table.MODELS["convnext_atto"]
+
+    def build(settings, classes):
+        torch.linspace(0, 1, 3).tolist()
+        return spec.build(settings, classes)
+
+    given = Model("convnext_atto", "atto", 0.1)
+    before = torch.default_generator.get_state()
+    old = dataclasses.replace(spec, build=build)
+    assert old.count(given, 224) == spec.count(given, 224)
+    assert all(parameter.is_meta for parameter in old.on_meta(given, 10).parameters())
+    assert torch.equal(torch.default_generator.get_state(), before)
 
 
 def test_an_unknown_name_is_refused():

@@ -70,7 +70,9 @@ def test_the_first_batch_says_what_its_targets_are(drawn, tmp_path, given, targe
 
 def result(labels, predicted, confidence):
     top1 = 100 * float((labels == predicted).mean())
-    return Result(top1, 100.0, 0.0, 0.0, len(labels), predicted, confidence, confidence)
+    return Result(
+        top1, 100.0, 0.0, 0.0, len(labels), predicted, confidence, confidence, np.arange(len(labels)), []
+    )
 
 
 def test_predictions_are_half_spread_and_half_the_most_confident_mistakes(drawn, tmp_path):

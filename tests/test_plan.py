@@ -36,6 +36,14 @@ def plan(monkeypatch, capsys):
     return plan
 
 
+def test_an_ema_with_batchnorm_is_a_notice(reconverge):
+    wide = ["--picture", "plan.png"]
+    for step, recipe, there in (("03_depthwise", "in1k", True), ("14_layer_norm", "in1k", False),
+                                ("03_depthwise", "in1k_roadmap", False)):  # fmt: skip
+        code, said = reconverge("plan", f"model=roadmap/{step}", f"recipe={recipe}", *wide)
+        assert (code, "ema.decay=0.9999 with a model that has BatchNorm" in said) == (0, there), said
+
+
 def test_the_published_run_of_convnext_t(plan, tmp_path):
     command = "model=convnext_t recipe=in1k --ranks 8 --images-per-second 400"
     code, rows, said = plan(*command.split())

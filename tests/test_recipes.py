@@ -416,6 +416,25 @@ def test_ema_of_batch_norm_is_warned_about(compose):
         )
 
 
+def test_an_ema_of_a_model_with_batchnorm_is_a_notice(compose):
+    cfg = compose("model=roadmap/03_depthwise", "recipe=in1k")
+    (said,) = published.notices(cfg, [], batch_norm=True)
+    assert said.startswith("ema.decay=0.9999 with a model that has BatchNorm")
+    assert "recipe=in1k_roadmap" in said
+    assert "ema.decay=null" in said
+    assert published.notices(cfg, [], batch_norm=False) == []
+    cfg = compose("model=roadmap/03_depthwise", "recipe=in1k_roadmap")
+    assert published.notices(cfg, [], batch_norm=True) == []
+
+
+def test_recipes_that_start_from_another_run_say_which_of_its_weights():
+    for recipe in ("ft_in1k_384", "ft_in22k_in1k_224", "ft_in22k_in1k_384", "swin_ft_in1k_384",
+                   "swin_ft_in22k_in1k_224", "swin_ft_in22k_in1k_384"):  # fmt: skip
+        header = (ROOT / "conf" / "recipe" / f"{recipe}.yaml").read_text().partition("\nrecipe:")[0]
+        assert "init=runs/NAME" in header
+        assert ("init=runs/NAME:ema:best" in header) == (recipe == "ft_in1k_384")  # L, from the best EMA
+
+
 IN1K, EVALUATED = range(1_281_167), range(50_000)
 
 

@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
+from reconverge.base import imagenet
 from reconverge.base.errors import Exit, Stop
 from reconverge.config.settings import Model
 from reconverge.models import create, drop_path, table
@@ -310,6 +311,28 @@ def test_a_head_for_the_same_classes_is_kept():
     net = scrambled(small(3), 9)
     assert load.load(net, "folder", True, "auto", ["cat", "cow", "dog"])["head"] == "kept, 3 classes"
     assert same(net, small(3))
+
+
+def test_a_head_that_fits_by_number_only_is_a_notice():
+    """Officially it is kept by position. Here folders that are named otherwise give it new weights."""
+    path = save(small(1000))
+    synsets = imagenet.imagenet1k()
+    numbers = [f"{number:04d}" for number in range(1000)]
+    for classes, says in (
+        (numbers, "0 of the 1000 names match"),
+        ([*synsets[:300], *numbers[300:]], "300 of the 1000 names match"),
+        (synsets[::-1], "1000 of the 1000 names match, in another order"),
+    ):
+        (notice,) = load.load(small(1000), path, True, "auto", classes)["notices"]
+        assert says in notice
+        assert "init_head=keep loads" in notice
+        assert f"({', '.join(classes[:3])}, ...)" in notice
+        assert ("init_head=mapped" in notice) == ("0 of" not in says[:4])
+    for head, classes in (("auto", synsets), ("fresh", numbers), ("keep", numbers)):
+        assert load.load(small(1000), path, True, head, classes)["notices"] == []
+    assert load.load(small(10), path, True, "auto", numbers[:10])["notices"] == []
+    (notice,) = load.load(small(4), save(small(4)), True, "auto", classes_called(4))["notices"]
+    assert "does not name its 4 classes" in notice
 
 
 @pytest.mark.parametrize("reverse", [False, True])

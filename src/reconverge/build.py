@@ -27,7 +27,7 @@ from reconverge.report import panel
 from reconverge.run.folder import Run
 from reconverge.run.log import Log
 from reconverge.run.state import State
-from reconverge.training import optim
+from reconverge.training import batch_norm, optim
 from reconverge.training.batch_norm import RunningStatistics
 from reconverge.training.datasets import Datasets
 from reconverge.training.ema import Ema
@@ -176,7 +176,9 @@ def _introduce(cfg: Train, run: Run, machine: Machine, made: Model, data: Datase
     rows = panel.job(cfg, data.clock, made.net, made.optimizer.param_groups, images)
     rows |= panel.origin(cfg, run)
     rows |= panel.machine(cfg, machine.world, machine.workers, machine.decoder, run)
-    rows |= panel.numbered("notice", published.notices(cfg, run.overrides))
+    notices = published.notices(cfg, run.overrides, batch_norm.has(made.net))
+    notices += (run.recorded("init") or {}).get("notices", []) if run.step == 0 else []
+    rows |= panel.numbered("notice", notices)
     terminal.panel(cfg.run, panel.shortened(rows) if launcher.brief() else rows)
 
 

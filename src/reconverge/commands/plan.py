@@ -76,7 +76,7 @@ def main(arguments: argparse.Namespace) -> int:
     from reconverge.distributed.ranks import block, worlds
     from reconverge.models import create
     from reconverge.report import panel, pictures
-    from reconverge.training import optim
+    from reconverge.training import batch_norm, optim
     from reconverge.training.passes import Passes
 
     images, classes, data = _images(cfg, arguments.overrides)
@@ -103,8 +103,9 @@ def main(arguments: argparse.Namespace) -> int:
     steps = _spread(clock.total, 2000)
     layers = {group["layer"]: group["lr_scale"] for group in groups}
     pictures.plan(picture, [step / clock.steps_per_epoch for step in steps], list(map(rate, steps)), layers)
-    notices = panel.numbered("notice", published.notices(cfg, arguments.overrides))
-    terminal.panel(f"plan of {cfg.model.name} with {cfg.recipe.name}", rows | notices)
+    notices = published.notices(cfg, arguments.overrides, batch_norm.has(net))
+    rows |= panel.numbered("notice", notices)
+    terminal.panel(f"plan of {cfg.model.name} with {cfg.recipe.name}", rows)
     return Exit.DONE
 
 

@@ -2,7 +2,6 @@
 run compares with what its recipe reproduces. Imports no torch.
 """
 
-import re
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
@@ -13,12 +12,11 @@ from reconverge.base.imagenet import DATASETS
 from reconverge.config.messages import spelled
 from reconverge.config.settings import Train, flat
 
-BATCH_NORM_STEPS = r"roadmap_(b_)?(0\d|1[0-3])_"  # models of the roadmap before step 14, which has layer norm
 
-
-def notices(cfg: Train, overrides: Sequence[str]) -> list[str]:
-    """What might not be meant: a batch that lr was not chosen for, EMA of BatchNorm, fine-tuning's settings
-    without pre-trained weights, what differs from the published recipe. `overrides`: of the command line.
+def notices(cfg: Train, overrides: Sequence[str], batch_norm: bool = False) -> list[str]:
+    """What might not be meant: a batch that lr was not chosen for, an EMA with BatchNorm, fine-tuning's
+    settings without pre-trained weights, what differs from the published recipe. `overrides`: of the command
+    line; `batch_norm`: whether the model has any.
     """
     found = []
     if (
@@ -36,10 +34,10 @@ def notices(cfg: Train, overrides: Sequence[str]) -> list[str]:
             f"training images have {cfg.augment.size} px (augment.size), validation images"
             f" {cfg.evaluate.size} px (evaluate.size): neither setting follows the other"
         )
-    if cfg.ema.decay is not None and re.match(BATCH_NORM_STEPS, cfg.model.name):
+    if batch_norm and cfg.ema.decay is not None:
         found.append(
-            f"ema.decay={cfg.ema.decay:g} with {cfg.model.name}, which has BatchNorm layers: EMA severely"
-            " hurts such models (arXiv 2201.03545); recipe=in1k_roadmap trains them without it"
+            f"ema.decay={cfg.ema.decay:g} with a model that has BatchNorm: the paper trained such models"
+            " without EMA, which severely hurts them (recipe=in1k_roadmap has none); ema.decay=null: no EMA"
         )
     if cfg.init is None:
         if cfg.recipe.starts_from:

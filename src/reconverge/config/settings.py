@@ -245,9 +245,10 @@ class Train:
         help="name of the run's folder below runs/")
     seed: int = setting(0, low=0, help="seed of every random number")
     init: str | None = setting(None,
-        help="initial weights: runs/NAME or one of its checkpoints (add :ema for the EMA weights), a "
-             ".safetensors, .pth or .pt file, a folder with config.json, timm:NAME, hf-hub:OWNER/NAME, "
-             "torchvision:NAME; null: train from scratch")
+        help="initial weights: runs/NAME or one of its checkpoints (add :ema for the EMA weights; after "
+             "runs/NAME also :best for the checkpoint with their best top-1), a .safetensors, .pth or .pt "
+             "file, a folder with config.json, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME; null: from "
+             "scratch")
     init_strict: bool = setting(True,
         help="init must have every weight of the model except the head, and no other; false: load what fits "
              "and list the rest")
@@ -270,7 +271,8 @@ class Train:
 
     device: str = setting("auto", choices=DEVICES, free=True, heading="Hardware and speed",
         help="auto: a GPU if there is one")  # a change of "hardware" is noticed and refused on its own
-    precision: str = setting("fp32", choices=PRECISIONS, source="published: fp32",
+    precision: str = setting("fp32", choices=PRECISIONS,
+        source="published: torch 1.8's float32, which is tf32 on an A100 and fp32 on older GPUs",
         help="mixed precision: bf16, fp16 (with loss scaling), or tf32 matrix products (NVIDIA GPUs since "
              "A100)")
     compile: bool = setting(False, "compile the model with torch.compile")

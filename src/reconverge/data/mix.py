@@ -7,8 +7,8 @@ device. Only the pixels are computed on the device.
 import math
 import random
 
+import numpy as np
 import torch
-from timm.data import Mixup
 from torch import Tensor
 
 from reconverge.base import chance
@@ -37,14 +37,7 @@ class Mix:
 
     def __init__(self, erase: float, mix: settings.Mix, classes: int):
         self.erase = erase
-        self.mixup = Mixup(
-            mix.mixup,
-            mix.cutmix,
-            prob=mix.probability if mix.mixup or mix.cutmix else 0.0,  # with both off, timm must not mix
-            switch_prob=mix.switch,
-            label_smoothing=mix.smoothing,
-            num_classes=classes,
-        )
+        self.mixup = Mixup(mix, classes)
 
     def __call__(self, images: Tensor, labels: Tensor, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Normalised images (N, 3, H, W) and labels (N,) -> images, targets (N, classes). Changes the images
@@ -56,6 +49,57 @@ class Mix:
             erase(images, self.erase)
         with chance.scope(*key[:1], "mix", *key[1:]):
             return self.mixup(images, labels)
+
+
+class Mixup:
+    """Mixup or CutMix as the published runs had them (timm 0.3.2), whatever version of timm is installed.
+
+    Random numbers are drawn from numpy's global generator in the same order as in timm's Mixup(mode="batch").
+    The box of CutMix is not that of every timm: since 1.0.29 it is a pixel larger if its side is odd.
+    """
+
+    def __init__(self, mix: settings.Mix, classes: int):
+        self.mix, self.classes = mix, classes
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Like Mix, without erasing."""
+        share, box = self.draw(*images.shape[2:])
+        if box is not None:
+            rows, columns = box
+            images[:, :, rows, columns] = images[:, :, rows, columns].flip(0)
+        elif share != 1:
+            partners = images.flip(0).mul_(1 - share)
+            images.mul_(share).add_(partners)
+        smooth = self._smooth(labels)
+        return images, smooth * share + smooth.flip(0) * (1 - share)
+
+    def draw(self, height: int, width: int) -> tuple[float, tuple[slice, slice] | None]:
+        """The share (lambda) of each image in its mixture, and the rows and columns that CutMix takes from
+        the partner; None instead of these for Mixup.
+        """
+        mix = self.mix
+        if not (mix.mixup or mix.cutmix) or np.random.rand() >= mix.probability:
+            return 1.0, None
+        cut = np.random.rand() < mix.switch if mix.mixup and mix.cutmix else bool(mix.cutmix)
+        alpha = mix.cutmix if cut else mix.mixup
+        share = float(np.random.beta(alpha, alpha))
+        if not cut or share == 1:
+            return share, None
+        rows, columns = (_cut(length, math.sqrt(1 - share)) for length in (height, width))
+        area = (rows.stop - rows.start) * (columns.stop - columns.start)
+        return 1 - area / (height * width), (rows, columns)
+
+    def _smooth(self, labels: Tensor) -> Tensor:
+        """float32 (N, classes): the rest of label smoothing is shared by all classes, the right one too."""
+        off = self.mix.smoothing / self.classes
+        smooth = torch.full((len(labels), self.classes), off, device=labels.device)
+        return smooth.scatter_(1, labels.view(-1, 1), 1 - self.mix.smoothing + off)
+
+
+def _cut(length: int, ratio: float) -> slice:
+    """Where CutMix cuts one side of an image: around a random centre, clipped at the edges."""
+    half, centre = int(length * ratio) // 2, int(np.random.randint(0, length))
+    return slice(max(0, centre - half), min(length, centre + half))
 
 
 def erase(images: Tensor, probability: float) -> None:

@@ -5,6 +5,7 @@ Normalising, erasing and mixing follow on the device (mix.py).
 
 import math
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ def training(augment: Augment, mean: list[float], decode: str = "exact") -> Tran
 
     Random numbers and pixels are the same as in timm's transforms_imagenet_train, without normalising and
     erasing. Colour jitter is off: the published command sets it to 0.4, but timm ignores it with RandAugment.
-    `mean` is the colour of areas that a rotation leaves empty. `decode`: exact or fast, see decode.py.
+    `mean` is the colour of areas that a rotation leaves empty. `decode`: exact or fast, see decode.py. inc0
+    is left out of the policy, because timm before 1.0.29 takes it for inc1.
     """
     first, auto, _ = transforms_imagenet_train(
         augment.size,
@@ -34,7 +36,7 @@ def training(augment: Augment, mean: list[float], decode: str = "exact") -> Tran
         ratio=(augment.ratio[0], augment.ratio[1]),
         hflip=augment.flip,
         color_jitter=None,  # type: ignore[arg-type]
-        auto_augment=None if augment.auto == "none" else augment.auto,
+        auto_augment=None if augment.auto == "none" else re.sub(r"-inc0+(?![\d.])", "", augment.auto),
         interpolation=augment.interpolation,
         mean=tuple(mean),
         use_prefetcher=True,

@@ -33,9 +33,8 @@ def model(given: settings.Model, classes: int, seed: int) -> nn.Module:
 
 
 def on_meta(given: settings.Model, classes: int) -> nn.Module:
-    """The same model on the meta device: no memory is allocated for weights. Errors: Stop(USAGE)."""
-    with torch.device("meta"):
-        net = _fitting(given).build(given, classes)
+    """The same model on the meta device, where weights have no values. Errors: Stop(USAGE)."""
+    net = _fitting(given).on_meta(given, classes)
     drop_path.replace(net)
     return net
 

@@ -14,6 +14,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from reconverge.base import chance
 from reconverge.base.errors import Exit, Stop
 from reconverge.config import settings
 from reconverge.models import roadmap
@@ -45,6 +46,17 @@ class Spec:
     # Side in pixels of the images that it takes, unless model.image_size is given; None: it takes any size.
     fixed_size: int | None = None
 
+    def on_meta(self, model: settings.Model, classes: int) -> nn.Module:
+        """The model on the meta device. No memory is allocated for weights, except with timm before 1.0.30,
+        which reads numbers from tensors while it builds some models.
+        """
+        try:
+            with torch.device("meta"):
+                return self.build(model, classes)
+        except RuntimeError:
+            with chance.scope(0, "init"):
+                return self.build(model, classes).to("meta")
+
     def count(self, model: settings.Model, size: int) -> tuple[float, float]:
         """Millions of parameters, and billions of multiply-adds for an image of `size` px, with 1000 classes.
 
@@ -52,8 +64,8 @@ class Spec:
         convolutions, linear layers and attention.
         """
         model = replace(model, image_size=size if self.fixed_size else None)
+        net = self.on_meta(model, 1000).eval()
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            net = self.build(model, 1000).eval()
             net(torch.empty(1, 3, size, size))
         return sum(parameter.numel() for parameter in net.parameters()) / 1e6, counter.get_total_flops() / 2e9
 

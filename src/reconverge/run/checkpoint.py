@@ -21,6 +21,7 @@ from torch import Tensor
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import no_plain_file, read_text, sha256_of
+from reconverge.run import reader
 from reconverge.run.reader import checkpoint_of, checkpoints, step_of
 
 FORMAT = "checkpoint-1"
@@ -132,6 +133,32 @@ def choose(path: Path) -> tuple[Path, list[str]]:
             f"name another checkpoint, or {path.parent.parent} to use its newest valid one",
         )
     return path, []
+
+
+def best(run: Path, kind: str) -> tuple[Path, float]:
+    """The checkpoint of a run with the best top-1 of its raw or EMA weights (`kind`), and this top-1 in
+    percent.
+
+    Errors: Stop(MISSING, DAMAGED).
+    """
+    evaluated = reader.top1(reader.metrics(run))
+    step = reader.best_steps(evaluated).get(kind)
+    if step is None:
+        raise Stop(
+            Exit.MISSING,
+            f"the {kind} weights of {run} were never evaluated, so there is no best",
+            "a run with at least one evaluation",
+            "name the run without :best to take its newest checkpoint",
+        )
+    path = checkpoint_of(run / "checkpoints", step)
+    if not path.exists():
+        raise Stop(
+            Exit.MISSING,
+            f"the {kind} weights of {run} were best after step {step}, but it has no {path.name}",
+            "a run that has kept its best checkpoint",
+            "restore this checkpoint from a copy, or name another checkpoint",
+        )
+    return choose(path)[0], evaluated[step][kind]
 
 
 def verify(path: Path) -> str | None:

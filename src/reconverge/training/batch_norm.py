@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 
+def has(model: nn.Module) -> bool:
+    """Whether the model has a layer of BatchNorm."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 class RunningStatistics:
     """Covers every buffer of the model that its checkpoints contain.
 

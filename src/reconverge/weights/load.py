@@ -43,7 +43,7 @@ def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str])
     _refuse_partial(init, found, keys, strict)
     for entry in (*fitting, *head_entries):
         _refuse_values(init, entry, own[entry.name])
-    said = _load_head(own, head_names, head_entries, head, found, classes, init)
+    said, notices = _load_head(own, head_names, head_entries, head, found, classes, init)
     for entry in fitting:
         own[entry.name].copy_(entry.tensor)  # a state dict shares its memory with the model
     return {
@@ -51,6 +51,7 @@ def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str])
         **found.origin,
         "layout": layout,
         "head": said,
+        "notices": notices,
         "keys": {kind: names for kind, names in keys.items() if names or kind in ALWAYS},
     }
 
@@ -205,16 +206,22 @@ def _load_head(
     found: Pretrained,
     classes: list[str],
     init: str,
-) -> str:
-    """Load the head's rows by the rule of init_head. Returns a text about it. Errors: Stop(USAGE)."""
+) -> tuple[str, list[str]]:
+    """Load the head's rows by the rule of init_head. Returns a text about it, and what might not be meant.
+
+    Errors: Stop(USAGE).
+    """
     rows = len(entries[0].tensor) if len(entries) == len(names) else 0
     theirs = found.classes if found.classes and len(found.classes) == rows else None
     by_count = "" if theirs else f"; assumed to be ImageNet's {rows} synsets, from their number"
     theirs = theirs or imagenet.of_head(rows)
+    notices = []
     if rule == "auto":
         rule = "keep" if rows and theirs == classes else "fresh"
+        if rule == "fresh" and rows == len(classes):
+            notices = [_by_position(rows, theirs, classes)]
     if rule == "fresh":
-        return f"fresh, {len(classes)} classes; {_why_fresh(rows, theirs, classes)}"
+        return f"fresh, {len(classes)} classes; {_why_fresh(rows, theirs, classes)}", notices
     if not rows:
         raise Stop(
             Exit.USAGE,
@@ -223,7 +230,7 @@ def _load_head(
             "init_head=fresh, which keeps the initial weights of the head",
         )
     if rule == "mapped":
-        return _map_rows(own, entries, theirs or [], classes) + by_count
+        return _map_rows(own, entries, theirs or [], classes) + by_count, notices
     if rows != len(classes):
         raise Stop(
             Exit.USAGE,
@@ -234,8 +241,24 @@ def _load_head(
     for entry in entries:
         own[entry.name].copy_(entry.tensor)
     if theirs == classes:
-        return f"kept, {rows} classes{by_count}"
-    return f"kept, {rows} classes by position: their names " + ("differ" if theirs else "are unknown")
+        return f"kept, {rows} classes{by_count}", notices
+    how = "differ" if theirs else "are unknown"
+    return f"kept, {rows} classes by position: their names {how}", notices
+
+
+def _by_position(rows: int, theirs: list[str] | None, classes: list[str]) -> str:
+    """A notice about a head that gets new weights although it has as many rows as the data have classes."""
+    here = f"the data's {rows} ({', '.join(classes[:3])}, ...)"
+    if theirs is None:
+        why, mapped = f"the file does not name its {rows} classes", ""
+    else:
+        common = len(set(theirs) & set(classes))
+        why = f"{common} of the {rows} names match" + (", in another order" if common == rows else "")
+        mapped = "; init_head=mapped loads the rows whose names match" if common else ""
+    return (
+        f"the head gets new weights, because its classes are not {here}: {why}. If they are the same classes"
+        f" in the same order, init_head=keep loads the head by position, as the published code does{mapped}"
+    )
 
 
 def _why_fresh(rows: int, theirs: list[str] | None, classes: list[str]) -> str:

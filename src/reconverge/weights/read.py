@@ -23,21 +23,14 @@ from reconverge.base.errors import Exit, Stop, explain
 from reconverge.base.files import read_text, sha256_of
 from reconverge.run import checkpoint
 from reconverge.weights import stored
-from reconverge.weights.stored import FLOATS, FORMS, INTEGERS, SETS, Pretrained
+from reconverge.weights.given import no_run, parts
+from reconverge.weights.stored import FLOATS, FORMS, INTEGERS, Pretrained
 
 
 def read(init: str) -> Pretrained:
     """The weights that `init` names, on the CPU. Errors: Stop(USAGE, MISSING, DAMAGED, PERMISSION)."""
-    rest, _, wanted = init.rpartition(":")
-    if not rest or wanted not in SETS:
-        rest, wanted = init, ""
-    elif Path(init).exists():
-        raise Stop(
-            Exit.USAGE,
-            f"init={init} can mean the path {init}, or the {wanted} weights of {rest}",
-            "a name with one meaning",
-            f"rename the file or folder {init}",
-        )
+    given = parts(init)
+    rest, wanted, best = given
     scheme, _, name = rest.partition(":")
     if scheme in DOWNLOADS and not Path(rest).exists():
         if wanted:
@@ -47,12 +40,16 @@ def read(init: str) -> Pretrained:
                 f"{scheme}:NAME without :{wanted}, because it has only one set of weights",
                 f"init={rest}",
             )
+        if best:
+            raise no_run(init, given)
         return DOWNLOADS[scheme](name)
     path = Path(rest).expanduser()
     if not path.exists():
         raise _absent(path)
+    if best and not (path / "checkpoints").is_dir():
+        raise no_run(init, given)
     if path.is_dir():
-        return _folder(path, wanted)
+        return _folder(path, wanted, best)
     return stored.file(path, wanted)
 
 
@@ -61,7 +58,7 @@ def _absent(path: Path) -> Stop:
     return Stop(Exit.MISSING, f"init={path}: there is no such file or folder", FORMS, change)
 
 
-def _folder(path: Path, wanted: str) -> Pretrained:
+def _folder(path: Path, wanted: str, best: bool) -> Pretrained:
     is_run = (path / "checkpoints").is_dir() or path.absolute().parent.name == "checkpoints"
     is_timm = (path / "config.json").exists()
     if is_run and is_timm:
@@ -72,7 +69,7 @@ def _folder(path: Path, wanted: str) -> Pretrained:
             "name one of its checkpoints, or the file with the weights",
         )
     if is_run:
-        return _run(path, wanted or "raw")
+        return _run(path, wanted or "raw", best)
     if is_timm:
         return stored.timm_folder(path, wanted)
     raise Stop(
@@ -83,9 +80,16 @@ def _folder(path: Path, wanted: str) -> Pretrained:
     )
 
 
-def _run(path: Path, wanted: str) -> Pretrained:
-    """The newest valid checkpoint of a run, or the named one, after its sha256 was verified."""
-    chosen, skipped = checkpoint.choose(path.absolute())
+def _run(path: Path, wanted: str, best: bool) -> Pretrained:
+    """The newest valid checkpoint of a run, that with the `best` top-1, or the named one, after its sha256
+    was verified.
+    """
+    top1: float | None = None
+    skipped: list[str] = []
+    if best:
+        chosen, top1 = checkpoint.best(path.absolute(), wanted)
+    else:
+        chosen, skipped = checkpoint.choose(path.absolute())
     run = chosen.parents[1]
     files = {"raw": chosen / "model.safetensors", "ema": chosen / "ema.safetensors"}
     if not files[wanted].exists():
@@ -106,6 +110,7 @@ def _run(path: Path, wanted: str) -> Pretrained:
         ) from None
     step, digest = checkpoint.numbers(chosen)["step"], sha256_of(files[wanted])
     text = f"{path}: {wanted} weights of run {run.name} after step {step}"
+    text += "" if top1 is None else f", its best top-1 ({top1:.2f} %)"
     text += "".join(f"; skipped a damaged checkpoint: {reason}" for reason in skipped)
     return Pretrained(
         checkpoint.load_tensors(files[wanted]),
@@ -117,6 +122,7 @@ def _run(path: Path, wanted: str) -> Pretrained:
             "weights": wanted,
             "path": str(files[wanted]),
             "sha256": digest,
+            **({} if top1 is None else {"best_top1": top1}),
         },
     )
 

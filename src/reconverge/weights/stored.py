@@ -19,8 +19,8 @@ from reconverge.base.errors import Exit, Stop, explain
 from reconverge.base.files import sha256_of
 
 FORMS = (
-    "runs/NAME, one of its checkpoints, a .safetensors, .pth or .pt file, a folder with config.json,"
-    " timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME"
+    "runs/NAME, runs/NAME:best, one of its checkpoints, a .safetensors, .pth or .pt file, a folder with"
+    " config.json, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME"
 )
 # Names of the raw and the EMA weights in checkpoint files: first those of the official code of ConvNeXt, DeiT
 # and Swin, then those of timm.
