@@ -124,7 +124,7 @@ def models():
         net = create.on_meta(settings_of(name), 1000)
         kinds = Counter()
         for module in net.modules():
-            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            own = next(module.parameters(recurse=False), None) is not None
             if (own or next(module.children(), None) is None) and not isinstance(module, nn.Identity):
                 widths = r"^\d+, \d+, |^\(?\d+,?\)?, |(in|out|normalized)_\w+=\S+ ?"
                 text = re.sub(r"groups=\d+", "groups=N", re.sub(widths, "", module.extra_repr()))
