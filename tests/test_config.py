@@ -59,7 +59,7 @@ REFUSED = [
     (["recipe.drop_path={t: x}"], "recipe.drop_path", "float", "recipe.drop_path"),
     (["epochs=0"], "epochs=0", "at least 1", "epochs=1"),
     (["augment.flip=1.5"], "augment.flip=1.5", "at most 1", "augment.flip=1"),
-    (["optim.lr=nan"], "optim.lr=nan", "at least 0", "optim.lr="),
+    (["optim.lr=nan"], "optim.lr=nan", "finite numbers", "another optim.lr"),
     (["precision=fp8"], "precision=fp8", "fp32, tf32, bf16, fp16", "precision=fp"),
     (["save_every=often"], "save_every=often", "epochs as in 2epoch", "save_every"),
     (["augment.auto=rand-z9"], "augment.auto=rand-z9", "RandAugment", "augment.auto"),

@@ -40,7 +40,7 @@ def test_a_damaged_validation_image_is_named_before_the_first_evaluation(copy, t
 def test_left_out_when_asked_with_its_number_beside_the_top1(copy, train, evaluate, capfd):
     arguments = [*options(copy), "steps=3", "evaluate_every=3", "save_every=3", "run=a"]
     assert train(*arguments, "data.on_bad_image=substitute") == 0
-    assert "without 1 damaged validation images" in " ".join(capfd.readouterr().out.split())
+    assert "(without 1 damaged image)" in " ".join(capfd.readouterr().out.split())
     (line,) = [line for line in lines("a") if "raw_top1" in line]
     assert line["left_out"] == 1
     _, _, kinds = predictions.load(Path("runs/a/outcomes.npz"))

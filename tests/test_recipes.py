@@ -398,24 +398,6 @@ def test_weights_from_elsewhere_are_named_where_the_recipe_starts_from_scratch(c
     )
 
 
-def test_ema_of_batch_norm_is_warned_about(compose):
-    """Up to step 13 of the roadmap, whose step 14 brings layer norm."""
-    for model, warned in (
-        ("roadmap/00_resnet50", True),
-        ("roadmap/13_fewer_norms", True),
-        ("roadmap/14_layer_norm", False),
-        ("roadmap/b_03_depthwise", True),
-        ("roadmap/b_14_layer_norm", False),
-        ("convnext_t", False),
-    ):
-        said = published.notices(compose(f"model={model}", "recipe=in1k"), [])
-        assert any("EMA severely hurts such models" in notice for notice in said) == warned
-        assert not any(
-            "severely" in notice
-            for notice in published.notices(compose(f"model={model}", "recipe=in1k_roadmap"), [])
-        )
-
-
 def test_an_ema_of_a_model_with_batchnorm_is_a_notice(compose):
     cfg = compose("model=roadmap/03_depthwise", "recipe=in1k")
     (said,) = published.notices(cfg, [], batch_norm=True)

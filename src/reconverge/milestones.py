@@ -55,8 +55,11 @@ class Milestones:
             saving = self._clock.due(self._clock.save_every, step) or stopping
             if saving or evaluating:
                 self._log.flush()  # stops here, before anything is saved, if a step was not finite
-            if saving:
+            trouble = self._log.trouble()
+            if saving or trouble:
                 self._save(step)
+            if trouble:
+                raise trouble
             if evaluating:
                 try:
                     self._evaluate(step)

@@ -22,6 +22,7 @@ class Early:
     """
 
     def __init__(self, validation: Source, on_bad_image: str, rank: int):
+        self.trouble: Stop | None = None  # what the run has to stop for, after it has saved its step
         self._stops = on_bad_image == "stop"
         self._receiver: Any = None  # None: finished, or another rank
         self._process: Any = None
@@ -33,7 +34,7 @@ class Early:
             sender.close()
 
     def settle(self, world: World) -> None:
-        """Say what was found since the last call. Errors: Stop(DAMAGED), on all ranks."""
+        """Say what was found since the last call, or on all ranks note it as `trouble`."""
         found = [text for texts in world.gather_objects(self._found()) for text in texts]
         if not found:
             return
@@ -41,7 +42,7 @@ class Early:
             for text in found:
                 say(f"damaged validation image, which evaluations leave out: {text}")
             return
-        raise Stop(
+        self.trouble = Stop(
             Exit.DAMAGED,
             f"damaged validation images: {'; '.join(found[:5])}"
             f"{f'; and {len(found) - 5} more' if found[5:] else ''}",

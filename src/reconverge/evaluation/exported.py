@@ -24,7 +24,8 @@ from reconverge.base.files import read_plain
 PICKLE = "data/sample_inputs/model.pt"
 MEMBERS = re.compile(
     r"data/weights/weight_\d+|data/constants/tensor_\d+"
-    r"|data/(weights/model_weights|constants/model_constants)_config\.json|models/model\.json|data/sample_inputs/model\.pt|archive_format|archive_version|byteorder"
+    r"|data/(weights/model_weights|constants/model_constants)_config\.json|models/model\.json"
+    r"|data/sample_inputs/model\.pt|archive_format|archive_version|byteorder"
     r"|\.data/(version|serialization_id)|\.format_version|\.storage_alignment"
 )
 # Operations: functions of tensors. What reads files, resizes or replaces memory is none of them.

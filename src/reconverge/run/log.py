@@ -176,6 +176,10 @@ class Log:
         began, first, waited = self._interval
         self._interval = (began + time.perf_counter() - stopped, first, waited)
 
+    def trouble(self) -> Stop | None:
+        """What the run has to stop for, on all ranks, although its steps are sound."""
+        return self._feed.early.trouble if self._feed.early else None
+
     # ---- what was evaluated ----
 
     def evaluated(self, step: int) -> bool:
