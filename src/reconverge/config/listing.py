@@ -93,13 +93,18 @@ def markdown() -> str:
         " `python train.py model=convnext_t optim.lr=1e-3 mix.mixup=0`. The defaults below are those of the"
         " program; a recipe replaces many of them. `python train.py recipe=in1k model=convnext_t --help`"
         " lists the values that this command would use.\n",
-        "**Resume** says whether a setting may change when a run is resumed: *yes*, or *no*, which is refused"
-        " with exit code 78 (see [resume](training.md#resume)). The tables of the paper are those of"
+        "**Resume** says whether a setting may change when a run is resumed. *yes*: the bits stay the same,"
+        " except where the meaning says otherwise (`forward_images`, `resume_allow`, `data.on_bad_image`);"
+        " another device may be refused as other hardware. *no*: refused with exit code 78 (see"
+        " [resume](training.md#resume)). The tables of the paper are those of"
         " [A ConvNet for the 2020s](https://arxiv.org/abs/2201.03545).\n",
     ]
     for program, schema in (("train.py", Train), ("eval.py", Eval)):
         found = [group for group in groups(schema) if program == "train.py" or ": data." not in group[0]]
-        page += [f"\n# {program}\n", "\n".join(f"- [{name}](#{_anchor(name)})" for name, _ in found), ""]
+        page += [f"\n# {program}\n"]
+        if program == "eval.py":
+            page += ["`data=NAME` and all settings of [data.*](#the-data-set-data) are those of train.py.\n"]
+        page += ["\n".join(f"- [{name}](#{_anchor(name)})" for name, _ in found), ""]
         for title, settings in found:
             page += [f"## {title}\n", *_rows(settings, resumes=program == "train.py"), ""]
     return "\n".join(page)

@@ -69,7 +69,7 @@ class Recipe:
         help="training images of the published run; null: the recipe reproduces no published run")
     starts_from: str | None = setting(None, free=True,
         help="the pre-trained weights that the recipe expects, in words; null: it trains from scratch")
-    batch: int = setting(MISSING, low=1, unit="images", help="batch size that optim.lr was chosen for")
+    batch: int = setting(MISSING, low=1, unit="images", help="batch size of the recipe")
     drop_path: dict[str, float] = setting({}, source="Table 5", help="model.drop_path for each model size")
     microbatch: dict[str, int] = setting({}, source="published images per GPU", unit="images",
         help="microbatch for each model size")
@@ -122,7 +122,7 @@ class Optim:
     """Optimizer (AdamW) and learning rate"""
 
     lr: float = setting(4e-3, low=0, source="Table 5",
-        help="peak learning rate, for the batch size of the recipe (see optim.lr_batch)")
+        help="peak learning rate, for batches of optim.lr_batch images if it is given, else of recipe.batch")
     lr_batch: int | None = setting(None, low=1, unit="images",
         help="lr, min_lr and warmup_lr are multiplied by batch / lr_batch; null: they never follow the batch")
     min_lr: float = setting(1e-6, low=0, source="official code",
@@ -281,7 +281,7 @@ class Train:
         help="activation (gradient) checkpointing: less memory, about 30 % more time")
     forward_images: int | None = setting(None, low=1, free=True, unit="images",  # the end of R2 is recorded
         help="images of one forward pass: less than a microbatch saves memory, several microbatches fill a "
-             "large GPU; a change ends R2; null: one microbatch")
+             "large GPU; a change ends R1 and R2; null: one microbatch")
     workers: int | None = setting(None, low=0, free=True, unit="processes",
         help="data workers of each rank; null: chosen from the CPU cores of this process")
     threads: int | None = setting(None, low=1, unit="threads",
