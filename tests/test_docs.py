@@ -208,7 +208,8 @@ def test_those_about_a_run_are_carried_out(learned, digits, monkeypatch, evaluat
     digits.
     """
     shutil.copytree(learned, "runs")
-    shutil.copytree(digits / "val" / "3", "photos")
+    for folder in ("photos", "my photos"):
+        shutil.copytree(digits / "val" / "3", folder)
     (tmp_path / "real").symlink_to(digits)
     assert len(ABOUT_A_RUN) > 8
     for given in ABOUT_A_RUN:
