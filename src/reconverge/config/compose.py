@@ -160,8 +160,8 @@ def to_text(config: Train | Eval) -> str:
 
 
 def write_conf(folder: Path, config: Train) -> None:
-    """Into `folder` a config.yaml of which a train.py beside it composes exactly `config`, whatever became of
-    the files of conf/.
+    """Write a config.yaml into `folder`, from which a train.py with this folder as its conf/ composes exactly
+    `config`. The files of conf/ may have changed meanwhile.
     """
     quiet = [{f"override hydra/{name}_logging": "none"} for name in ("job", "hydra")]
     hydra = {"output_subdir": None, "run": {"dir": "."}}

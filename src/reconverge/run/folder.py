@@ -117,10 +117,10 @@ class Run:
         over = status["step"] >= min(status["total"], self._cfg.steps or status["total"])
         return status["summary"] if over and status["reason"] == "done" else None
 
-    # ---- what its bits hang on ----
+    # ---- what decides its bits ----
 
     def fact(self, name: str, value: Any, free: bool = False) -> None:
-        """Something that the bits hang on, the same on every rank. `free`: it may change, which only ends R2.
+        """Something that decides the bits, the same on every rank. `free`: it may change, which only ends R2.
 
         Errors: Stop(NOT_COMPARABLE) if the run began with another value and may not go on with this.
         """
