@@ -231,7 +231,7 @@ class Log:
         self._run.status("preempted", Exit.PREEMPTED, name)
         saved = f"step {step} is saved in {self._run.folder}" if step else "stopped before the first step"
         self.close()
-        say(f"{name}: {saved}; the same command again goes on from here")
+        say(f"{name}: {saved}; run the same command again to continue")
         return Exit.PREEMPTED
 
     def close(self) -> None:
