@@ -75,11 +75,7 @@ def anew(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent, ignore_cleanup_errors=True) as folder:
         draft = Path(folder) / path.name
         yield draft
-        handle = os.open(draft, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(draft)
         draft.replace(path)
 
 
@@ -128,9 +124,12 @@ def no_plain_file(path: Path) -> Stop:
 
 
 def sync(path: Path) -> None:
-    """Wait until the contents of a file are on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Force a file or folder to the disk, so that a following rename cannot reach the disk first."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256_of(path: Path) -> str:

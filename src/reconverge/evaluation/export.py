@@ -47,15 +47,7 @@ def choose(path: Path, run: Opened, kind: str | None, best: bool, average: int) 
     folder = run.folder / "checkpoints"
     chosen = [checkpoint.choose(path)[0]]
     if best:
-        step = reader.best_steps(reader.top1(reader.metrics(run.folder))).get(kind)
-        if step is None:
-            raise Stop(
-                Exit.MISSING,
-                f"--best, but the {kind} weights of {run.folder} were never evaluated",
-                "a run with at least one evaluation",
-                "leave out --best to export the newest checkpoint",
-            )
-        chosen = [checkpoint.choose(reader.checkpoint_of(folder, step))[0]]
+        chosen = [checkpoint.best(run.folder, kind)[0]]
     if average > 1:
         known = [step for step in reader.checkpoints(folder) if step.name <= chosen[0].name]
         if len(known) < average:

@@ -6,7 +6,6 @@ no tensor is copied into a model or an optimizer before all of them were held ag
 """
 
 import json
-import os
 import re
 import shutil
 import uuid
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reconverge.base.errors import Exit, Stop
-from reconverge.base.files import no_plain_file, read_text, sha256_of
+from reconverge.base.files import no_plain_file, read_text, sha256_of, sync
 from reconverge.run import reader
 from reconverge.run.reader import checkpoint_of, checkpoints, step_of
 
@@ -65,10 +64,10 @@ def save(
             for path in sorted(new.iterdir())
         }
         for name in files:
-            _sync(new / name)
+            sync(new / name)
         (new / "MANIFEST.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-        _sync(new / "MANIFEST.json")
-        _sync(new)
+        sync(new / "MANIFEST.json")
+        sync(new)
     except Exception as error:  # safetensors raises its own exception type if the disk is full
         shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, OSError) or "I/O error" in str(error) or "No space" in str(error):
@@ -83,7 +82,7 @@ def save(
     if final.exists():  # a damaged checkpoint, which was reported when the run resumed from an older one
         final.rename(folder / f".old-{step:08d}-{uuid.uuid4().hex}")
     new.rename(final)
-    _sync(folder)
+    sync(folder)
     _clean(folder)
     return {name: entry["sha256"] for name, entry in files.items()}
 
@@ -148,7 +147,7 @@ def best(run: Path, kind: str) -> tuple[Path, float]:
             Exit.MISSING,
             f"the {kind} weights of {run} were never evaluated, so there is no best",
             "a run with at least one evaluation",
-            "name the run without :best to take its newest checkpoint",
+            "leave out :best or --best to take its newest checkpoint",
         )
     path = checkpoint_of(run / "checkpoints", step)
     if not path.exists():
@@ -294,12 +293,3 @@ def _ours(path: Path) -> bool:
         and path.is_dir()
         and all(FILES.fullmatch(file.name) or file.name == "MANIFEST.json" for file in path.iterdir())
     )
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to the disk, so that the following rename cannot reach the disk first."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
