@@ -15,7 +15,7 @@ def written(monkeypatch):
 
     def written(columns):
         file = io.StringIO()
-        console = terminal.Terminal(
+        console = terminal.Console(
             file=file, force_terminal=columns is not None, width=columns, color_system=None, soft_wrap=True
         )
         monkeypatch.setattr(terminal, "console", console)

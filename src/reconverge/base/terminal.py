@@ -4,10 +4,8 @@ line an interval elsewhere. Imports no torch.
 
 import io
 import math
-import os
 import re
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -25,18 +23,7 @@ GAP = "  "
 EMPTY = ("", "-", "–")  # cells of a table that say nothing
 
 
-class Terminal(Console):
-    """A terminal, file or pipe.
-
-    If nobody reads it any more (`train.py | head`), the training goes on without words.
-    """
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-console = Terminal(soft_wrap=True, quiet=HERE.rank > 0)  # one rank speaks for all
+console = Console(soft_wrap=True, quiet=HERE.rank > 0)  # one rank speaks for all
 
 
 def say(text: str) -> None:
