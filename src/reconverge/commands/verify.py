@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         type=int,
         metavar="R",
-        help="number of ranks (default: as recorded; with reduce=tree any number gives the same bits)",
+        help="number of ranks (default: as recorded; with reduce=tree any power of two gives the same bits)",
     )
     parser.add_argument(
         "--allow-env",
