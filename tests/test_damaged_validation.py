@@ -93,3 +93,31 @@ def test_predictions_name_broken_photographs_and_keep_the_others(digits, train, 
     )
     broken = [(Path(line["image"]).name, line["class1"]) for line in after if line["error"]]
     assert broken == [("1b.png", ""), ("2b.jpg", ""), ("3b.jpg", "")]
+
+
+def test_the_report_says_how_many_images_an_evaluation_left_out(copy, train, reconverge):
+    arguments = [*options(copy), "steps=3", "evaluate_every=3", "save_every=3", "run=a"]
+    assert train(*arguments, "data.on_bad_image=substitute") == 0
+    code, said = reconverge("report", "runs/a")
+    head, row, *_ = said.splitlines()
+    assert code == 0
+    assert row[head.index("left out") :].split()[0] == "1"
+    page = " ".join(Path("runs/a/report.html").read_text().split())
+    assert "without 1 damaged image." in page
+    assert "damaged images left out: 1" in page
+
+
+def test_a_repaired_image_is_named_where_the_run_is_resumed(copy, photographs, train, capfd):
+    arguments = [*options(copy), "steps=3", "evaluate_every=3", "save_every=1", "log_every=1", "run=a"]
+    assert train(*arguments) == 65
+    small, whole = (root / "val" / "n00000001" / "002.JPEG" for root in (copy, photographs))
+    sizes = [path.stat().st_size for path in (small, whole)]
+    shutil.copy(whole, small)
+    small.parent.touch()  # reconverge lists a folder again when it has changed
+    capfd.readouterr()
+    assert train(*arguments) == 78
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"other validation images (n00000001/002.JPEG had {sizes[0]} bytes and now has {sizes[1]})" in said
+    assert "training images" not in said.partition("now")[0]
+    assert "resume_allow=[data]" in said
+    assert train(*arguments, "resume_allow=[data]") == 0

@@ -1,5 +1,6 @@
 """Exports, loaded by their tools, are compared with our model and with an independent evaluation by timm."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -201,10 +202,8 @@ def test_check_finds_what_was_changed(run, reconverge):
 
     (folder / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
     refused("model.safetensors has changed since the export")
-    # The hash in export.json is right, but the model is a different one.
+    # The hashes in export.json are right, but the model is a different one.
     about = json.loads((folder / "export.json").read_text())
-    about["files"]["model.safetensors"] = export.sha256_of(folder / "model.safetensors")
-    (folder / "export.json").write_text(json.dumps(about))
     tensors = load_file(folder / "model.safetensors")
     tensors["stem.0.bias"] += 1
     from safetensors.torch import save_file
@@ -212,10 +211,28 @@ def test_check_finds_what_was_changed(run, reconverge):
     save_file(tensors, folder / "model.safetensors")
     about["files"]["model.safetensors"] = export.sha256_of(folder / "model.safetensors")
     (folder / "export.json").write_text(json.dumps(about))
+    refused("export.json has changed since the export")
+    del about["sha256"]
+    rest = json.dumps(about, sort_keys=True)
+    (folder / "export.json").write_text(
+        json.dumps(about | {"sha256": hashlib.sha256(rest.encode()).hexdigest()})
+    )
     refused("logits of the example differ")
     assert config["architecture"] == "convnext_atto"
     (folder / "export.json").write_text("{")
     refused("export.json")
+
+
+def test_a_number_of_an_export_is_not_changed_unseen(run, reconverge):
+    assert reconverge("export", run, "--to", "safetensors")[0] == 0
+    path = run / "export-safetensors" / "export.json"
+    whole = json.loads(path.read_text())
+    for key, value in {"top1": 99.0, "steps": [7], "mean": [0.0, 0.0, 0.0], "classes": ["a"]}.items():
+        path.write_text(json.dumps(whole | {key: value}))
+        code, said = reconverge("export", "--check", path.parent)
+        assert (code, "export.json has changed since the export" in said) == (65, True), said
+    path.write_text(json.dumps(whole))
+    assert reconverge("export", "--check", path.parent)[0] == 0
 
 
 def test_wrong_input(run, reconverge, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from reconverge.base.errors import Exit, Stop
 from reconverge.config.settings import Data
 from reconverge.data import image, suitable
-from reconverge.data.folder import open_folder
+from reconverge.data.folder import differences, open_folder
 from reconverge.data.shards import open_shards
 from reconverge.data.sources import open_sources
 
@@ -203,3 +203,29 @@ def test_broken_headers_are_refused_before_training(train, tmp_path):
     assert train(*options, "run=one") == 65
     broken.write_bytes(good)  # repaired in place: the folder's time is the same
     assert train(*options, "run=one") == 0
+
+
+def test_the_files_in_which_two_listings_differ(tmp_path):
+    train, cache = classes(tmp_path / "train"), tmp_path / "cache"
+    first = open_folder(train, cache)
+    assert differences(cache, first.fingerprint, first.fingerprint) == []
+    (train / "a" / "1.png").unlink()
+    (train / "a" / "é.png").write_bytes((train / "a" / "2.png").read_bytes())
+    old = (train / "b" / "0.png").stat().st_size
+    with open(train / "b" / "0.png", "ab") as file:
+        file.write(b"more")
+    second = open_folder(train, cache)
+    assert differences(cache, first.fingerprint, second.fingerprint) == [
+        "a/1.png is gone",
+        "a/é.png is new",
+        f"b/0.png had {old} bytes and now has {old + 4}",
+    ]
+    # Another order of the classes gives the same files other labels.
+    third = open_folder(train, cache, ["b", "a"])
+    said = differences(cache, second.fingerprint, third.fingerprint)
+    assert len(said) == 8
+    assert all(text.endswith("has another label") for text in said)
+    # A listing of another machine is not there, and no path is taken for a fingerprint.
+    np.save(tmp_path / "planted.npy", np.zeros(1))
+    for unknown in ("0" * 64, "../../planted", "None"):
+        assert differences(cache, unknown, first.fingerprint) == []

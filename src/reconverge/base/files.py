@@ -141,6 +141,15 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def checksum(content: dict[str, Any]) -> str:
+    """The sha256 of json.dumps(content, sort_keys=True), without its entry "sha256", in hexadecimal.
+
+    A file of JSON carries it as that entry, and so shows that no number in it was changed by accident.
+    """
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 class ByPosition:
     """An open file that is read at given positions, so that forked processes may share it. Closed when the
     object is deleted.

@@ -59,7 +59,8 @@ def summary(rows: Sequence["Row"]) -> str:
     """A row a group of runs, with mean ± (sample) standard deviation over its seeds; without the columns in
     which no row has anything.
     """
-    heads = ["run", "step", "raw top-1", "EMA top-1", "best top-1", "published", "images/s", "data-wait, %"]
+    heads = ["run", "step", "raw top-1", "EMA top-1", "best top-1", "published", "left out", "images/s",
+        "data-wait, %"]  # fmt: skip
     lines = []
     for row in rows:
         name = row.runs[0]
@@ -68,7 +69,8 @@ def summary(rows: Sequence["Row"]) -> str:
         step, best = "-" if row.step is None else str(row.step), [one.top1 for one in row.best]
         numbers = (row.top1["raw"], row.top1["ema"], best, row.speed, row.data_wait)
         raw, ema, highest, speed, wait = map(mean_and_std, numbers)
-        lines.append([name, step, raw, ema, highest, row.published or "-", speed, wait])
+        damaged = ", ".join(map(str, sorted(set(row.left_out)))) if any(row.left_out) else "-"
+        lines.append([name, step, raw, ema, highest, row.published or "-", damaged, speed, wait])
     kept = [column for column in zip(heads, *lines, strict=True) if set(column[1:]) != {"-"}]
     head, *lines = map(list, zip(*kept, strict=True))
     return table(head, lines)

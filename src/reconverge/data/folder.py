@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -25,7 +26,7 @@ from reconverge.data.visits import Visits
 
 HEADERS = 50_000  # images whose headers are looked at when a folder is listed: all of ImageNet's validation
 
-VERSION = "index-3"  # also the name of the folder in the cache
+VERSION = "index-4"  # also the name of the folder in the cache
 
 
 class Folder:
@@ -115,21 +116,46 @@ def _rows(page: Path, about: dict[str, Any]) -> Path:
     return page.with_name(f"{about['fingerprint']}.npy")
 
 
+def differences(cache: Path, then: str, now: str) -> list[str]:
+    """The files that differ between two listings, given by their fingerprints, as texts. Empty if one of them
+    is not in `cache`, because it was listed on another machine, for example.
+    """
+    try:
+        before, after = (_sizes_and_labels(cache / VERSION, fingerprint) for fingerprint in (then, now))
+    except (OSError, ValueError):
+        return []
+    said = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new, path = before.get(key), after.get(key), os.fsdecode(key)
+        if old is None or new is None:
+            said.append(f"{path} is {'new' if old is None else 'gone'}")
+        elif old != new:
+            told = f"had {old[0]} bytes and now has {new[0]}" if old[0] != new[0] else "has another label"
+            said.append(f"{path} {told}")
+    return said
+
+
+def _sizes_and_labels(folder: Path, fingerprint: str) -> dict[bytes, tuple[int, int]]:
+    if not re.fullmatch("[0-9a-f]{64}", fingerprint):
+        raise ValueError("no fingerprint of class folders")
+    table = np.load(folder / f"{fingerprint}.npy", mmap_mode="r", allow_pickle=False)
+    columns = (table[name].tolist() for name in ("key", "size", "label"))
+    return {key: (size, label) for key, size, label in zip(*columns, strict=True)}
+
+
 def _cached(page: Path) -> dict[str, Any] | None:
     """What an earlier start has listed, if both of its files are as they were written."""
     try:
         kept = json.loads(page.read_text())
         about = kept["about"]
-        whole = kept["sha256"] == _checksum(about) and about["rows"] == files.sha256_of(_rows(page, about))
+        whole = kept["sha256"] == files.checksum(kept) and about["rows"] == files.sha256_of(
+            _rows(page, about)
+        )
     except (OSError, ValueError, KeyError, TypeError):  # missing, cut off, or not what was written
         whole = False
     if not whole and page.exists():
         say(f"the cached index {page} is damaged; the folder is listed again")
     return about if whole else None
-
-
-def _checksum(about: dict[str, Any]) -> str:
-    return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _modified(root: Path, folders: Any) -> dict[str, int]:
@@ -262,7 +288,7 @@ def _write(page: Path, about: dict[str, Any], parts: list[np.ndarray]) -> None:
     about["rows"] = files.sha256_of(new / "rows.npy")
     files.sync(new / "rows.npy")
     (new / "rows.npy").rename(_rows(page, about))
-    files.write_whole(page, json.dumps({"about": about, "sha256": _checksum(about)}))
+    files.write_whole(page, json.dumps({"about": about, "sha256": files.checksum({"about": about})}))
     shutil.rmtree(new)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from reconverge.base import chance, imagenet
 from reconverge.base.errors import Exit, Stop, explain
-from reconverge.base.files import anew, no_plain_file, read_text, sha256_of, write_whole
+from reconverge.base.files import anew, checksum, no_plain_file, read_text, sha256_of, write_whole
 from reconverge.config import compose
 from reconverge.config.settings import Train
 from reconverge.evaluation import exported
@@ -269,6 +269,7 @@ def export(run: Opened, weights: Weights, form: str, folder: Path, license: str)
         for path in sorted(folder.iterdir())
         if path.name != "export.json" and path.is_file() and not path.is_symlink()
     }
+    about["sha256"] = checksum(about)
     write_whole(folder / "export.json", json.dumps(about, indent=1) + "\n")
     return about
 
@@ -282,7 +283,7 @@ def check(folder: Path) -> str:
     """
     try:
         about = json.loads(read_text(folder / "export.json"))
-        form, files = FORMS[about["form"]], dict(about["files"])
+        form, files, digest = FORMS[about["form"]], dict(about["files"]), about["sha256"]
     except FileNotFoundError:
         raise Stop(
             Exit.MISSING,
@@ -292,6 +293,8 @@ def check(folder: Path) -> str:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(f"{folder / 'export.json'} is damaged: {error!r}") from None
+    if digest != checksum(about):
+        raise _damaged(f"{folder / 'export.json'} has changed since the export")
     for name, digest in files.items():
         if Path(name).name != name or (folder / name).is_symlink() or not (folder / name).is_file():
             raise _damaged(f"{folder / name} is missing, or is no plain file of the export")

@@ -106,6 +106,11 @@ def top1(run: Ran) -> tuple[int, dict[str, float]] | None:
     return max(evaluated.items(), default=None)
 
 
+def left_out(run: Ran, step: int) -> int:
+    """How many damaged images the evaluation after `step` left out."""
+    return int(series(run, "left_out").get(step, 0))
+
+
 def steps_per_epoch(run: Ran) -> float:
     return run.status["total"] / run.cfg.epochs
 
@@ -183,6 +188,7 @@ class Row(NamedTuple):
         str, list[float]
     ]  # raw and EMA: top-1 after that step of each run that was evaluated there, percent
     best: list[reader.Best]  # of each run that was evaluated
+    left_out: list[int]  # damaged images that the evaluation after that step left out, of each such run
     published: str | None
     speed: list[float]  # images/s of each run: the median of its intervals
     data_wait: list[float]  # percent of the time, likewise
@@ -198,13 +204,14 @@ def row(group: Sequence[Ran]) -> Row:
     evaluated = [found for run in group if (found := top1(run))]
     step = max((step for step, _ in evaluated), default=None)
     there = [values for at, values in evaluated if at == step]
+    without = [left_out(run, found[0]) for run in group if (found := top1(run)) and found[0] == step]
     percents = {kind: [values[kind] for values in there if kind in values] for kind in ("raw", "ema")}
     speed, data_wait = (
         [scale * float(np.median(list(values.values()))) for run in group if (values := series(run, key))]
         for key, scale in (("images_per_second", 1), ("data_wait", 100))
     )
     names, highest = [run.name for run in group], [one for run in group if (one := reader.best(run.records))]
-    return Row(names, step, percents, highest, published_top1(group[0]), speed, data_wait)
+    return Row(names, step, percents, highest, without, published_top1(group[0]), speed, data_wait)
 
 
 def differing(runs: Sequence[Ran]) -> list[tuple[str, list[Any]]]:

@@ -79,7 +79,12 @@ def _run(run: Ran, anchor: str) -> dict[str, Any]:
         "name": run.name,
         "anchor": anchor,
         "status": run.status,
-        "evaluated": evaluated and {"top1": evaluated[1], "after": _after(run, evaluated[0])},
+        "evaluated": evaluated
+        and {
+            "top1": evaluated[1],
+            "after": _after(run, evaluated[0]),
+            "left_out": numbers.left_out(run, evaluated[0]),
+        },
         "best": best and _best(run, best),
         "verdict": numbers.verdict(run),
         "about": (

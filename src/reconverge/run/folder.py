@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import reconverge
@@ -23,6 +24,7 @@ from reconverge.base.terminal import say
 from reconverge.config import compose, published
 from reconverge.config.messages import spelled
 from reconverge.config.settings import Train
+from reconverge.data import folder
 from reconverge.distributed import ranks
 from reconverge.run import reader
 from reconverge.training.clock import Clock
@@ -173,7 +175,7 @@ class Run:
             commit = (recorded.get("git") or {}).get("commit", "")[:7]
             return f"other code{f' (commit {commit})' if commit else ''}", "the code here"
         if name == "data":
-            changed = " and ".join(DATA.get(part, part) for part in differing(old, new)[0])
+            changed = " and ".join(self._other_images(part, old, new) for part in differing(old, new)[0])
             return f"other {changed}", f"those of data={self._cfg.data.name} data.root={self._cfg.data.root}"
         if name == "versions":
             then, now = (
@@ -187,6 +189,13 @@ class Run:
         old, new = differing(old, new)
         sign = " " if name in FACTS else "="
         return f"{name}{sign}{spelled(old)}", f"{name}{sign}{spelled(new)}"
+
+    def _other_images(self, part: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+        """One part of the data that has changed, and the first files that differ, where they are known."""
+        cache = Path(self._cfg.data.cache).expanduser()
+        files = folder.differences(cache, str(old.get(part)), str(new.get(part)))
+        more = f"; and {len(files) - 5} more" if files[5:] else ""
+        return DATA.get(part, part) + (f" ({'; '.join(files[:5])}{more})" if files else "")
 
     def lost(self) -> list[str]:
         return [entry["because"] for entry in self._environment["lost"]]
