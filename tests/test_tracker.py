@@ -70,6 +70,21 @@ def test_wandb_offline_without_a_key(train, monkeypatch, capsys):
     assert json.loads(Path("runs/a/tracker-wandb.json").read_text()) == {"step": 3, "records": 2}
 
 
+def test_settings_of_wandb_in_the_working_folder_and_in_a_run_are_not_read(train, monkeypatch):
+    """They name the server that gets the key of whoever trains, and the account that gets the run."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert train("run=a", "steps=1", "log_every=1") == 0
+    for folder in (Path("wandb"), Path("runs/a/wandb"), Path(".wandb"), Path("runs/a/.wandb")):
+        folder.mkdir()
+        (folder / "settings").write_text("[default]\nentity = planted-account\nrun_notes = planted-account\n")
+    assert train("run=a", "steps=2", "log_every=1", "tracker=wandb") == 0
+    (stored,) = Path("runs/a").rglob("offline-run-*/run-*.wandb")
+    assert b"convnext_atto" in stored.read_bytes()
+    assert b"planted-account" not in stored.read_bytes()
+    assert "Loading settings" not in Path("runs/a/tracker.log").read_text()
+
+
 @pytest.mark.slow
 def test_a_dead_server_neither_delays_nor_breaks_the_run(start):
     """A key, but nobody who answers: the steps do not wait, the end waits a bounded time, and the record goes

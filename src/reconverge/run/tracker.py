@@ -111,6 +111,9 @@ Write = Callable[[dict[str, Any]], None]
 
 
 def _wandb(folder: Path, project: str) -> tuple[Write, Callable[[], None]]:
+    # wandb reads wandb/settings of the folder in which it is imported. Such a file, which a downloaded folder
+    # may bring, names the server that gets the user's key.
+    os.chdir("/")
     import wandb
     import yaml
 
@@ -153,4 +156,4 @@ def _tensorboard(folder: Path, project: str) -> tuple[Write, Callable[[], None]]
 
 
 if __name__ == "__main__":
-    mirror(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    mirror(sys.argv[1], sys.argv[2], Path(sys.argv[3]).resolve())
