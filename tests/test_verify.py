@@ -100,6 +100,13 @@ def test_the_same_steps_from_a_checkpoint_and_the_run_is_only_read(a, verify):
     assert [path.name for path in Path("runs").iterdir()] == ["a"]
 
 
+def test_a_run_of_another_folder_leaves_no_runs_here(a, verify):
+    shutil.move("runs", "elsewhere")
+    code, said = verify("elsewhere/a", "--steps", "1")
+    assert code == 0, said
+    assert not Path("runs").exists()
+
+
 def test_the_first_step_and_tensor_that_differ_are_named(a, verify):
     line = json.loads((a / "record.jsonl").read_text().splitlines()[3])
     record(a, 4, loss=line["loss"] * (1 + 2**-40))

@@ -85,9 +85,10 @@ def training(cfg: Train, run: Run, data: Datasets) -> Training:
     run.fact("data", world.agree("data", data.fingerprints()))
     made = model(cfg, world, machine.passes, len(classes))
     start = _start(cfg, run, world, made, classes)
+    stage = _stage(cfg, run, world, data) if cfg.data.stage is not None else None
     run.begin(start, data.clock, classes, data.notes(), machine.decoder)
     _introduce(cfg, run, machine, made, data)
-    feed = _feed(cfg, run, machine, data, start)
+    feed = _feed(cfg, run, machine, data, start, stage)
     log = Log(cfg, run, data.clock, world, feed, data.order.step_ids)
     normalise = Normalise(cfg.data.mean, cfg.data.std, world.device, cfg.channels_last)
     inputs = Inputs(iter(feed), normalise, Mix(cfg.augment.erase, cfg.mix, len(classes)))
@@ -182,15 +183,20 @@ def _introduce(cfg: Train, run: Run, machine: Machine, made: Model, data: Datase
     terminal.panel(cfg.run, panel.shortened(rows) if launcher.brief() else rows)
 
 
-def _feed(cfg: Train, run: Run, machine: Machine, data: Datasets, start: int) -> Feed:
+def _stage(cfg: Train, run: Run, world: World, data: Datasets) -> Stage:
+    """The local copies of shards (data.stage)."""
+    folder, copies = Path(str(cfg.data.stage)).expanduser() / cfg.run, world.local_rank == 0
+    owner = str(run.folder.resolve())
+    stage = Stage(data.training, data.order.windows, folder, cfg.data.stage_gb, copies, owner)
+    return run.closing.enter_context(stage)
+
+
+def _feed(cfg: Train, run: Run, machine: Machine, data: Datasets, start: int, stage: Stage | None) -> Feed:
     """Loads the microbatches of this rank, for all steps after step `start`."""
     world, order = machine.world, data.order
     microbatches = order.steps(start, data.clock.end, world.rank, world.size)
-    if cfg.data.stage is not None:
-        folder, copies = Path(cfg.data.stage).expanduser() / cfg.run, world.local_rank == 0
-        owner = str(run.folder.resolve())
-        stage = Stage(data.training, order.windows, folder, cfg.data.stage_gb, copies, owner)
-        microbatches = run.closing.enter_context(stage).follow(microbatches)
+    if stage is not None:
+        microbatches = stage.follow(microbatches)
     quarantine = Quarantine(run.folder / "quarantine.jsonl", cfg.data.max_substitutes)
     return Feed(
         augmented(cfg, data.training), microbatches, machine.workers, world.device, cfg.copy_ahead, quarantine

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +92,8 @@ def main(arguments: argparse.Namespace) -> int:
     finally:
         if not keep:
             shutil.rmtree(scratch)
+            with suppress(OSError):  # it has runs
+                reader.RUNS.rmdir()
     name = arguments.run
     if found:
         say("\n".join([f"{name}: training again gave a different result ({scratch} is kept):", *found]))
