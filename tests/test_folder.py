@@ -126,21 +126,52 @@ def test_what_is_not_used_as_it_is_is_counted_and_said_once(reconverge, tmp_path
     Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100).save(train / "a" / "wide.png")
     (train / "a" / "list.txt").write_text("x")
     (train / "b" / "y.tga").write_text("x")
+    clear = Image.new("RGBA", (30, 20), (9, 9, 9, 0))
+    clear.save(train / "a" / "clear.png")
+    clear.convert("RGB").save(
+        train / "b" / "moves.gif", save_all=True, append_images=[Image.new("RGB", (30, 20))]
+    )
+    (train / "b" / ".ipynb_checkpoints").mkdir()
+    for hidden in (".ipynb_checkpoints/0.png", "._1.png"):
+        shutil.copy(train / "b" / "0.png", train / "b" / hidden)
+    (train / ".git").mkdir()
+    shutil.copy(train / "b" / "0.png", train / "stray.png")
     notes = open_folder(train, tmp_path / "cache").notes
-    assert f"3 images of 14 that were looked at {image.TURNED}" in notes
-    assert f"1 images of 14 that were looked at {image.WIDE}" in notes
+    for count, kind in ((3, image.TURNED), (1, image.WIDE), (1, image.TRANSPARENT), (1, image.ANIMATED)):
+        assert f"{count} images of 16 that were looked at {kind}" in notes
     assert "files left out because they are not images: 2 (.tga, .txt; the first is a/list.txt)" in notes
-    assert len(notes) == 3
+    assert f"hidden files and folders of {train} left out: 3 (the first is .git)" in notes
+    assert f"files beside the class folders of {train} left out: 1 (the first is stray.png)" in notes
+    assert len(notes) == 7
     code, said = reconverge("prepare", tmp_path / "source", "--to", tmp_path / "made")
     said = " ".join(said.split())
     assert code == 0, said
-    assert f"3 images {image.TURNED}" in said
-    assert f"1 images {image.WIDE}" in said
+    for count, kind in ((3, image.TURNED), (1, image.WIDE), (1, image.TRANSPARENT), (1, image.ANIMATED)):
+        assert f"{count} images {kind}" in said
+    report = [json.loads(line) for line in (tmp_path / "made" / "report.jsonl").read_text().splitlines()]
+    assert sorted(line["name"] for line in report if line["fate"] == "left out") == [
+        "train/.git",
+        "train/a/list.txt",
+        "train/b/._1.png",
+        "train/b/.ipynb_checkpoints/0.png",
+        "train/b/y.tga",
+        "train/stray.png",
+    ]
     made, _ = open_shards(tmp_path / "made", None, validation=False)
+    assert len(made) == 16
     assert [note for note in made.notes if "images" in note] == [
         f"train: 1 images {image.WIDE}",
         f"train: 3 images {image.TURNED}",
+        f"train: 1 images {image.ANIMATED}",
+        f"train: 1 images {image.TRANSPARENT}",
     ]
+
+
+def test_prepare_refuses_validation_folders_of_no_class(reconverge, tmp_path):
+    classes(tmp_path / "source" / "train")
+    classes(tmp_path / "source" / "val", ("a", "bb"))
+    code, said = reconverge("prepare", tmp_path / "source", "--to", tmp_path / "made")
+    assert (code, "val: folders that are not names of classes: bb" in said) == (65, True), said
 
 
 def test_a_folder_one_level_too_high_is_named(reconverge, train, tmp_path):

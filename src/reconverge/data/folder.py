@@ -165,9 +165,10 @@ def _modified(root: Path, folders: Any) -> dict[str, int]:
 
 def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
     """List the files. Writes their index rows to a file named by the fingerprint, and the rest to `page`."""
-    found = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
-    )
+    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    hidden = [entry.name for entry in entries if entry.name.startswith(".")]
+    beside = [entry.name for entry in entries if entry.name not in hidden and not entry.is_dir()]
+    found = [entry.name for entry in entries if entry.name not in {*hidden, *beside}]
     known = classes or found
     if strangers := sorted(set(found) - set(known)):
         raise Stop(
@@ -186,7 +187,7 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
     deep = 0  # classes whose images are all in folders below the class folder
     for name in track(found, f"listing {root}", transient=True, disable=len(found) < 100):
         of_class = []
-        for path, size in _files(root, name, modified, visits):
+        for path, size in _files(root, name, modified, visits, hidden):
             if os.path.splitext(path)[1].lower() not in known_suffixes:
                 ignored.append(path)
                 continue
@@ -216,6 +217,8 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
         "classes": known,
         "fingerprint": hashed.hexdigest(),
         "ignored": ignored,
+        "hidden": hidden,
+        "beside": beside,
         "modified": modified,
         "again": [os.path.relpath(path, root) for path in visits.again],
         "deep": deep == len(found),
@@ -262,6 +265,9 @@ def notes(root: Path, about: dict[str, Any]) -> list[str]:
             f"files left out because they are not images: {len(ignored)} ({', '.join(suffixes[:5])};"
             f" the first is {ignored[0]})"
         )
+    for kind, paths in (("hidden files and folders", "hidden"), ("files beside the class folders", "beside")):
+        if about[paths]:
+            said.append(f"{kind} of {root} left out: {len(about[paths])} (the first is {about[paths][0]})")
     if again:
         said.append(
             f"links left out because they lead to a folder that is read already: {len(again)} (the first is"
@@ -292,14 +298,16 @@ def _write(page: Path, about: dict[str, Any], parts: list[np.ndarray]) -> None:
     shutil.rmtree(new)
 
 
-def _files(root: Path, below: str, modified: dict[str, int], visits: Visits) -> Iterator[tuple[str, int]]:
-    """Path below `root` and size of every file of a class, sorted, without hidden files."""
+def _files(
+    root: Path, below: str, modified: dict[str, int], visits: Visits, hidden: list[str]
+) -> Iterator[tuple[str, int]]:
+    """Path below `root` and size of every file of a class, sorted. Hidden ones are only added to `hidden`."""
     modified[below] = (root / below).stat().st_mtime_ns
     for entry in sorted(os.scandir(root / below), key=lambda entry: entry.name):
         if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
+            hidden.append(f"{below}/{entry.name}")
+        elif entry.is_dir():
             if visits.enters(entry.path):
-                yield from _files(root, f"{below}/{entry.name}", modified, visits)
+                yield from _files(root, f"{below}/{entry.name}", modified, visits, hidden)
         else:
             yield f"{below}/{entry.name}", entry.stat().st_size

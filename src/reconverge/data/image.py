@@ -4,6 +4,7 @@ check, evaluation and predictions. Imports no torch.
 
 import io
 import warnings
+from functools import cache
 from typing import BinaryIO
 
 import numpy as np
@@ -30,6 +31,7 @@ class Undecodable(Exception):
     """The data are not a complete image that Pillow can decode."""
 
 
+@cache
 def suffixes() -> set[str]:
     """Suffixes of image files: those of FORMATS; MPO is a JPEG with more pictures after the first."""
     return {
@@ -92,17 +94,33 @@ def is_turned(image: ImageFile.ImageFile) -> bool:
         return False
 
 
-# What is used otherwise than one may expect. The first is what a photograph's viewer does otherwise.
+def is_transparent(image: ImageFile.ImageFile) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
+def is_animated(image: ImageFile.ImageFile) -> bool:
+    """Whether the file has several pictures. Those of an MPO are a photograph and its previews."""
+    try:
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # decoding says more
+        return False
+
+
+# What is used otherwise than a viewer shows it.
 TURNED = (
     "with an EXIF orientation, which is not applied, as in the published runs (to use them upright, turn the"
     " files themselves, for example with jhead -autorot)"
 )
 WIDE = "in gray with more than 8 bits, of which the upper 8 are used"
+TRANSPARENT = "with transparent pixels, which get the colour that is stored under them"
+ANIMATED = "with several pictures in one file, of which the first is used"
+KINDS = (TURNED, WIDE, TRANSPARENT, ANIMATED)
 
 
 def kinds(image: ImageFile.ImageFile) -> list[str]:
-    """TURNED and WIDE, if this image is one."""
-    return [TURNED] * is_turned(image) + [WIDE] * is_wide(image)
+    """Which of KINDS this image is."""
+    found = (is_turned(image), is_wide(image), is_transparent(image), is_animated(image))
+    return [kind for kind, is_one in zip(KINDS, found, strict=True) if is_one]
 
 
 def _undecodable(error: Exception) -> Exception:

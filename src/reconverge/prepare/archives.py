@@ -55,7 +55,7 @@ class Tree(Protocol):
     again: list[str]  # links that lead to a folder that is read already, found while reading
 
     def folders(self, below: str) -> list[str]: ...
-    def has_files(self, below: str) -> bool: ...
+    def beside(self, below: str) -> list[str]: ...  # what is no class folder: files, and hidden folders
     def entries(self, below: str) -> Iterator[Entry]: ...
     def total_bytes(self, below: str) -> int: ...
     def has(self, name: str) -> bool: ...
@@ -75,10 +75,8 @@ class FolderTree:
             if not name.startswith(".") and (self.root / below / name).is_dir()
         ]
 
-    def has_files(self, below: str) -> bool:
-        return any(
-            not name.startswith(".") and (self.root / below / name).is_file() for name in self._names(below)
-        )
+    def beside(self, below: str) -> list[str]:
+        return sorted({*self._names(below)} - {*self.folders(below)})
 
     def entries(self, below: str) -> Iterator[Entry]:
         """The files of one folder, for example of a class. Each folder below it is visited once."""
@@ -128,16 +126,12 @@ class ZipTree:
             tar.refuse_path(name, self._where)
 
     def folders(self, below: str) -> list[str]:
-        return sorted(
-            {
-                name[len(below) + 1 :].partition("/")[0]
-                for name in self._below(below)
-                if "/" in name[len(below) + 1 :]
-            }
-        )
+        parts = [name[len(below) + 1 :].partition("/") for name in self._below(below)]
+        return sorted({name for name, slash, _ in parts if slash and not name.startswith(".")})
 
-    def has_files(self, below: str) -> bool:
-        return any("/" not in name[len(below) + 1 :] for name in self._below(below))
+    def beside(self, below: str) -> list[str]:
+        names = {name[len(below) + 1 :].partition("/")[0] for name in self._below(below)}
+        return sorted(names - {*self.folders(below)})
 
     def entries(self, below: str) -> Iterator[Entry]:
         for name in self._below(below):

@@ -144,6 +144,6 @@ def _unusual(report: Path) -> dict[str, dict[str, int]]:
     for line in files.json_lines(report):
         if "split" in line and line["fate"] != "dropped":
             of_split = found.setdefault(line["split"], Counter())
-            of_split.update(word for word in line["odd"] if word in (image.TURNED, image.WIDE, shards.FLAT))
+            of_split.update(word for word in line["odd"] if word in (*image.KINDS, shards.FLAT))
             of_split.update({shards.UNREADABLE} if any(map(is_unreadable, line["odd"])) else ())
     return {split: dict(sorted(kinds.items())) for split, kinds in found.items()}

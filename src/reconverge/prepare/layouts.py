@@ -198,7 +198,7 @@ def _folders(source: Path) -> Layout | None:
     if not (source / "train").is_dir():
         return None
     tree = archives.FolderTree(source)
-    flat = tree.has_files("val")
+    flat = _has_images(tree, "val")
     return _tree("class folders", "folder", tree, "", [], validation_labels.find(source) if flat else {})
 
 
@@ -209,8 +209,18 @@ def _tree(
         kind, dataset, files, lambda: tree.folders(f"{below}train"), {}, again=tree.again, stream=False
     )
 
-    def train(classes: list[str], split: str = "train") -> Iterator[Taken]:
-        for name in classes:
+    def in_folders(split: str, classes: list[str]) -> Iterator[Taken]:
+        folders = tree.folders(below + split)
+        if strangers := sorted({*folders} - {*classes}):
+            raise Stop(
+                Exit.DAMAGED,
+                f"{split}: folders that are not names of classes: {', '.join(strangers[:5])}"
+                f"{f' and {len(strangers) - 5} more' if strangers[5:] else ''}",
+                f"folders named by the {len(classes)} classes of the training images",
+                "rename the folders, or remove them",
+            )
+        layout.ignored += [f"{below}{split}/{name}" for name in tree.beside(below + split)]
+        for name in (name for name in classes if name in {*folders}):
             entries = tree.entries(f"{below}{split}/{name}")
             key = (lambda path: _plain(path, f"{below}{split}/")) if layout.dataset == "folder" else None
             yield from _labelled(layout, entries, classes, _always(name), key)
@@ -218,17 +228,26 @@ def _tree(
     def flat(classes: list[str]) -> Iterator[Taken]:
         return _labelled(layout, tree.entries(f"{below}val"), classes, lambda name: synset_of[_stem(name)])
 
-    layout.splits["train"] = train
+    layout.splits["train"] = partial(in_folders, "train")
     layout.bytes["train"] = tree.total_bytes(f"{below}train")
-    if tree.has_files(f"{below}val"):
+    if _has_images(tree, f"{below}val"):
         layout.splits["val"] = flat
     elif tree.folders(f"{below}val"):
-        layout.splits["val"] = lambda classes: train(
-            [name for name in classes if name in set(tree.folders(f"{below}val"))], "val"
-        )
+        layout.splits["val"] = partial(in_folders, "val")
     if "val" in layout.splits:
         layout.bytes["val"] = tree.total_bytes(f"{below}val")
     return layout
+
+
+def _has_images(tree: archives.Tree, below: str) -> bool:
+    """Whether there are images directly in this folder."""
+    return any(_is_image(name) for name in tree.beside(below))
+
+
+def _is_image(name: str) -> bool:
+    """Whether a path has the suffix of an image, and neither is hidden nor lies in a hidden folder."""
+    hidden = any(part.startswith(".") and part != "." for part in name.split("/"))
+    return not hidden and os.path.splitext(name)[1].lower() in suffixes()
 
 
 # ---- samples from entries ----------------------------------------------------------------------------------
@@ -245,10 +264,9 @@ def _labelled(
 
     Errors: Stop(DAMAGED) for an image with an unknown class.
     """
-    labels, images = {name: label for label, name in enumerate(classes)}, suffixes()
+    labels = {name: label for label, name in enumerate(classes)}
     for name, read in entries:
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix not in images or os.path.basename(name).startswith("."):
+        if not _is_image(name):
             layout.ignored.append(name)
             continue
         try:
@@ -260,6 +278,7 @@ def _labelled(
                 f"images of the {len(classes)} classes of the training images",
                 "add the missing labels (devkit or LOC_val_solution.csv), or remove the file",
             ) from None
+        suffix = os.path.splitext(name)[1].lower()
         yield Taken(
             key(name) if key else _stem(name), label, {"jpeg": "jpg"}.get(suffix[1:], suffix[1:]), name, read
         )
