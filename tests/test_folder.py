@@ -135,11 +135,14 @@ def test_what_is_not_used_as_it_is_is_counted_and_said_once(reconverge, tmp_path
     for hidden in (".ipynb_checkpoints/0.png", "._1.png"):
         shutil.copy(train / "b" / "0.png", train / "b" / hidden)
     (train / ".git").mkdir()
+    os.mkfifo(train / "a" / "pipe.png")  # whoever opens it waits for ever
     shutil.copy(train / "b" / "0.png", train / "stray.png")
     notes = open_folder(train, tmp_path / "cache").notes
     for count, kind in ((3, image.TURNED), (1, image.WIDE), (1, image.TRANSPARENT), (1, image.ANIMATED)):
         assert f"{count} images of 16 that were looked at {kind}" in notes
-    assert "files left out because they are not images: 2 (.tga, .txt; the first is a/list.txt)" in notes
+    assert (
+        "files left out because they are not images: 3 (.png, .tga, .txt; the first is a/list.txt)" in notes
+    )
     assert f"hidden files and folders of {train} left out: 3 (the first is .git)" in notes
     assert f"files beside the class folders of {train} left out: 1 (the first is stray.png)" in notes
     assert len(notes) == 7
@@ -152,6 +155,7 @@ def test_what_is_not_used_as_it_is_is_counted_and_said_once(reconverge, tmp_path
     assert sorted(line["name"] for line in report if line["fate"] == "left out") == [
         "train/.git",
         "train/a/list.txt",
+        "train/a/pipe.png",
         "train/b/._1.png",
         "train/b/.ipynb_checkpoints/0.png",
         "train/b/y.tga",

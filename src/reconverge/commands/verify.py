@@ -21,7 +21,7 @@ from reconverge.base.errors import Exit, Stop
 from reconverge.base.terminal import say
 from reconverge.commands import processes
 from reconverge.config import compose
-from reconverge.config.settings import Train
+from reconverge.config.settings import Data, Train
 from reconverge.run import reader
 from reconverge.run.folder import differing
 from reconverge.run.reader import Opened
@@ -177,7 +177,9 @@ def _refused(cfg: Train, recorded: dict[str, Any], window: Window) -> Stop | Non
 def _prepare(scratch: Path, run: Opened, start: int, threads: int) -> Train:
     """Make `scratch` a run folder that train.py resumes after step `start`; returns its configuration."""
     tracker, debug = replace(run.cfg.tracker, name="none"), replace(run.cfg.debug, profile=0)
+    data = replace(run.cfg.data, cache=Data.cache)  # a run of somebody names no folder to write to
     cfg = replace(run.cfg, run=scratch.name, threads=threads, resume_allow=[], tracker=tracker, debug=debug)
+    cfg = replace(cfg, data=data)
     cfg = replace(cfg, save_every="0", evaluate_every="never", keep=10**6)
     (scratch / "train.py").symlink_to(processes.script())
     if start:

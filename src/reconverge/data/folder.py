@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -188,7 +189,7 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
     for name in track(found, f"listing {root}", transient=True, disable=len(found) < 100):
         of_class = []
         for path, size in _files(root, name, modified, visits, hidden):
-            if os.path.splitext(path)[1].lower() not in known_suffixes:
+            if size is None or os.path.splitext(path)[1].lower() not in known_suffixes:
                 ignored.append(path)
                 continue
             encoded = os.fsencode(path)
@@ -300,8 +301,10 @@ def _write(page: Path, about: dict[str, Any], parts: list[np.ndarray]) -> None:
 
 def _files(
     root: Path, below: str, modified: dict[str, int], visits: Visits, hidden: list[str]
-) -> Iterator[tuple[str, int]]:
-    """Path below `root` and size of every file of a class, sorted. Hidden ones are only added to `hidden`."""
+) -> Iterator[tuple[str, int | None]]:
+    """Path below `root` and size of every file of a class, sorted; no size for a pipe or a device, which is
+    never opened. Hidden files are only added to `hidden`.
+    """
     modified[below] = (root / below).stat().st_mtime_ns
     for entry in sorted(os.scandir(root / below), key=lambda entry: entry.name):
         if entry.name.startswith("."):
@@ -310,4 +313,5 @@ def _files(
             if visits.enters(entry.path):
                 yield from _files(root, f"{below}/{entry.name}", modified, visits, hidden)
         else:
-            yield f"{below}/{entry.name}", entry.stat().st_size
+            about = entry.stat()
+            yield f"{below}/{entry.name}", about.st_size if stat.S_ISREG(about.st_mode) else None

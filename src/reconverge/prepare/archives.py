@@ -53,6 +53,7 @@ class Tree(Protocol):
     """Files below a root folder, by relative path, in sorted order."""
 
     again: list[str]  # links that lead to a folder that is read already, found while reading
+    ignored: list[str]  # what is no file, found while reading
 
     def folders(self, below: str) -> list[str]: ...
     def beside(self, below: str) -> list[str]: ...  # what is no class folder: files, and hidden folders
@@ -66,6 +67,7 @@ class FolderTree:
     def __init__(self, root: Path):
         self.root = root
         self.again: list[str] = []  # links that lead to a folder that is read already, found while reading
+        self.ignored: list[str] = []
         self._visits: dict[str, Visits] = {}  # by the folder that holds the class folders
 
     def folders(self, below: str) -> list[str]:
@@ -85,23 +87,26 @@ class FolderTree:
             self._visits[top] = Visits(self.root / top, self.folders(top))
         visits = self._visits[top]
         known = len(visits.again)
-        for name in self._below(below, visits):
+        for name in self._below(below, visits, self.ignored):
             yield name, (self.root / name).read_bytes
         self.again += [os.path.relpath(path, self.root) for path in visits.again[known:]]
 
     def total_bytes(self, below: str) -> int:
         visits = Visits(self.root / below, self.folders(below))
         tops = [below, *(f"{below}/{name}" for name in self.folders(below))]
-        names = [name for top in tops for name in self._below(top, visits)]
+        names = [name for top in tops for name in self._below(top, visits, [])]
         return sum(os.stat(self.root / name).st_size for name in names)
 
-    def _below(self, below: str, visits: Visits) -> Iterator[str]:
+    def _below(self, below: str, visits: Visits, ignored: list[str]) -> Iterator[str]:
         for name in self._names(below):
             path = self.root / below / name
             if not path.is_dir():
-                yield f"{below}/{name}"
+                if path.exists() and not path.is_file():  # a pipe or a device is never opened
+                    ignored.append(f"{below}/{name}")
+                else:
+                    yield f"{below}/{name}"
             elif visits.enters(os.fspath(path)):
-                yield from self._below(f"{below}/{name}", visits)
+                yield from self._below(f"{below}/{name}", visits, ignored)
 
     def has(self, name: str) -> bool:
         return (self.root / name).exists()
@@ -121,6 +126,7 @@ class ZipTree:
             raise Stop(Exit.DAMAGED, f"{path}: {error}", "a complete zip file", "download it again") from None
         self._where = str(path)
         self.again: list[str] = []
+        self.ignored: list[str] = []
         self._names = sorted(name for name in self._zip.namelist() if not name.endswith("/"))
         for name in self._names:
             tar.refuse_path(name, self._where)

@@ -206,7 +206,14 @@ def _tree(
     kind: str, dataset: str, tree: archives.Tree, below: str, files: list[Path], synset_of: dict[str, str]
 ) -> Layout:
     layout = Layout(
-        kind, dataset, files, lambda: tree.folders(f"{below}train"), {}, again=tree.again, stream=False
+        kind,
+        dataset,
+        files,
+        lambda: tree.folders(f"{below}train"),
+        {},
+        ignored=tree.ignored,
+        again=tree.again,
+        stream=False,
     )
 
     def in_folders(split: str, classes: list[str]) -> Iterator[Taken]:
