@@ -41,16 +41,13 @@ def main() -> int:
 def train(cfg: Train, run: Run, data: Datasets) -> int:
     # Imported here: until configuration and data are accepted, nobody waits for these seconds.
     import torch
-    from torch.nn.functional import cross_entropy
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
     with without("wandb"):  # timm imports it where it is installed: half a second
         from reconverge import build
-    from reconverge.models import drop_path
-    from reconverge.report import pictures
     from reconverge.training import optim
 
-    machine, inputs, model, statistics, start, log, milestones = build.training(cfg, run, data)
+    machine, batches, model, task, statistics, start, log, milestones = build.training(cfg, run, data)
     world, clock, passes = machine.world, data.clock, machine.passes
     net, optimizer, scaler, gradients = model.net, model.optimizer, model.scaler, model.gradients
 
@@ -64,16 +61,14 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
         digests: list[int] = []
 
         for microbatch in machine.mine:
-            images, labels, digest = next(inputs.batches)  # uint8, already on the device
-            digests.append(digest)
-            key = (cfg.seed, step, microbatch)
-            images, targets = inputs.mix(inputs.normalise(images), labels, key)
-            masks = drop_path.draw(model.rates, len(images), key, world.device)
+            batch = next(batches)  # uint8, already on the device
+            digests.append(batch.digest)
+            inputs = task.inputs(batch, (cfg.seed, step, microbatch))  # with every random draw
             if step == microbatch == 0:
-                pictures.first_batch(run.folder, images, targets, data.training.classes, cfg.data, cfg.mix)
-            for x, y, drops in passes(images, targets, masks):  # one forward pass, unless forward_images says
+                task.draw_inputs(run.folder, *inputs)
+            for part in passes(*inputs):  # one forward pass, unless forward_images says otherwise
                 with world.autocast():
-                    loss = cross_entropy(model.masked(x, drops).float(), y, reduction="sum") / cfg.batch
+                    loss = task.loss(*part)  # the sum over all parts of all ranks is the loss of the step
                 if not losses:
                     statistics.note()  # BatchNorm's follow microbatch 0 alone, which is the first of rank 0
                 scaler.scale(loss).backward()

@@ -11,8 +11,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each room, and each module beside them, imports from itself and from those before it.
 ORDER = [
-    "base", "config", "distributed", "data", "models", "training", "run", "weights", "report", "evaluation",
-    "milestones", "build", "prepare", "commands",
+    "base", "config", "distributed", "data", "models", "training", "run", "weights", "report", "tasks",
+    "evaluation", "milestones", "build", "prepare", "commands",
 ]  # fmt: skip
 
 

@@ -413,12 +413,12 @@ def test_isotropic_is_the_published_function():
 
 def test_masks_are_keyed_scaled_and_independent():
     rates = [0.1, 0.5]
-    masks = torch.stack([drop_path.draw(rates, 64, (0, step, 1), CPU) for step in range(200)])  # (200, 2, 64)
+    masks = torch.stack([drop_path.draw(rates, 64, (0, step, 1), CPU) for step in range(200)])  # (200, 64, 2)
     for row, rate in enumerate(rates):
-        values = masks[:, row].unique()
+        values = masks[:, :, row].unique()
         assert values.tolist() == pytest.approx([0.0, 1 / (1 - rate)])
-        assert float((masks[:, row] == 0).float().mean()) == pytest.approx(rate, abs=0.02)
-    assert abs(np.corrcoef(masks[:, 0].flatten(), masks[:, 1].flatten())[0, 1]) < 0.03
+        assert float((masks[:, :, row] == 0).float().mean()) == pytest.approx(rate, abs=0.02)
+    assert abs(np.corrcoef(masks[:, :, 0].flatten(), masks[:, :, 1].flatten())[0, 1]) < 0.03
     assert torch.equal(drop_path.draw(rates, 64, (0, 3, 1), CPU), masks[3])
     for key in ((1, 3, 1), (0, 4, 1), (0, 3, 0)):
         assert not torch.equal(drop_path.draw(rates, 64, key, CPU), masks[3])
@@ -442,7 +442,7 @@ def test_masks_act_like_timms_drop_path_and_not_in_evaluation():
     ours = masked(images, masks)
     reference = table.MODELS["convnext_atto"].build(model(drop_path=0.5, layer_scale=1.0), 10)
     reference.load_state_dict(net.state_dict())
-    rows = iter(masks)
+    rows = iter(masks.T)
     for stage in reference.stages:
         for block in stage.blocks:
             if isinstance(block.drop_path, DropPath):
@@ -451,7 +451,7 @@ def test_masks_act_like_timms_drop_path_and_not_in_evaluation():
     net.eval()
     assert torch.equal(net(images), reference_without_drops(net, images))
     net.train()
-    halves = torch.cat([masked(images[:3], masks[:, :3]), masked(images[3:], masks[:, 3:])])
+    halves = torch.cat([masked(images[:3], masks[:3]), masked(images[3:], masks[3:])])
     assert torch.allclose(ours, halves, atol=1e-6)  # splitting a forward pass keeps every image's masks
 
 

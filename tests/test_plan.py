@@ -169,7 +169,7 @@ def measured(name, microbatch, microbatches, side, classes, tree):
         for _ in range(2):
             for _ in range(microbatches):
                 images, targets = torch.rand(microbatch, 3, side, side), torch.zeros(microbatch, classes)
-                masks = torch.ones(len(drop_path.rates(net)), microbatch)
+                masks = torch.ones(microbatch, len(drop_path.rates(net)))
                 torch.nn.functional.cross_entropy(masked(images, masks).float(), targets).backward()
                 gradients.add()
             gradients.reduce()

@@ -16,7 +16,6 @@ from reconverge.config.settings import Train
 from reconverge.data import native, transforms
 from reconverge.data.early import Early
 from reconverge.data.loader import Batch, Feed, Images, Quarantine
-from reconverge.data.mix import Mix, Normalise
 from reconverge.data.sources import Source
 from reconverge.data.stage import Stage
 from reconverge.distributed import ranks
@@ -27,11 +26,11 @@ from reconverge.report import panel
 from reconverge.run.folder import Run
 from reconverge.run.log import Log
 from reconverge.run.state import State
+from reconverge.tasks.classify import Classify
 from reconverge.training import batch_norm, optim
 from reconverge.training.batch_norm import RunningStatistics
 from reconverge.training.datasets import Datasets
 from reconverge.training.ema import Ema
-from reconverge.training.evaluate import Evaluator
 from reconverge.training.gradients import Gradients
 from reconverge.training.passes import Passes, refuse_other_passes
 from reconverge.weights import load
@@ -60,18 +59,13 @@ class Model(NamedTuple):
         return State(self.net, self.ema, self.optimizer, self.scaler)
 
 
-class Inputs(NamedTuple):
-    batches: Iterator[Batch]  # one microbatch at a time: uint8 images, on the device
-    normalise: Normalise
-    mix: Mix
-
-
 class Training(NamedTuple):
     """What the loop needs."""
 
     machine: Machine
-    inputs: Inputs
+    batches: Iterator[Batch]  # one microbatch at a time: uint8 images, on the device
     model: Model
+    task: Classify
     statistics: RunningStatistics
     start: int  # steps that are already done; 0 for a new run
     log: Log
@@ -90,9 +84,7 @@ def training(cfg: Train, run: Run, data: Datasets) -> Training:
     _introduce(cfg, run, machine, made, data)
     feed = _feed(cfg, run, machine, data, start, stage)
     log = Log(cfg, run, data.clock, world, feed, data.order.step_ids)
-    normalise = Normalise(cfg.data.mean, cfg.data.std, world.device, cfg.channels_last)
-    inputs = Inputs(iter(feed), normalise, Mix(cfg.augment.erase, cfg.mix, len(classes)))
-    evaluator = Evaluator(cfg.evaluate, normalise, world, machine.workers, cfg.data.on_bad_image)
+    task = Classify(cfg, data, made.masked, made.rates, world, machine.workers)
     if (
         data.validation is not None
         and data.clock.evaluate_every is not None
@@ -102,11 +94,9 @@ def training(cfg: Train, run: Run, data: Datasets) -> Training:
         run.closing.callback(feed.early.close)
     if tracer := world.tracer(cfg.debug.profile, run.folder / "trace.json"):
         run.closing.enter_context(tracer)
-    milestones = Milestones(
-        cfg, run, log, data.clock, world, made.state(), evaluator, data.validation, tracer
-    )
+    milestones = Milestones(cfg, run, log, data.clock, world, made.state(), task, tracer)
     made.net.train()
-    return Training(machine, inputs, made, RunningStatistics(made.net), start, log, milestones)
+    return Training(machine, iter(feed), made, task, RunningStatistics(made.net), start, log, milestones)
 
 
 def model(cfg: Train, world: World, passes: Passes, classes: int) -> Model:

@@ -5,22 +5,15 @@ import torch
 from reconverge.base.errors import Exit
 from reconverge.base.signals import told_to_stop
 from reconverge.config.settings import Train
-from reconverge.data.sources import Source
 from reconverge.distributed.world import World
-from reconverge.report import pictures
-from reconverge.run import predictions, reader
 from reconverge.run.folder import Run
 from reconverge.run.log import Log
 from reconverge.run.state import State
+from reconverge.tasks.classify import Classify
 from reconverge.training.clock import Clock
-from reconverge.training.evaluate import Evaluator
-
-NUMBERS = ("top1", "top5", "loss", "ece")  # of each kind of weights, for metrics.jsonl
 
 
 class Milestones:
-    """`validation`: None where there is nothing to evaluate on."""
-
     def __init__(
         self,
         cfg: Train,
@@ -29,12 +22,11 @@ class Milestones:
         clock: Clock,
         world: World,
         state: State,
-        evaluator: Evaluator,
-        validation: Source | None,
+        task: Classify,
         tracer: torch.profiler.profile | None,
     ):
         self._cfg, self._run, self._log, self._clock, self._world = cfg, run, log, clock, world
-        self._state, self._evaluator, self._validation, self._tracer = state, evaluator, validation, tracer
+        self._state, self._task, self._tracer = state, task, tracer
 
     def before(self, start: int) -> bool:
         """Make up for an evaluation after step `start` that is missing: a signal came between the two, or
@@ -81,19 +73,15 @@ class Milestones:
             self._run.status("running", Exit.DONE)
 
     def _evaluate(self, step: int) -> None:
-        """metrics.jsonl, outcomes.npz, curves.png, predictions.png; nothing if a signal cuts it short."""
-        validation = self._validation
-        assert validation is not None, "without validation images evaluate_every is never"
+        """A line of metrics.jsonl, and what the task draws; nothing if a signal cuts it short."""
         self._state.net.eval()
-        results = self._evaluator(self._state.models(), validation)
+        results = self._task.evaluate(self._state.models())
         self._state.net.train()
         if results is None:
             return
-        found = {f"{kind}_{key}": getattr(results[kind], key) for kind in results for key in NUMBERS}
+        scores = self._task.scores
+        found = {f"{kind}_{name}": getattr(results[kind], name) for kind in results for name in scores}
         left_out = len(next(iter(results.values())).left_out)
         self._log.evaluation(step, **found, **({"left_out": left_out} if left_out else {}))
         if self._run.writes:
-            folder = self._run.folder
-            predictions.save(folder / "outcomes.npz", step, validation, results)
-            pictures.curves(folder, reader.metrics(folder), self._clock.steps_per_epoch, self._cfg.mix)
-            pictures.predictions(folder, validation, self._cfg.evaluate, results)
+            self._task.draw_results(self._run.folder, step, results)

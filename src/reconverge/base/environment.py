@@ -16,8 +16,8 @@ DECISIVE = ("torch", "torchvision", "timm", "numpy", "pillow")  # another versio
 PACKAGES = (*DECISIVE, "safetensors", "torchmetrics", "hydra-core", "omegaconf")
 ROOT = Path(__file__).parents[3]
 # The folders and modules of the package that a training step runs.
-DECIDES = ("base", "config", "distributed", "data", "models", "training", "run", "weights", "build",
-    "milestones")  # fmt: skip
+DECIDES = ("base", "config", "distributed", "data", "models", "training", "run", "weights", "tasks",
+    "build", "milestones")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

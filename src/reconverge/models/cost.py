@@ -59,7 +59,7 @@ def memory(
         for parameter in net.parameters():  # backward adds to existing gradients
             parameter.grad = torch.empty_like(parameter)
         with Living() as living, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            masks, targets = torch.empty(len(drop_path.rates(net)), images), torch.empty(images, classes)
+            masks, targets = torch.empty(images, len(drop_path.rates(net))), torch.empty(images, classes)
             cross_entropy(drop_path.Masked(net)(pixels, masks).float(), targets).backward()
     averaged = (weights + buffers) * ema
     return Memory(

@@ -31,7 +31,7 @@ class StochasticDepth(nn.Module):
 
 
 class Masked(nn.Module):
-    """A classifier that takes images and masks: forward((N, 3, H, W), (drops, N)) -> logits (N, classes)."""
+    """A classifier that takes images and masks: forward((N, 3, H, W), (N, drops)) -> logits (N, classes)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -39,7 +39,7 @@ class Masked(nn.Module):
         self._drops = [module for module in model.modules() if isinstance(module, StochasticDepth)]
 
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
-        for drop, mask in zip(self._drops, masks, strict=True):
+        for drop, mask in zip(self._drops, masks.unbind(1), strict=True):
             drop.mask = mask
         return self.model(images)
 
@@ -58,8 +58,8 @@ def rates(model: nn.Module) -> list[float]:
 
 
 def draw(rates: list[float], images: int, key: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Masks float32 (len(rates), images) of 0 or 1 / (1 - rate). key = (seed, step, microbatch)."""
+    """Masks float32 (images, len(rates)) of 0 or 1 / (1 - rate). key = (seed, step, microbatch)."""
     keep = 1 - torch.tensor(rates, dtype=torch.float64).view(-1, 1)
     draws = torch.from_numpy(chance.uniform((len(rates), images), *key[:1], "drop_path", *key[1:]))
-    masks = ((draws < keep) / keep).float()
+    masks = ((draws < keep) / keep).float().T
     return masks.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else masks

@@ -37,30 +37,22 @@ class Passes:
                 "with reduce=tree, forward passes that divide the microbatches of a rank evenly",
                 f"forward_images={microbatch}",
             )
-        self._held: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._held: list[tuple[Tensor, ...]] = []
         self._seen = 0
 
-    def __call__(
-        self, images: Tensor, targets: Tensor, masks: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Takes a microbatch (N, 3, H, W), (N, classes), (drops, N) and yields the forward passes that are
-        ready. It yields none while it collects microbatches that are to be joined.
+    def __call__(self, *inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Takes the inputs of a microbatch, tensors of which each row belongs to an image, and yields the
+        forward passes that are ready. It yields none while it collects microbatches that are to be joined.
         """
         self._seen += 1
         if self.slices > 1:
-            yield from zip(
-                images.chunk(self.slices),
-                targets.chunk(self.slices),
-                masks.chunk(self.slices, dim=1),
-                strict=True,
-            )
+            yield from zip(*(tensor.chunk(self.slices) for tensor in inputs), strict=True)
         elif self._joined == 1:
-            yield images, targets, masks
+            yield inputs
         else:
-            self._held.append((images, targets, masks))
+            self._held.append(inputs)
             if len(self._held) == self._joined or self._seen == self._microbatches:
-                joined_images, joined_targets, joined_masks = zip(*self._held, strict=True)
-                yield torch.cat(joined_images), torch.cat(joined_targets), torch.cat(joined_masks, dim=1)
+                yield tuple(map(torch.cat, zip(*self._held, strict=True)))
                 self._held.clear()
         self._seen %= self._microbatches
 
