@@ -115,7 +115,9 @@ def model(cfg: Train, world: World, passes: Passes, classes: int) -> Model:
     refuse_other_passes(net, cfg.microbatch, cfg.forward_images)
     if cfg.checkpointing:
         net.set_grad_checkpointing()  # type: ignore[operator]
-    masked = torch.compile(drop_path.Masked(net)) if cfg.compile else drop_path.Masked(net)
+    masked = drop_path.Masked(net)
+    if cfg.compile:
+        masked = world.compiled(masked)
     ema = Ema(net, cfg.ema.decay) if cfg.ema.decay is not None else None
     optimizer = optim.adamw(net, cfg.optim, cfg.fused)
     gradients = Gradients(net, world, passes)

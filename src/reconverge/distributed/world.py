@@ -185,6 +185,22 @@ class World:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
 
+    def compiled(self, function: Value) -> Value:
+        """`function` by torch.compile, with one graph for each shape of its inputs.
+
+        By default torch would make the second shape, such as that of a smaller last forward pass, a graph for
+        all shapes, and use it for the first shape too. A resumed process would not have that graph yet.
+        inductor's deterministic mode chooses kernels by rules; by default it times some of them.
+        """
+        import torch._dynamo.config as dynamo  # these take seconds
+        import torch._inductor.config as inductor
+
+        dynamo.recompile_limit = 64  # `reconverge bench model` has ten shapes, and torch gives up after eight
+        if hasattr(inductor, "deterministic"):  # not in every version of torch
+            inductor.deterministic = self.deterministic
+        compiled: Any = torch.compile(function, dynamic=False)  # type: ignore[call-overload]
+        return compiled
+
     def autocast(self) -> AbstractContextManager:
         dtype = DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)

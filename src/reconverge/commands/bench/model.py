@@ -88,7 +88,7 @@ Pass = Callable[[Tensor], object]
 
 def _inference(cfg: Train, world: World) -> Pass:
     net = world.place(create.model(cfg.model, CLASSES, cfg.seed), cfg.channels_last).eval()
-    forward = torch.compile(net) if cfg.compile else net
+    forward = world.compiled(net) if cfg.compile else net
 
     def infer(images: Tensor) -> Tensor:
         with torch.no_grad(), world.autocast():
