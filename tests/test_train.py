@@ -78,6 +78,7 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     assert set(environment["facts"]) == {
         "code",
         "versions",
+        "libraries",
         "threads",
         "hardware",
         "ranks",
