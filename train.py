@@ -30,7 +30,12 @@ def main() -> int:
     if "--check" in flags:
         say(f"{cfg.run}: the settings fit together; neither images nor devices were looked at")
         return Exit.DONE
-    with ranks.joined(cfg.world_timeout), Run(cfg, overrides) as run, ranks.losses_named():
+    with (
+        ranks.joined(cfg.world_timeout, cfg.deterministic),
+        Run(cfg, overrides) as run,
+        ranks.losses_named(),
+        ranks.faults_named(lambda: run.step),
+    ):
         if summary := run.finished():
             again = f"run=NAME starts a new run; remove {run.folder} to repeat this one"
             say(f"{cfg.run} is finished: {summary}\n{again}")

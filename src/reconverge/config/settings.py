@@ -257,7 +257,7 @@ class Train:
              "name; fresh: new initial weights; auto: keep if the classes are the same, else fresh")
     resume_allow: list[str] = setting([], free=True,
         help="names of what may differ when a run is resumed although it ends R2: settings, or code, data, "
-             "versions, hardware")
+             "versions, libraries, hardware")
 
     batch: int = setting(MISSING, low=2, unit="images", heading="Batch and length of training",
         help="batch size: images of one optimizer step over all ranks (default: the recipe's)")
