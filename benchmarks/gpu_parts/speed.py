@@ -30,6 +30,8 @@ def depthwise(lab: Lab) -> None:
     import torch
     from timm.models.convnext import ConvNeXtBlock
 
+    from reconverge.config import compose
+
     if not lab.cuda:
         torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -67,7 +69,11 @@ def depthwise(lab: Lab) -> None:
             cost = found[exact, True] / min(found.values())
             deterministic_best[f"{width} {str(dtype)[6:]}"] = f"{exact}, {cost:.2f} of the fastest"
     said = "; ".join(f"{case}: {text}" for case, text in deterministic_best.items())
-    lab.tell("fastest deterministic layout", said)
+    preset = compose.of_training(["machine=gpu_exact"])
+    layout = "channels_last" if preset.channels_last else "contiguous"
+    fits = all(text.startswith(layout) for case, text in deterministic_best.items() if "bfloat16" in case)
+    met = fits and bool(deterministic_best) if lab.cuda else None
+    lab.tell("fastest deterministic layout", f"{said} (machine=gpu_exact has {layout})", met)
 
 
 def step(lab: Lab) -> None:
