@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reconverge.base import environment, launcher, terminal
-from reconverge.config import published
+from reconverge.config import presets, published
 from reconverge.config.settings import Train
 from reconverge.data import native, transforms
 from reconverge.data.early import Early
@@ -128,6 +128,7 @@ def _machine(cfg: Train, run: Run) -> Machine:
         cfg.batch // cfg.microbatch, launcher.HERE.rank, launcher.HERE.size, tree, cfg.microbatch
     )
     passes = Passes(len(mine), cfg.microbatch, cfg.forward_images, tree)
+    presets.refuse_without_gpu(cfg, torch.cuda.is_available())
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     run.fact("code", world.agree("code", environment.code_hash()))
     run.fact("versions", world.agree("versions", environment.decisive_versions()))
