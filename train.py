@@ -93,7 +93,7 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
         statistics.settle(skip)
         scaler.update()
         if model.ema is not None:
-            model.ema.update(net, skip)
+            model.ema.update(skip)
         log.step_done(step + 1, losses, optim.checked(net, norm), rate, digests)
 
         if milestones.after(step + 1):
