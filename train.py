@@ -54,7 +54,8 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
 
     machine, batches, model, task, statistics, start, log, milestones = build.training(cfg, run, data)
     world, clock, passes = machine.world, data.clock, machine.passes
-    net, optimizer, scaler, gradients = model.net, model.optimizer, model.scaler, model.gradients
+    optimizer, scaler, gradients = model.optimizer, model.scaler, model.gradients
+    floats = optim.floats(model.net)  # looked at after each update
 
     if milestones.before(start):
         return log.preempted()
@@ -82,11 +83,9 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
 
         gradients.reduce()
         scaler.unscale_(optimizer)
-        norm = get_total_norm(
-            [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
-        )
+        norm = get_total_norm(gradients.views)
         if cfg.optim.clip is not None:
-            clip_grads_with_norm_(net.parameters(), cfg.optim.clip, norm)
+            clip_grads_with_norm_(gradients.parameters, cfg.optim.clip, norm)
         skip = (~norm.isfinite()).float()  # on the device: what is not finite never reaches the weights
         optim.update(optimizer, skip)
         gradients.clear()
@@ -94,7 +93,7 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
         scaler.update()
         if model.ema is not None:
             model.ema.update(skip)
-        log.step_done(step + 1, losses, optim.checked(net, norm), rate, digests)
+        log.step_done(step + 1, losses, optim.checked(floats, norm), rate, digests)
 
         if milestones.after(step + 1):
             return log.preempted()

@@ -44,7 +44,7 @@ from reconverge.base import chance
 from reconverge.config.settings import Augment, Data
 from reconverge.data import decode, native, sources, transforms
 from reconverge.data.loader import Feed, Images
-from reconverge.data.mix import Normalise, erase
+from reconverge.data.mix import Noise, Normalise, erase
 from reconverge.data.order import Order
 from reconverge.distributed.world import keep_freed_memory
 from reconverge.prepare.make import Options, prepare
@@ -142,7 +142,7 @@ def ours(
         else:
             pixels = normalise(batch.images)
             with chance.scope(0, "erase", number):
-                erase(pixels, AUGMENT.erase)
+                erase(pixels, Noise.drawn(AUGMENT.erase, *pixels.shape))
             yield pixels
 
 

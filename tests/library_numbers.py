@@ -22,7 +22,7 @@ from reconverge.base import chance
 from reconverge.base.errors import Stop
 from reconverge.config.settings import Augment, Mix, Model, Optim
 from reconverge.data import transforms
-from reconverge.data.mix import Mixup, erase
+from reconverge.data.mix import Mixup, Noise, erase
 from reconverge.models import create, drop_path
 from reconverge.training import optim
 
@@ -57,7 +57,7 @@ def mixing():
     for step in range(4):
         images = torch.zeros(16, 3, 64, 64)
         with chance.scope(0, "erase", step, 0):
-            erase(images, 0.25)
+            erase(images, Noise.drawn(0.25, *images.shape))
         for number in images.flatten(1).any(1).nonzero().flatten().tolist():
             rows, columns = (images[number, 0] != 0).nonzero().T
             box = f"{rows.min()}-{rows.max() + 1} {columns.min()}-{columns.max() + 1}"

@@ -67,7 +67,7 @@ def by_hand(digits, cache, run, steps):
     for step in range(steps):
         if step:
             net.load_state_dict(saved(run, step))
-        (images, labels, _), _ = images_of[order.microbatch(step, 0)]
+        (images, labels, *_), _ = images_of[order.microbatch(step, 0)]
         key = (3, step, 0)
         images, _ = mix(normalise(images), labels, key)
         drop_path.Masked(net)(images, drop_path.draw(drop_path.rates(net), 8, key, torch.device("cpu")))

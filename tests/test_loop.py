@@ -13,7 +13,7 @@ from reconverge.config.settings import Augment, Data, Model
 from reconverge.config.settings import Mix as MixSettings
 from reconverge.data import transforms
 from reconverge.data.loader import Images
-from reconverge.data.mix import Mix, Normalise, erase
+from reconverge.data.mix import Mix, Noise, Normalise, erase
 from reconverge.data.order import Order
 from reconverge.data.sources import open_sources
 from reconverge.models import create, drop_path
@@ -36,7 +36,7 @@ def reference(digits, cache):
     for step in range(STEPS):
         total = 0.0
         for microbatch in range(BATCH // MICROBATCH):
-            (images, labels, _), _ = images_of[order.microbatch(step, microbatch)]
+            (images, labels, *_), _ = images_of[order.microbatch(step, microbatch)]
             key = (3, step, microbatch)
             images, targets = mix(normalise(images), labels, key)
             logits = masked(
@@ -102,7 +102,7 @@ def test_erasing_comes_before_mixing():
         images = torch.from_numpy(chance.uniform((4, 3, 24, 24), step)).float()
         expected = images.clone()
         with chance.scope(0, "erase", step, 1):
-            erase(expected, 0.5)
+            erase(expected, Noise.drawn(0.5, *expected.shape))
         with chance.scope(0, "mix", step, 1):
             expected, _ = mix.mixup(expected, labels)
         assert torch.equal(mix(images, labels, (0, step, 1))[0], expected)

@@ -1,11 +1,13 @@
 """Pixels against timm's and the official code's own transforms."""
 
 import io
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+from conftest import weights
 from PIL import Image
 from scipy import stats
 from timm.data import create_transform
@@ -16,7 +18,7 @@ from reconverge.base import chance
 from reconverge.config.settings import Augment, Evaluate
 from reconverge.config.settings import Mix as MixSettings
 from reconverge.data import transforms
-from reconverge.data.mix import Mix, Normalise, erase
+from reconverge.data.mix import Mix, Noise, Normalise, erase
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 normalise = Normalise(MEAN, STD, torch.device("cpu"), channels_last=False)
@@ -101,7 +103,7 @@ def test_training_is_bit_equal_to_timms_with_erasing_when_the_stream_goes_on(siz
         with chance.scope(0, "augment", number):
             pixels = normalise(shipped(ours(jpeg(number))))
             before = pixels.clone()
-            erase(pixels, augment.erase)
+            erase(pixels, Noise.drawn(augment.erase, *pixels.shape))
         assert torch.equal(pixels[0], expected)
         erased += not torch.equal(pixels, before)
     assert erased > 0
@@ -122,7 +124,7 @@ def test_what_reaches_the_model_has_the_distribution_of_timms():
                 augmented.append(shipped(ours(picture)))
         pixels = normalise(torch.cat(augmented))
         with chance.scope(0, "erase", 0, microbatch):
-            erase(pixels, augment.erase)
+            erase(pixels, Noise.drawn(augment.erase, *pixels.shape))
         batches.append(pixels)
     for statistic in (
         lambda x: x.mean((1, 2, 3)),
@@ -143,7 +145,7 @@ def test_erasing_and_mixing_do_not_know_of_each_other():
     for microbatch in range(300):
         with chance.scope(0, "erase", 0, microbatch):
             images = torch.zeros(8, 3, 16, 16)
-            erase(images, 0.25)
+            erase(images, Noise.drawn(0.25, *images.shape))
         with chance.scope(0, "mix", 0, microbatch):
             _, box = mix.mixup.draw(16, 16)
         erased[box is not None].append(float((images.flatten(1).abs().sum(1) > 0).float().mean()))
@@ -222,3 +224,34 @@ def test_shipped_policies_are_all_tested():
         if "auto:" in line and "{" not in line
     }
     assert shipped == set(POLICIES)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_erasing_writes_box_after_box(layout):
+    """Compared with timm's RandomErasing, which writes each box by itself, on a microbatch."""
+    from timm.data.random_erasing import RandomErasing
+
+    images = torch.arange(16 * 3 * 20 * 30.0).view(16, 3, 20, 30).to(memory_format=layout)
+    expected = images.clone()
+    with chance.scope(0, "erase", 3, 1):
+        RandomErasing(0.5, mode="pixel", device="cpu")(expected)
+    erase(images, Noise.of(0.5, images.shape, (0, 3, 1)))
+    assert torch.equal(images, expected)
+    assert (
+        0 < int((expected != torch.arange(16 * 3 * 20 * 30.0).view(16, 3, 20, 30)).any((1, 2, 3)).sum()) < 16
+    )
+
+
+def test_data_workers_draw_what_erases(train, monkeypatch):
+    """The same bits as in the process that trains, which then draws nothing."""
+    arguments = ["steps=3", "augment.erase=0.5", "evaluate_every=never", "save_every=0"]
+    assert train("run=here", *arguments, "workers=0") == 0
+    drawn, here = Noise.drawn, os.getpid()
+
+    def elsewhere(*given):
+        assert os.getpid() != here
+        return drawn(*given)
+
+    monkeypatch.setattr(Noise, "drawn", staticmethod(elsewhere))
+    assert train("run=there", *arguments, "workers=1") == 0
+    assert weights("here") == weights("there")

@@ -25,6 +25,7 @@ from reconverge.base.errors import Exit, Stop, reason
 from reconverge.base.signals import CAUGHT
 from reconverge.data.early import Early
 from reconverge.data.image import Undecodable
+from reconverge.data.mix import Noise
 from reconverge.data.order import Microbatch
 from reconverge.data.sources import Source
 from reconverge.data.transforms import Transform
@@ -43,6 +44,7 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 (N, 3, H, W), in memory as (N, H, W, 3)
     labels: Tensor  # int64 (N,)
     digest: int  # hash of images, labels and sample ids
+    noise: Noise | None = None  # what erases parts of the images
 
 
 class Images(Dataset):
@@ -51,7 +53,8 @@ class Images(Dataset):
 
     `on_bad_image`: "stop", or "substitute" to replace a damaged sample by another one, whose id is computed
     from the id of the damaged one. For an evaluation, which must not count another image in its place:
-    `blank`, the pixels that a damaged sample gets. Its result has to be left out.
+    `blank`, the pixels that a damaged sample gets. Its result has to be left out. `erase`: the probability
+    of random erasing, whose noise comes with the images.
     """
 
     def __init__(
@@ -61,9 +64,10 @@ class Images(Dataset):
         seed: int,
         on_bad_image: str = "stop",
         blank: np.ndarray | None = None,
+        erase: float = 0.0,
     ):
         self.source, self.transform, self.seed, self.on_bad_image = source, transform, seed, on_bad_image
-        self._blank = blank
+        self._blank, self._erase = blank, erase
 
     def __getitem__(self, microbatch: Microbatch | Stop) -> tuple[Batch, list[Bad]] | Stop:
         if isinstance(microbatch, Stop):
@@ -79,15 +83,11 @@ class Images(Dataset):
         images, ids = _stacked([pixels for pixels, _ in taken]), np.array([sample for _, sample in taken])
         labels = self.source.labels(ids)
         digest = xxh3_64_digest(xxh3_64_digest(images.numpy().data) + labels.tobytes() + ids.tobytes())
-        # (N, H, W, 3) -> (N, 3, H, W)
-        return (
-            Batch(
-                images.permute(0, 3, 1, 2),
-                torch.from_numpy(labels),
-                int.from_bytes(digest, "little", signed=True),
-            ),
-            bad,
-        )
+        images = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
+        key = (self.seed, *microbatch.place)
+        noise = Noise.of(self._erase, images.shape, key) if self._erase else None
+        number = int.from_bytes(digest, "little", signed=True)
+        return Batch(images, torch.from_numpy(labels), number, noise), bad
 
     def key(self, epoch: int, sample: int, repeat: int) -> tuple[int | str, ...]:
         """The random key for the augmentation of an image."""
@@ -227,7 +227,9 @@ class Feed:
             return batch
         with torch.cuda.stream(self._side):  # None means the current stream
             images = batch.images.to(self._device, non_blocking=True)
-            return Batch(images, batch.labels.to(self._device, non_blocking=True), batch.digest)
+            labels = batch.labels.to(self._device, non_blocking=True)
+            noise = batch.noise and batch.noise.to(self._device)
+            return Batch(images, labels, batch.digest, noise)
 
     def news(self) -> bool:
         """Whether this rank has something for `settle`, which all ranks call if one of them has."""
@@ -255,6 +257,8 @@ class Feed:
             current.wait_stream(self._side)
             batch.images.record_stream(current)
             batch.labels.record_stream(current)
+            for part in batch.noise or ():
+                part.record_stream(current)
         return batch
 
 

@@ -6,6 +6,8 @@ device. Only the pixels are computed on the device.
 
 import math
 import random
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,14 +41,17 @@ class Mix:
         self.erase = erase
         self.mixup = Mixup(mix, classes)
 
-    def __call__(self, images: Tensor, labels: Tensor, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, key: tuple[int, int, int], noise: "Noise | None" = None
+    ) -> tuple[Tensor, Tensor]:
         """Normalised images (N, 3, H, W) and labels (N,) -> images, targets (N, classes). Changes the images
         in place.
 
-        key = (seed, step, microbatch)
+        key = (seed, step, microbatch). `noise`: what Noise.of returns for this key, if a data worker has
+        drawn it; on the device of the images.
         """
-        with chance.scope(*key[:1], "erase", *key[1:]):
-            erase(images, self.erase)
+        if self.erase:
+            erase(images, noise or Noise.of(self.erase, images.shape, key).to(images.device))
         with chance.scope(*key[:1], "mix", *key[1:]):
             return self.mixup(images, labels)
 
@@ -102,35 +107,52 @@ def _cut(length: int, ratio: float) -> slice:
     return slice(max(0, centre - half), min(length, centre + half))
 
 
-def erase(images: Tensor, probability: float) -> None:
-    """Random erasing (Zhong et al., 2017) of images (N, 3, H, W), in place.
+class Noise(NamedTuple):
+    """What random erasing writes over the images of a microbatch."""
 
-    With `probability`, a box of an image is filled with standard normal noise. The box covers 2 % to 1/3 of
-    the area and has an aspect ratio of 0.3 to 1 / 0.3. The random numbers are drawn from the global
-    generators of python and torch in the same order as in timm's RandomErasing(mode="pixel"), so the result
-    is bit-equal. Unlike timm's, the noise of all boxes is drawn on the host and copied to the device in one
-    non-blocking copy.
-    """
-    count, channels, height, width = images.shape
-    boxes, noise = [], []
-    for image in range(count):
-        if random.random() > probability:
-            continue
-        for _attempt in range(10):
-            area = random.uniform(0.02, 1 / 3) * height * width
-            aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h < height and w < width:
-                top, left = random.randint(0, height - h), random.randint(0, width - w)
-                boxes.append((image, top, left, h, w))
-                noise.append(torch.empty(channels, h, w).normal_().flatten())
-                break
-    if not boxes:
-        return
-    flat = torch.cat(noise)
-    if images.is_cuda:
-        flat = flat.pin_memory().to(images.device, non_blocking=True)
-    for (image, top, left, h, w), pixels in zip(
-        boxes, flat.split([channels * h * w for *_, h, w in boxes]), strict=True
-    ):
-        images[image, :, top : top + h, left : left + w] = pixels.view(channels, h, w)
+    pixels: Tensor  # int64 (P,): (image * height + row) * width + column
+    values: Tensor  # float32 (P, channels)
+
+    def to(self, device: torch.device) -> "Noise":
+        return Noise(*(part.to(device, non_blocking=True) for part in self))
+
+    @staticmethod
+    def of(probability: float, shape: Sequence[int], key: tuple[int, int, int]) -> "Noise":
+        """For images of `shape` (N, C, H, W); key = (seed, step, microbatch). It takes some milliseconds for
+        128 images, so data workers draw it.
+        """
+        with chance.scope(*key[:1], "erase", *key[1:]):
+            return Noise.drawn(probability, *shape)
+
+    @staticmethod
+    def drawn(probability: float, count: int, channels: int, height: int, width: int) -> "Noise":
+        """Of `count` images. With `probability`, a box of an image is filled with standard normal noise. The
+        box covers 2 % to 1/3 of the area and has an aspect ratio of 0.3 to 1 / 0.3.
+
+        The random numbers are drawn from the global generators of python and torch in the same order as in
+        timm's RandomErasing(mode="pixel") (Zhong et al., 2017), so the result is bit-equal.
+        """
+        pixels, values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, channels)]
+        rows, columns = torch.arange(height)[:, None] * width, torch.arange(width)
+        for image in range(count):
+            if random.random() > probability:
+                continue
+            for _attempt in range(10):
+                area = random.uniform(0.02, 1 / 3) * height * width
+                aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+                h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+                if h < height and w < width:
+                    top, left = random.randint(0, height - h), random.randint(0, width - w)
+                    box = rows[top : top + h] + columns[left : left + w] + image * height * width
+                    pixels.append(box.flatten())
+                    values.append(torch.empty(channels, h * w).normal_().T)
+                    break
+        return Noise(torch.cat(pixels), torch.cat(values))
+
+
+def erase(images: Tensor, noise: Noise) -> None:
+    """Random erasing of images (N, C, H, W), in place."""
+    height, width = images.shape[2:]
+    rows = noise.pixels // width  # of all images, one below the other
+    places = rows // height, rows % height, noise.pixels % width
+    images.permute(0, 2, 3, 1).index_put_(places, noise.values)  # (N, C, H, W) -> (N, H, W, C)

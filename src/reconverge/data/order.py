@@ -26,6 +26,7 @@ class Microbatch(NamedTuple):
     ids: np.ndarray  # int64 (N,)
     repeats: np.ndarray  # int64 (N,): number of the augmentation of this sample in this epoch, from 0
     window: int = 0  # window of the first sample
+    place: tuple[int, int] = (0, 0)  # step, number in the step; both from 0
 
 
 def in_sequence(images: int, batch: int) -> list[Microbatch]:
@@ -137,11 +138,12 @@ class Order:
         epoch, first = divmod(0 if self.overfit else step, self.images // self.batch)
         positions = first * self.batch + np.arange(number, self.batch, self.microbatches)
         chosen, repeats = np.divmod(positions, self.repeats)
+        place = (step, number)
         if self.windows:
-            return Microbatch(
-                epoch, self.windows.ids(epoch, chosen), repeats, self.windows.window(epoch, int(chosen[0]))
-            )
-        return Microbatch(epoch, permuted(chosen, self.images, self.seed, VERSION, epoch), repeats)
+            ids, window = self.windows.ids(epoch, chosen), self.windows.window(epoch, int(chosen[0]))
+            return Microbatch(epoch, ids, repeats, window, place)
+        ids = permuted(chosen, self.images, self.seed, VERSION, epoch)
+        return Microbatch(epoch, ids, repeats, place=place)
 
     def steps(self, start: int, end: int, rank: int = 0, ranks: int = 1) -> Iterator[Microbatch]:
         """The microbatches of one rank in steps start..end-1: a contiguous block of each step, in order."""

@@ -49,8 +49,8 @@ class Gradients:
     """
 
     def __init__(self, net: nn.Module, world: World, passes: Passes):
-        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        parameters.reverse()  # about the order in which the backward pass finishes gradients
+        self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        parameters = self.parameters[::-1]  # about the order in which the backward pass finishes gradients
         self._world, self._passes = world, passes
         room = [-(-parameter.numel() // ALIGNED) * ALIGNED for parameter in parameters]
         self._flat = zeros(sum(room), device=world.device)
@@ -68,6 +68,8 @@ class Gradients:
                 self._buckets.append(self._flat[first:begin])
                 self._members.append(members)
                 first, members = begin, 0
+        # Kept, because walking through a model takes 1 ms.
+        self.views = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         self.clear()
 
     def clear(self) -> None:

@@ -138,11 +138,15 @@ def update(optimizer: torch.optim.AdamW, skip: torch.Tensor) -> None:
         optimizer.step()
 
 
-def checked(model: nn.Module, norm: torch.Tensor) -> torch.Tensor:
-    """The gradient's `norm`, or -inf if an update left a weight or a buffer that is not finite. It stays on
-    the device: the host learns of both by one number, when the log is written.
-    """
+def floats(model: nn.Module) -> list[torch.Tensor]:
+    """The weights and buffers of a model that can be infinite or NaN."""
     tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
-    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+
+
+def checked(floats: list[torch.Tensor], norm: torch.Tensor) -> torch.Tensor:
+    """The gradient's `norm`, or -inf if an update left a number among `floats` that is not finite. It stays
+    on the device: the host learns of both by one number, when the log is written.
+    """
     largest = get_total_norm(floats, norm_type=math.inf)
     return torch.where(largest.isfinite(), norm, -math.inf)
