@@ -29,7 +29,7 @@ def main() -> int:
     data = cfg.data
     if cfg.suite.name == "none" and cfg.images is None:
         data = rules.evaluation_data(data, run.cfg.data if run else None, overrides)
-    with ranks.joined(cfg.world_timeout):
+    with ranks.joined(cfg.world_timeout, deterministic=True):
         return evaluate(cfg, run, data, overrides)
 
 

@@ -30,7 +30,12 @@ def main() -> int:
     if "--check" in flags:
         say(f"{cfg.run}: the settings fit together; neither images nor devices were looked at")
         return Exit.DONE
-    with ranks.joined(cfg.world_timeout), Run(cfg, overrides) as run, ranks.losses_named():
+    with (
+        ranks.joined(cfg.world_timeout, cfg.deterministic),
+        Run(cfg, overrides) as run,
+        ranks.losses_named(),
+        ranks.faults_named(lambda: run.step),
+    ):
         if summary := run.finished():
             again = f"run=NAME starts a new run; remove {run.folder} to repeat this one"
             say(f"{cfg.run} is finished: {summary}\n{again}")
@@ -88,7 +93,7 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
         statistics.settle(skip)
         scaler.update()
         if model.ema is not None:
-            model.ema.update(net, skip)
+            model.ema.update(skip)
         log.step_done(step + 1, losses, optim.checked(net, norm), rate, digests)
 
         if milestones.after(step + 1):

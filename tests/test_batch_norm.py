@@ -9,6 +9,7 @@ import torch
 from conftest import trained, weights
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reconverge.config.settings import Augment, Data, Model
 from reconverge.config.settings import Mix as MixSettings
@@ -19,6 +20,7 @@ from reconverge.data.order import Order
 from reconverge.data.sources import open_sources
 from reconverge.models import create, drop_path
 from reconverge.training.batch_norm import RunningStatistics
+from reconverge.training.ema import Ema
 
 KINDS = ("model", "ema", "optimizer")
 DECAY = 0.9
@@ -230,3 +232,29 @@ def test_models_without_running_statistics_are_left_alone():
     running.note()
     running.settle(torch.tensor(0.0))
     assert running._buffers == []
+
+
+class Counted(TorchDispatchMode):
+    """Lists the operations that reach the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "resnet50"])
+def test_a_step_takes_a_few_operations_for_any_number_of_layers(name):
+    """Two dtypes: the statistics, and the counters."""
+    net = create.model(Model(name, "t", 0.0, layer_scale=None, timm=name), 10, 0)
+    running, ema, skip = RunningStatistics(net), Ema(net, 0.9), torch.tensor(0.0)
+    with Counted() as counted:
+        running.note()
+        running.settle(skip)
+    assert len(counted.operations) <= 10
+    with Counted() as counted:
+        ema.update(skip)
+    assert len(counted.operations) <= 8

@@ -1,9 +1,11 @@
-"""reconverge bench model: what it prints and writes, and when it stops."""
+"""reconverge bench: what it prints and writes, and when it stops."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from reconverge.models import throughput
 from reconverge.models.table import MODELS
@@ -27,6 +29,7 @@ def test_both_phases_by_batch(bench):
         assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["ms"])
         assert 0.05 < row["peak_gb"] < 20
     assert (found["model"]["name"], found["precision"], found["threads"]) == ("convnext_atto", "fp32", 1)
+    assert (found["channels_last"], found["deterministic"]) == (False, True)
     assert said.count("| training | 32 |") == 2
 
 
@@ -47,6 +50,18 @@ def test_the_published_figures_stand_beside_and_a_batch_that_does_not_fit_ends_i
     assert f"inference: a batch of {2**40} does not fit" in said
     assert "published at 224 px: V100, images/s: 774.7" in said
     assert "published at 224 px: A100 tf32 channels_last, images/s: 1943.5" in said
+    assert "fp32, images as N x C x H x W, deterministic kernels, 1 thread" in said
+    assert (
+        "measured here with deterministic=true precision=fp32 channels_last=false compile=false\n"
+        "published for the V100 with deterministic=false precision=fp32 channels_last=false compile=false\n"
+        "published for the A100 with deterministic=false precision=tf32 channels_last=true compile=false\n"
+    ) in said
+    arguments = ["model=convnext_t", "recipe=in1k", "threads=1", "--batches", "1", "--phase", "inference"]
+    code, said = bench(*arguments, "--seconds", "0.01", "deterministic=false")
+    assert code == 0, said
+    assert "kernels that need not be deterministic" in said
+    assert "published for the V100" not in said  # measured in the same way
+    assert "published for the A100 with" in said
 
 
 def test_published_figures_are_of_models_that_exist():
@@ -74,3 +89,22 @@ def test_wrong_input(bench):
     assert bench("model=nothing")[0] == 2
     assert bench("--phase", "sleep")[0] == 2
     assert bench("augment.size=8", "evaluate.size=32")[0] == 2
+
+
+def test_a_few_large_images_count_in_the_part_that_they_slow_down(reconverge, tmp_path):
+    """Two of sixteen images take nearly all of the time, in decoding; joining them takes none."""
+    for label in "ab":
+        folder = tmp_path / "images" / "train" / label
+        folder.mkdir(parents=True)
+        for number in range(8):
+            side = 1500 if number == 0 else 32
+            pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    arguments = ["data=folder", f"data.root={tmp_path / 'images'}", "data.val=null", "evaluate_every=never"]
+    arguments += ["batch=16", "microbatch=16", "augment.auto=none", "workers=0", "--seconds", "0.1"]
+    code, said = reconverge("bench", "data", *arguments)
+    assert code == 0, said
+    rows = [line.rsplit(None, 4)[0:2] for line in said.splitlines() if line.endswith(" ms an image")]
+    parts = {name.strip(): float(milliseconds) for name, milliseconds in rows}
+    assert parts["decode, crop, resize"] > 2
+    assert parts["collate"] < 0.3

@@ -190,7 +190,7 @@ def test_no_word_of_others_hides_a_setting_and_each_advice_names_settings_that_e
         assert len(listed) == len(set(listed))
         for text in [*words.values(), *foreign.VALUES.values()]:
             for key in re.findall(r"([a-z_.]+)=", text):
-                assert key in keys | {"key", "model", "data", "tracker"}, text
+                assert key in keys | {"key", "model", "data", "machine", "tracker"}, text
     assert not {word for key in foreign.WORDS for word in key.split()} & {key for key, *_ in flat(Train())}
     assert not {word for key in foreign.EVAL_WORDS for word in key.split()} & {
         key for key, *_ in flat(Eval())
@@ -272,6 +272,7 @@ def test_help_shows_groups_choices_and_examples():
         "deit_b, deit_s",
         "recipe: deit, demo, finetune",
         "data: digits, folder",
+        "machine: auto, cpu, gpu_exact, gpu_fast",
         "tracker: none, tensorboard, wandb",
         "debug: overfit, profile, short, synthetic",
     ):
@@ -279,6 +280,7 @@ def test_help_shows_groups_choices_and_examples():
     assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 7
     for part in (
         "== The network: model.* ==",
+        "== The machine preset: machine.* ==",
         "model.drop_path=0 ",  # the value of this command, and below what it means
         "stochastic depth (drop path)",
         "optim.lr=0.003 ",

@@ -175,7 +175,7 @@ def measured(name, microbatch, microbatches, side, classes, tree):
             gradients.reduce()
             optim.update(optimizer, torch.tensor(0.0))
             gradients.clear()
-            ema.update(net, torch.tensor(0.0))
+            ema.update(torch.tensor(0.0))
 
     def allocations(events):
         for event in events:

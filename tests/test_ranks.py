@@ -302,7 +302,7 @@ def test_the_streaming_tree_is_the_recursive_one_on_every_rank(each, size):
     """
     random = np.random.Generator(np.random.PCG64(each * 100 + size))
     leaves = [
-        torch.from_numpy((random.standard_normal(50) * 10.0 ** random.integers(-3, 4, 50)).astype(np.float32))
+        torch.from_numpy((random.standard_normal(64) * 10.0 ** random.integers(-3, 4, 64)).astype(np.float32))
         for _ in range(each * size)
     ]
     expected = recursive(leaves)
@@ -311,7 +311,7 @@ def test_the_streaming_tree_is_the_recursive_one_on_every_rank(each, size):
             lambda partner, d=2**level: recursive(leaves[partner // d * d * each :][: d * each])
             for level in range(size.bit_length() - 1)
         ]
-        net = nn.Linear(50, 1, bias=False)
+        net = nn.Linear(64, 1, bias=False)
         gradients = Gradients(net, Loopback(rank, size, partners), Passes(each, 2, None, tree=True))
         held = 1
         for leaf in leaves[rank * each :][:each]:
@@ -355,6 +355,23 @@ def test_gradients_are_views_in_the_weights_memory_format_and_sums_of_passes():
             assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-4)
         gradients.clear()
         assert all((parameter.grad == 0).all() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("classes", [10, 21841])
+def test_each_gradient_begins_at_a_multiple_of_256_bytes(classes):
+    """As tensors of their own would. The head comes first: it is finished first."""
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5, classes))
+    gradients = Gradients(net, World("cpu", "fp32", deterministic=False), Passes(1, 4, None))
+    assert gradients._flat.numel() == sum(len(bucket) for bucket in gradients._buckets)
+    begins = [parameter.grad.data_ptr() - gradients._flat.data_ptr() for parameter in net.parameters()]
+    assert [begin % 256 for begin in begins] == [0] * len(begins)
+    sizes = [parameter.numel() for parameter in net.parameters()]
+    assert any(4 * size % 256 for size in sizes)
+    for number, parameter in enumerate(net.parameters()):  # none lies in another
+        parameter.grad.fill_(number + 1)
+    assert all(
+        bool((parameter.grad == number + 1).all()) for number, parameter in enumerate(net.parameters())
+    )
 
 
 # ---- the launchers' variables ------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ EFFECTS = [
     ("data.stage_gb", ["SHARDS", "data.window=1", "data.stage=local"], "data.stage_gb=0", "code"),
     ("data.images", SYNTHETIC, "data.images=50", "said"),
     ("data.classes", SYNTHETIC, "data.classes=6", "said"),
+    ("machine.name", [], "machine=cpu", "said"),
     ("tracker.name", [], "tracker=tensorboard", "folder"),
     ("debug.overfit", [], "debug.overfit=true", "weights"),
     ("debug.profile", ["steps=4"], "debug.profile=1", "folder"),

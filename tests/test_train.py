@@ -78,6 +78,7 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
     assert set(environment["facts"]) == {
         "code",
         "versions",
+        "libraries",
         "threads",
         "hardware",
         "ranks",
@@ -209,6 +210,22 @@ def test_other_precisions_train(train, precision):
     assert all(math.isfinite(record["loss"]) for record in metrics("a") if "loss" in record)
     scaler = json.loads(Path("runs/a/checkpoints/step-00000004/state.json").read_text())["scaler"]
     assert bool(scaler) == (precision == "fp16")
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "fp32"), ("bf16", "fp16")])
+def test_the_precision_may_change_if_that_is_allowed(train, capsys, before, after):
+    """The checkpoint of a run without fp16 has no loss scale, and one of fp16 has."""
+    arguments = ["run=a", "evaluate_every=never", "log_every=1"]
+    assert train(*arguments, "steps=2", f"precision={before}") == 0
+    assert train(*arguments, "steps=4", f"precision={after}") == 78
+    capsys.readouterr()
+    assert train(*arguments, "steps=4", f"precision={after}", "resume_allow=[precision]") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    fresh = "step-00000002 was trained without a loss scale: it starts at 65536"
+    assert (fresh in said) == (after == "fp16")
+    scaler = json.loads(Path("runs/a/checkpoints/step-00000004/state.json").read_text())["scaler"]
+    assert scaler.get("_growth_tracker") == (2 if after == "fp16" else None)
+    assert all(math.isfinite(record["loss"]) for record in metrics("a"))
 
 
 def test_fp16_overflow_skips_the_update_and_the_clock_goes_on(train, capsys):

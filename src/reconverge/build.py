@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from reconverge.base import environment, launcher, terminal
-from reconverge.config import published
+from reconverge.config import presets, published
 from reconverge.config.settings import Train
 from reconverge.data import native, transforms
 from reconverge.data.early import Early
 from reconverge.data.loader import Batch, Feed, Images, Quarantine
 from reconverge.data.sources import Source
 from reconverge.data.stage import Stage
-from reconverge.distributed import ranks
+from reconverge.distributed import libraries, ranks
 from reconverge.distributed.world import World, default_threads, default_workers
 from reconverge.milestones import Milestones
 from reconverge.models import create, drop_path
@@ -106,7 +106,9 @@ def model(cfg: Train, world: World, passes: Passes, classes: int) -> Model:
     refuse_other_passes(net, cfg.microbatch, cfg.forward_images)
     if cfg.checkpointing:
         net.set_grad_checkpointing()  # type: ignore[operator]
-    masked = torch.compile(drop_path.Masked(net)) if cfg.compile else drop_path.Masked(net)
+    masked = drop_path.Masked(net)
+    if cfg.compile:
+        masked = world.compiled(masked)
     ema = Ema(net, cfg.ema.decay) if cfg.ema.decay is not None else None
     optimizer = optim.adamw(net, cfg.optim, cfg.fused)
     gradients = Gradients(net, world, passes)
@@ -126,15 +128,20 @@ def _machine(cfg: Train, run: Run) -> Machine:
         cfg.batch // cfg.microbatch, launcher.HERE.rank, launcher.HERE.size, tree, cfg.microbatch
     )
     passes = Passes(len(mine), cfg.microbatch, cfg.forward_images, tree)
+    presets.refuse_without_gpu(cfg, torch.cuda.is_available())
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     run.fact("code", world.agree("code", environment.code_hash()))
     run.fact("versions", world.agree("versions", environment.decisive_versions()))
+    run.fact("libraries", world.agree("libraries", libraries.decisive(world.device)))
     workers = default_workers(world.device) if cfg.workers is None else cfg.workers
     threads = cfg.threads or run.recorded("threads") or default_threads(world.device, workers)
     world.set_threads(min(world.gather_objects(threads)))  # equal on all ranks: the fewest of any host
     run.fact("threads", world.threads)
     run.fact("hardware", world.all_of(world.hardware()))
-    run.fact("ranks", "a power of two" if tree else world.size, free=True)
+    layout = world.layout()
+    if run.recorded("ranks") == world.size:  # recorded when the hosts were not
+        layout = world.size
+    run.fact("ranks", "a power of two" if tree else layout, free=True)
     run.fact("forward_images", cfg.forward_images or cfg.microbatch, free=True)
     decoder = world.all_of(native.choose(cfg.data.native))
     # Exact decoding gives the same pixels with and without native/.

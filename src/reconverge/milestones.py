@@ -46,13 +46,15 @@ class Milestones:
         """Whether training is to stop after `step`: then it is saved."""
         if self._tracer:
             self._tracer.step()
+        stopping = self._world.any(told_to_stop())  # here a lost rank is named, before a device waits for it
+        evaluating = self._clock.due(self._clock.evaluate_every, step) and not stopping
+        saving = self._clock.due(self._clock.save_every, step) or stopping
+        # Stops here, before anything is saved, if a step was not finite.
+        self._log.read(everything=saving or evaluating or step == self._clock.end)
+        trouble = self._log.trouble()
+        if trouble:
+            self._log.read(everything=True)
         with self._log.clock_stopped():
-            stopping = self._world.any(told_to_stop())
-            evaluating = self._clock.due(self._clock.evaluate_every, step) and not stopping
-            saving = self._clock.due(self._clock.save_every, step) or stopping
-            if saving or evaluating:
-                self._log.flush()  # stops here, before anything is saved, if a step was not finite
-            trouble = self._log.trouble()
             if saving or trouble:
                 self._save(step)
             self._note_saved(wait=trouble is not None)

@@ -84,9 +84,18 @@ def host() -> dict[str, Any]:
         "system": platform.platform(),
         "processor": processor(),
         "cores": os.cpu_count(),
+        "driver": driver(),
         "job": launcher.job(),
         "ranks": launcher.HERE.size,
     }
+
+
+def driver() -> str | None:
+    """NVIDIA's driver, as its kernel module describes itself; None if there is none."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
 
 
 def processor() -> str:

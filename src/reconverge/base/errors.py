@@ -41,6 +41,14 @@ class Stop(Exception):
         return f"  given    {given}\n  allowed  {allowed}\n  change   {change}"
 
 
+# Memory that ends in torch's allocators, or outside of them in cuBLAS, cuDNN or NCCL.
+NO_MEMORY = re.compile(r"can't allocate memory|out of memory|CU(BLAS|DNN|SOLVER|FFT)_\w*ALLOC|CUDA calloc")
+# Faults of a GPU and of what connects it. One that is gone from the bus answers with one of the last three.
+GPU_FAULTS = re.compile(
+    r"uncorrectable (ECC|NVLink) error|unspecified launch failure|launch timed out|hardware stack error"
+    r"|hardware error|GPU is lost|device lost|fallen off the bus"
+    r"|CUDA error: unknown error|busy or unavailable|no CUDA-capable device"
+)
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 
 
@@ -89,20 +97,29 @@ def explain(error: BaseException) -> Stop | None:
             "data workers that have enough memory and shared memory, and that nobody kills",
             "run the same command again; if memory was short, with fewer workers=",
         )
-    # torch.OutOfMemoryError on a GPU; a plain RuntimeError from torch's CPU allocator.
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    ):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
         return Stop(
             Exit.OUT_OF_MEMORY,
-            str(error).splitlines()[0] if str(error) else "out of memory",
+            _line(error, NO_MEMORY) or "out of memory",
             "a forward pass of one microbatch that fits the device's memory",
             "checkpointing=true (stores about half the activations), precision=bf16, or a smaller"
             " forward_images=; a smaller microbatch= also helps, but it changes Mixup and needs a new run",
         )
+    if isinstance(error, RuntimeError) and GPU_FAULTS.search(str(error)):
+        return Stop(
+            Exit.LOST,
+            f"the GPU failed: {_line(error, GPU_FAULTS)}",
+            "a GPU that answers and whose memory has no uncorrectable errors",
+            "run the same command again to continue from the last checkpoint; if the same GPU fails again,"
+            " use another one: `dmesg | grep Xid` and `nvidia-smi -q -d ECC` say what is wrong with it",
+        )
     return None
+
+
+def _line(error: BaseException, what: re.Pattern[str]) -> str:
+    """The first line of an error's text, and then the first line that has `what`, if it is another one."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return ": ".join(dict.fromkeys([*lines[:1], *filter(what.search, lines)][:2]))
 
 
 def reason(error: Exception) -> str:
@@ -119,15 +136,28 @@ def exit_code(job: Callable[[], int]) -> int:
     try:
         code = job()
     except (Exception, KeyboardInterrupt) as error:
-        stop = explain(error)
-        code = stop.code if stop else Exit.BUG
-        if stop is None or code == Exit.LOST:  # the traceback shows what this rank was waiting for
-            traceback.print_exc()
-        if stop and not stop.told:
-            print(f"reconverge stopped (exit {code}):\n{stop}", file=sys.stderr)
-    # torchrun itself returns 1 for every failure; launch/local.sh reads the real code from this file.
-    if left := os.environ.get("RECONVERGE_EXIT_FILE"):
-        Path(left).write_text(str(int(code)))
+        code = ended(error)
+    else:
+        _leave_code(code)
     # torchrun restarts workers that end with anything but 0. status.json has the 75, and launch/local.sh
     # returns it.
     return Exit.DONE if code == Exit.PREEMPTED and "TORCHELASTIC_RUN_ID" in os.environ else code
+
+
+def ended(error: BaseException) -> Exit:
+    """Print why the command ends, write its exit code as exit_code() does, and return it."""
+    stop = explain(error)
+    code = stop.code if stop else Exit.BUG
+    if stop is None or code == Exit.LOST:  # the traceback shows what this rank was waiting for
+        traceback.print_exception(error)
+    if stop and not stop.told:
+        print(f"reconverge stopped (exit {code}):\n{stop}", file=sys.stderr, flush=True)
+        stop.told = True
+    _leave_code(code)
+    return code
+
+
+def _leave_code(code: int) -> None:
+    """torchrun itself returns 1 for every failure; launch/local.sh reads the real code from this file."""
+    if left := os.environ.get("RECONVERGE_EXIT_FILE"):
+        Path(left).write_text(str(int(code)))

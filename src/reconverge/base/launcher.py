@@ -69,9 +69,9 @@ def leave(code: int) -> NoReturn:
 
     One of several ranks ends without taking Python down first: a thread of gloo may still free a tensor then,
     for which it needs Python, and the process would be aborted ("terminate called without an active
-    exception", exit code 134) although all its work is done.
+    exception", exit code 134) although all its work is done. After a fault of a GPU the same may happen.
     """
-    if HERE.size == 1:
+    if HERE.size == 1 and code != 69:
         sys.exit(code)
     atexit._run_exitfuncs()
     sys.stdout.flush()

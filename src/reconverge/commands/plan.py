@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from reconverge.base import terminal
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.imagenet import DATASETS
-from reconverge.config import compose, published, rules
+from reconverge.config import compose, presets, published, rules
 from reconverge.config.settings import Train
 from reconverge.training.clock import Clock
 
@@ -96,6 +96,7 @@ def main(arguments: argparse.Namespace) -> int:
     rows = panel.job(cfg, clock, net, groups, data) | {
         "ranks": f"{ranks}; possible (ranks x microbatches of each rank): {', '.join(sizes)}",
         "lr at steps": "; ".join(rates),
+        **panel.preset(cfg),
         **_cost(cfg, net, passes, ranks, classes, cfg.batch * clock.end),
         "time": _time(speed, ranks, cfg.batch * clock.end),
         "picture": str(picture),
@@ -120,6 +121,8 @@ def _cost(
     from reconverge.models import cost
     from reconverge.training.gradients import copies
 
+    under = f" with precision={cfg.precision} of machine={cfg.machine.name}"
+    under = under if presets.given(cfg).get("precision") == cfg.precision else ""
     flops = cost.operations(net, cfg.augment.size) * images
     if cfg.checkpointing:
         net.set_grad_checkpointing()  # type: ignore[operator]
@@ -135,7 +138,8 @@ def _cost(
             f"{flops:.4g} for {images:,} images of {cfg.augment.size} px (a multiply-add counts as 2,"
             " forward and backward as 3 forward passes)"
         ),
-        "memory": f"{memory.total / 1e9:.2f} GB for each rank: {parts}; CUDA and its kernels need more",
+        "memory": f"{memory.total / 1e9:.2f} GB for each rank{under}: {parts}; CUDA and its"
+        " kernels need more",
     }
 
 

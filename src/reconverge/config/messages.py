@@ -206,7 +206,10 @@ def refusal(error: Exception, schema: type, conf: Path | None = None) -> Stop:
         )
     if "Config group override" in where:
         return Stop(
-            Exit.USAGE, where, "the name of a file, for model, recipe, data, tracker, debug", "recipe=demo"
+            Exit.USAGE,
+            where,
+            "the name of a file, for model, recipe, data, machine, tracker, debug",
+            "recipe=demo",
         )
     return Stop(Exit.USAGE, where, f"what python {_script(schema)} --help shows", "the override")
 

@@ -123,13 +123,13 @@ def _start(cfg: Train) -> None:
                     help_of(Train, "init"),
                     f"init=..., or {key} as it was",
                 )
-    known = {key for key, *_ in flat(cfg)} | {"code", "versions", "data", "hardware", "pixels"}
+    known = {key for key, *_ in flat(cfg)} | {"code", "versions", "libraries", "data", "hardware", "pixels"}
     for name in cfg.resume_allow:
         if name not in known:
             raise Stop(
                 Exit.USAGE,
                 f"resume_allow={name}",
-                "a setting, or code, data, versions, hardware, pixels",
+                "a setting, or code, data, versions, libraries, hardware, pixels",
                 f"resume_allow=[{closest(name, known) or 'NAME'}]",
             )
 

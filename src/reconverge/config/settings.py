@@ -219,6 +219,13 @@ class Data:
 
 
 @dataclass
+class Machine:
+    """The machine preset"""
+
+    name: str = setting("auto", "name of the preset, chosen by machine=NAME", pattern=NAME, free=True)
+
+
+@dataclass
 class Tracker:
     """Experiment tracker"""
 
@@ -231,8 +238,7 @@ class Tracker:
 class Debug:
     """Debugging"""
 
-    overfit: bool = setting(False,
-        help="train every step on the images of the first step, with their first augmentation")
+    overfit: bool = setting(False, "train all steps on the images of the first step, augmented once")
     profile: int = setting(0, low=0, free=True, unit="steps",
         help="write a profiler trace of so many steps, after the second one, to trace.json")
 
@@ -257,7 +263,7 @@ class Train:
              "name; fresh: new initial weights; auto: keep if the classes are the same, else fresh")
     resume_allow: list[str] = setting([], free=True,
         help="names of what may differ when a run is resumed although it ends R2: settings, or code, data, "
-             "versions, hardware")
+             "versions, libraries, hardware")
 
     batch: int = setting(MISSING, low=2, unit="images", heading="Batch and length of training",
         help="batch size: images of one optimizer step over all ranks (default: the recipe's)")
@@ -285,13 +291,11 @@ class Train:
     workers: int | None = setting(None, low=0, free=True, unit="processes",
         help="data workers of each rank; null: chosen from the CPU cores of this process")
     threads: int | None = setting(None, low=1, unit="threads",
-        help="CPU threads of torch in each rank; null: chosen from the CPU cores when the run starts, and "
-             "kept")
+        help="CPU threads of torch in each rank; null: chosen from the CPU cores at first, then kept")
     deterministic: bool = setting(True,
         help="use deterministic kernels only; false: no promise of equal bits (R1, R2)")
     fused: bool = setting(True,
-        help="fused AdamW kernel; false: one kernel for each operation, and the CPU waits for each gradient "
-             "norm")
+        help="one fused AdamW kernel; false: many kernels, and the CPU waits for each gradient norm")
     copy_ahead: bool = setting(True, free=True,
         help="copy the next microbatch to the device while it works on this one")
     reduce: str = setting("ddp", choices=("ddp", "tree"),
@@ -318,6 +322,7 @@ class Train:
     optim: Optim = field(default_factory=Optim)
     ema: Ema = field(default_factory=Ema)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    machine: Machine = field(default_factory=Machine)
     tracker: Tracker = field(default_factory=Tracker)
     debug: Debug = field(default_factory=Debug)
 
@@ -381,10 +386,8 @@ def flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 def section_of(schema: Any, dotted: str) -> Any:
     """The dataclass of a section such as data; None if there is none, as inside a table."""
     for part in filter(None, dotted.split(".")):
-        schema = next(
-            (field.type for field in fields(schema) if field.name == part and is_dataclass(field.type)), None
-        )
-        if schema is None:
+        sections = {one.name: one.type for one in fields(schema) if is_dataclass(one.type)}
+        if (schema := sections.get(part)) is None:
             return None
     return schema
 
@@ -393,8 +396,5 @@ def help_of(schema: Any, key: str) -> str:
     """What a setting means; nothing for one that does not exist."""
     parent, _, name = key.rpartition(".")
     section = section_of(schema, parent)
-    return (
-        next((field.metadata.get("help", "") for field in fields(section) if field.name == name), "")
-        if section
-        else ""
-    )
+    found: dict[str, Any] = {one.name: one.metadata for one in fields(section)} if section else {}
+    return found.get(name, {}).get("help", "")

@@ -33,6 +33,10 @@ class Early:
             self._process.start()
             sender.close()
 
+    def news(self) -> bool:
+        """Whether this rank knows something that was not said, or that the process has ended."""
+        return self._receiver is not None and self._receiver.poll()
+
     def settle(self, world: World) -> None:
         """Say what was found since the last call, or on all ranks note it as `trouble`."""
         found = [text for texts in world.gather_objects(self._found()) for text in texts]

@@ -229,6 +229,10 @@ class Feed:
             images = batch.images.to(self._device, non_blocking=True)
             return Batch(images, batch.labels.to(self._device, non_blocking=True), batch.digest)
 
+    def news(self) -> bool:
+        """Whether this rank has something for `settle`, which all ranks call if one of them has."""
+        return bool(self._bad) or (self.early is not None and self.early.news())
+
     def settle(self, world: World) -> None:
         """Record the samples that any rank has replaced since the last call. Errors: Stop(DAMAGED), also if
         a validation image is damaged, at which the next evaluation would stop.

@@ -16,22 +16,30 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from xxhash import xxh3_64_hexdigest
 
-from reconverge.base.errors import Exit, Stop, explain
+from reconverge.base.errors import Exit, Stop, ended, explain
 from reconverge.base.launcher import HERE
 from reconverge.base.signals import told_to_stop
+from reconverge.distributed import libraries
 
 ANSWER = 5.0  # seconds in which live ranks answer when a rank seems to be lost
+ABORT = 5.0  # seconds for NCCL to give up its operations
+END = 60.0  # seconds in which a rank ends that has failed or lost another one
 Value = TypeVar("Value")
 
 _store: dist.Store
 _timeout: timedelta
+_of_gpus: Any = None  # the group with NCCL
+_parted = False  # from the other ranks
 
 
 @contextmanager
-def joined(minutes: float) -> Iterator[None]:
-    """Join the ranks of this run. Errors: Stop(LOST) if some ranks do not arrive in time."""
+def joined(minutes: float, deterministic: bool) -> Iterator[None]:
+    """Join the ranks of this run, in deterministic mode or not. Errors: Stop(LOST) if some ranks do not
+    arrive in time.
+    """
     global _store, _timeout
     _timeout = timedelta(minutes=minutes)
+    libraries.set_modes(deterministic)
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=_timeout))
         while isinstance(store, dist.PrefixStore):
@@ -50,10 +58,8 @@ def joined(minutes: float) -> Iterator[None]:
             " select the network interface)",
             "run the same command again, with a larger world_timeout= (minutes) if ranks start slowly",
         ) from error
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # after an error it would wait for ranks that may be lost: see _part
 
 
 def _met(store: dist.Store, rank: int, size: int, seconds: float) -> str:
@@ -97,8 +103,11 @@ def losses_named() -> Iterator[None]:
     except BaseException as error:
         if not _of_a_collective(error):
             _leave_word(error)
+            _part(error)
             raise
-        raise _named(error) from error
+        stop = _named(error)
+        _part(stop)
+        raise stop from error
 
 
 def from_rank_0(function: Callable[[], Value]) -> Value:
@@ -119,6 +128,8 @@ def from_rank_0(function: Callable[[], Value]) -> Value:
 
 
 def _of_a_collective(error: BaseException) -> bool:
+    if explain(error):  # such as NCCL's, if the memory of this GPU is full
+        return False
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -182,6 +193,25 @@ def _named(error: BaseException) -> Stop:
     )
 
 
+def _part(error: BaseException) -> None:
+    """Leave the other ranks because of `error`. This process ends within seconds, whatever still waits.
+
+    A collective operation without all of its ranks never ends on a GPU, and whatever waits for the device
+    waits for it. So NCCL's group is aborted, which also may not return (github.com/NVIDIA/nccl/issues/1013).
+    """
+    global _parted
+    if _parted:
+        return
+    _parted = True
+    last = threading.Timer(END, lambda: os._exit(ended(error)))
+    last.daemon = True
+    last.start()
+    if _of_gpus is not None:
+        thread = threading.Thread(target=_of_gpus.abort, daemon=True, name="abort")
+        thread.start()
+        thread.join(ABORT)
+
+
 def _with_store(function: Callable[[], Value], seconds: float) -> Value | None:
     """The result of `function`, which reads the store. None if the store cannot be reached: torch's calls may
     then never return, so they run in a thread.
@@ -220,4 +250,6 @@ def _first_line(error: BaseException) -> str:
 
 def of_gpus() -> Any:
     """A second group, with NCCL. Its timeout is longer than that of gloo, which can name missing ranks."""
-    return dist.new_group(backend="nccl", timeout=2 * _timeout)
+    global _of_gpus
+    _of_gpus = dist.new_group(backend="nccl", timeout=2 * _timeout)
+    return _of_gpus

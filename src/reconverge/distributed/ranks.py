@@ -5,13 +5,15 @@ Imports no torch, so that a single process can reject wrong settings without imp
 
 import os
 import re
+import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from reconverge.base.errors import Exit, Stop
+from reconverge.base.errors import Exit, Stop, explain
 from reconverge.base.launcher import HERE
 from reconverge.base.terminal import counted
 
@@ -19,9 +21,9 @@ Value = TypeVar("Value")
 
 
 @contextmanager
-def joined(minutes: float) -> Iterator[None]:
+def joined(minutes: float, deterministic: bool) -> Iterator[None]:
     """Join all ranks of the run in one group; a single process needs none. `minutes`: how long to wait for
-    other ranks.
+    other ranks. `deterministic`: as in libraries.set_modes.
 
     Errors: Stop(USAGE) for a launcher that cannot restart ranks, Stop(LOST).
     """
@@ -40,7 +42,7 @@ def joined(minutes: float) -> Iterator[None]:
         )
     from reconverge.distributed import group
 
-    with group.joined(minutes), group.losses_named():
+    with group.joined(minutes, deterministic), group.losses_named():
         yield
 
 
@@ -54,6 +56,34 @@ def losses_named() -> Iterator[None]:
 
     with group.losses_named():
         yield
+
+
+@contextmanager
+def faults_named(step: Callable[[], int]) -> Iterator[None]:
+    """Use it around a training: if a GPU fails or memory ends, the error becomes a Stop that also says on
+    which host and GPU, and after how many steps, which `step` returns.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        stop = explain(error)
+        if stop is None:
+            raise
+        code, given, allowed, change = stop.args
+        where = ", ".join([f"host {socket.gethostname()}", *_gpu(), f"after step {step()}"])
+        raise Stop(code, f"{given} ({where})", allowed, change) from error
+
+
+def _gpu() -> list[str]:
+    """The GPU of this process by number and UUID, if it has one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return []
+    try:
+        device = torch.cuda.current_device()
+        return [f"GPU {device}: GPU-{torch.cuda.get_device_properties(device).uuid}"]
+    except RuntimeError:
+        return ["a GPU that says nothing any more"]
 
 
 def from_rank_0(function: Callable[[], Value]) -> Value:

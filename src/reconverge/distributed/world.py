@@ -5,7 +5,7 @@ gradients.
 """
 
 import ctypes
-import os
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reconverge.base import environment, launcher
 from reconverge.base.errors import Exit, Stop
-from reconverge.distributed import group
+from reconverge.distributed import group, libraries
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Value = TypeVar("Value")
@@ -27,6 +27,8 @@ Value = TypeVar("Value")
 class World:
     def __init__(self, device: str, precision: str, deterministic: bool):
         """Errors: Stop(USAGE) for a device or precision that this machine lacks."""
+        self.deterministic = deterministic
+        libraries.set_modes(deterministic)  # before CUDA starts, and before NCCL's group is made
         self.rank, self.size, self.local_rank, _, self.launcher = launcher.HERE
         available = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and available == "cpu":
@@ -44,6 +46,7 @@ class World:
             self.device = torch.device("cuda", self._own_gpu())
             torch.cuda.set_device(self.device)
             if self.size > 1:
+                self._refuse_shared_gpu()
                 self._of_gradients = group.of_gpus()
         self.precision = precision
         if precision == "tf32" and (self.device.type == "cpu" or torch.cuda.get_device_capability() < (8, 0)):
@@ -57,12 +60,6 @@ class World:
         # products on an A100, and newer ones only for convolutions. So set both explicitly.
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        self.deterministic = deterministic
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(deterministic)
-        # This is only a debugging aid, and it costs time.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = not deterministic
 
     def _own_gpu(self) -> int:
         """The GPU of this rank. The launcher may show each task only one GPU, or all GPUs of the node.
@@ -79,6 +76,21 @@ class World:
                 f"torchrun --nproc-per-node={visible}, or srun with as many tasks per node as GPUs",
             )
         return self.local_rank if visible > 1 else 0
+
+    def _refuse_shared_gpu(self) -> None:
+        """Errors: Stop(USAGE) if two ranks have the same GPU, for which NCCL would stop with an error."""
+        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+        gpus = self.gather_objects((socket.gethostname(), uuid))
+        shared = {gpu: [rank for rank, other in enumerate(gpus) if other == gpu] for gpu in gpus}
+        for (host, uuid), ranks in shared.items():
+            if len(ranks) > 1:
+                raise Stop(
+                    Exit.USAGE,
+                    f"ranks {', '.join(map(str, ranks))} have the same GPU: GPU-{uuid} on host {host}",
+                    "one GPU for each rank",
+                    "as many ranks on a host as it has GPUs (torchrun --nproc-per-node, or srun"
+                    " --ntasks-per-node with --gpus-per-task=1); CUDA_VISIBLE_DEVICES must not hide GPUs",
+                )
 
     def set_threads(self, threads: int) -> None:
         """Set the number of threads of torch. A different number gives different bits."""
@@ -135,6 +147,18 @@ class World:
             dist.broadcast(values, src=0, group=self._of_gradients)
             tensor.detach().copy_(values)
 
+    def layout(self) -> int | str:
+        """The number of ranks, or on GPUs "2 x 4" for two hosts with four ranks each.
+
+        NCCL adds in rings whose order follows the hosts. gloo adds in the order of the ranks, wherever they
+        are.
+        """
+        if self.device.type == "cpu":
+            return self.size
+        places = self.gather_objects((launcher.HERE.local_rank, launcher.HERE.local_size))
+        hosts = [ranks for number, ranks in places if number == 0]
+        return f"{len(hosts)} x {hosts[0]}" if len(set(hosts)) == 1 else " + ".join(map(str, hosts))
+
     # ---- gradients between devices ----
 
     def add_up(self, values: Tensor) -> Callable[[], object]:
@@ -160,6 +184,22 @@ class World:
         if channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
+
+    def compiled(self, function: Value) -> Value:
+        """`function` by torch.compile, with one graph for each shape of its inputs.
+
+        By default torch would make the second shape, such as that of a smaller last forward pass, a graph for
+        all shapes, and use it for the first shape too. A resumed process would not have that graph yet.
+        inductor's deterministic mode chooses kernels by rules; by default it times some of them.
+        """
+        import torch._dynamo.config as dynamo  # these take seconds
+        import torch._inductor.config as inductor
+
+        dynamo.recompile_limit = 64  # `reconverge bench model` has ten shapes, and torch gives up after eight
+        if hasattr(inductor, "deterministic"):  # not in every version of torch
+            inductor.deterministic = self.deterministic
+        compiled: Any = torch.compile(function, dynamic=False)  # type: ignore[call-overload]
+        return compiled
 
     def autocast(self) -> AbstractContextManager:
         dtype = DTYPES[self.precision]

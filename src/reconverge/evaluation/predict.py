@@ -27,7 +27,9 @@ class Files:
             below = sorted(
                 found
                 for found in path.rglob("*")
-                if found.suffix.lower() in known and not found.name.startswith(".") and found.is_file()
+                if found.suffix.lower() in known
+                and not found.name.startswith(".")
+                and (found.is_file() or found.is_symlink())  # never a pipe or a device
             )
             if not path.exists() or not (below or path.is_file()):
                 what = "has no image" if path.exists() else "does not exist"

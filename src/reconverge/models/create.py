@@ -6,7 +6,7 @@ from torch import nn
 from reconverge.base import chance
 from reconverge.base.errors import Exit, Stop, reason
 from reconverge.config import settings
-from reconverge.models import drop_path
+from reconverge.models import drop_path, head
 from reconverge.models.table import Spec, find
 
 TRIED = (16, 32, 64, 96, 128, 224, 256, 384, 512)  # pixels; the first that fits is suggested
@@ -24,10 +24,9 @@ def model(given: settings.Model, classes: int, seed: int) -> nn.Module:
     drop_path.replace(net)
     if spec.initialise:
         spec.initialise(net, seed)
-    heads = net.get_classifier()  # type: ignore[operator]
     with torch.no_grad():
-        for head in heads if isinstance(heads, tuple) else (heads,):
-            for parameter in head.parameters():
+        for classifier in head.classifiers(net):
+            for parameter in classifier.parameters():
                 parameter.mul_(given.head_init_scale)
     return net
 

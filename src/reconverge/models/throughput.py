@@ -32,6 +32,12 @@ TRAINING_GB = {
     "convnext_iso_b": 7.7,
     "convnext_iso_l": 20.4,
 }
+# How the published figures were measured, in the words of our settings. In torch, deterministic kernels are
+# off unless they are asked for, and the published codes do not ask.
+CONDITIONS = {
+    "V100": "deterministic=false precision=fp32 channels_last=false compile=false",
+    "A100 tf32 channels_last": "deterministic=false precision=tf32 channels_last=true compile=false",
+}
 
 
 def figures(model: str, size: int) -> dict[str, float]:

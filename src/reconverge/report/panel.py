@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from reconverge.base.terminal import counted
+from reconverge.config import presets
 from reconverge.config.settings import Evaluate, Train
 from reconverge.data.sources import Source
 from reconverge.data.transforms import resized_side
@@ -68,6 +69,12 @@ def images(cfg: Train, training: Source, validation: Source | None) -> str:
     return "; ".join([text, *training.notes, *notes])
 
 
+def preset(cfg: Train) -> dict[str, str]:
+    """What machine=NAME gave and what it costs; no row for machine=auto."""
+    words = presets.in_words(cfg)
+    return {"preset": words} if words else {}
+
+
 def machine(cfg: Train, world: World, workers: int, decoder: str, run: Run) -> dict[str, str]:
     """Where it runs, and what that promises."""
     return {
@@ -75,6 +82,7 @@ def machine(cfg: Train, world: World, workers: int, decoder: str, run: Run) -> d
             f"{_ranks(cfg, world)}: {world.hardware()}, {cfg.precision}, {counted(world.threads, 'thread')},"
             f" {counted(workers, 'data worker')}"
         ),
+        **preset(cfg),
         "decoder": decoder,
         "promises": _promises(run),
         "run": f"{run.folder}/" + (f", resumed after step {run.step}" if run.step else ""),

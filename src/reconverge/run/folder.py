@@ -29,7 +29,7 @@ from reconverge.distributed import ranks
 from reconverge.run import reader
 from reconverge.training.clock import Clock
 
-FACTS = ("code", "versions", "data", "hardware", "pixels", "ranks")  # beside the settings
+FACTS = ("code", "versions", "libraries", "data", "hardware", "pixels", "ranks")  # beside the settings
 # The parts of a data set that have a fingerprint.
 DATA = {"train": "training images", "val": "validation images", "order": "rules for the order of images"}
 
@@ -177,9 +177,9 @@ class Run:
         if name == "data":
             changed = " and ".join(self._other_images(part, old, new) for part in differing(old, new)[0])
             return f"other {changed}", f"those of data={self._cfg.data.name} data.root={self._cfg.data.root}"
-        if name == "versions":
+        if name in ("versions", "libraries"):
             then, now = (
-                ", ".join(f"{package} {version}" for package, version in versions.items())
+                ", ".join(f"{package} {version or '(absent)'}" for package, version in versions.items())
                 for versions in differing(old, new)
             )
             return then, now

@@ -1,12 +1,15 @@
 """What a training says of itself while it runs: record.jsonl, metrics.jsonl, status.json, the line on the
-terminal, the tracker. Tensors stay on the device until a log interval is over.
+terminal, the tracker.
+
+The numbers of a log interval are copied to the host when it is over, and read one step later, so that nobody
+waits for them. Before an evaluation, a checkpoint and the end, all of them are read.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import appending, json_line, read_text
@@ -15,10 +18,11 @@ from reconverge.base.terminal import Progress, counted, say
 from reconverge.config.settings import Train
 from reconverge.data.loader import Feed
 from reconverge.distributed import ranks
+from reconverge.distributed.later import Later
 from reconverge.distributed.world import World
 from reconverge.run import reader
 from reconverge.run.folder import Run
-from reconverge.run.record import Pending, Step, gathered
+from reconverge.run.record import Pending, Step, gathered, sent
 from reconverge.run.tracker import Tracker
 from reconverge.training.clock import Clock
 
@@ -27,8 +31,18 @@ ADVICE = (
     " data.decode=fast, a smaller copy (reconverge prepare --resize), or data.window= with data.stage= where"
     " the disk is slow. `reconverge bench data` measures where the time goes."
 )
+STATUS = 30.0  # seconds between two writings of status.json, each of which waits for the disk
 OVERFLOWS = 30  # steps in a row that fp16 may skip while its loss scale settles
 KINDS = {"ema": "EMA", "raw": "raw"}  # of weights, as they are named, in the order in which they are listed
+
+
+class Sent(NamedTuple):
+    """Steps whose numbers are on their way to the host."""
+
+    steps: list[Pending]
+    numbers: Later
+    at: float  # time.perf_counter() when the host came so far
+    waited: float  # seconds that it had waited for images until then
 
 
 class Log:
@@ -53,6 +67,8 @@ class Log:
         # Step -> damaged validation images that its evaluation left out, if any.
         self._left_out = {line["step"]: line["left_out"] for line in lines if "left_out" in line}
         self._pending: list[Pending] = []
+        self._sent: list[Sent] = []
+        self._told = time.monotonic()  # when status.json was written
         self._intervals = 0
         self._in_a_row = 0  # steps whose gradient was not finite
         self._metrics: TextIO | None = None
@@ -86,41 +102,57 @@ class Log:
     # ---- after each step ----
 
     def step_done(self, step: int, losses: list[Any], grad_norm: Any, lr: float, images: list[int]) -> None:
-        """After each step, with what record.Pending holds. Errors: Stop(NOT_FINITE)."""
+        """After each step, with what record.Pending holds."""
         self._run.step = step
         self._pending.append(Pending(step, losses, grad_norm, lr, images))
-        if step % self._cfg.log_every == 0 or step == self._clock.end:
-            self.flush()
-        elif self._progress:
-            self._progress.step_done(step)
+        if step % self._cfg.log_every == 0:
+            self._send()
 
-    def flush(self) -> None:
-        """Wait for the device and for the other ranks, and write what is pending.
+    def read(self, everything: bool) -> None:
+        """After each step, when the hosts have talked: only a rank that is not lost makes the device wait.
+        Write what was sent in a step before; or `everything`, for which the host waits.
 
-        Errors: Stop(NOT_FINITE, DAMAGED).
+        Errors: Stop(NOT_FINITE, DAMAGED, LOST).
         """
-        if not self._pending:
-            return
-        steps = gathered(self._world, self._pending)
-        self._pending.clear()
+        if everything and self._pending:
+            self._send()
+        while self._sent and (everything or self._sent[0].steps[-1].step < self._run.step):
+            self._write(self._sent.pop(0))
+        if self._progress:
+            self._progress.step_done(self._run.step)
+
+    def _send(self) -> None:
+        self._sent.append(Sent(self._pending, sent(self._pending), time.perf_counter(), self._feed.waited))
+        self._pending = []
+
+    def _write(self, interval: Sent) -> None:
+        """Errors: Stop(NOT_FINITE, DAMAGED, LOST)."""
+        began, first, waited_before = self._interval
+        # The steps ended when the host came so far, or when the device did, if the host has to wait for it.
+        ready = interval.numbers.there() and interval.at > began
+        numbers = interval.numbers.read(self._cfg.world_timeout)
+        ended = interval.at if ready else time.perf_counter()
+        steps, waited, news = gathered(
+            self._world, interval.steps, numbers, interval.waited, self._feed.news()
+        )
         if self._record:
             self._record.writelines(json_line(step._asdict()) for step in steps)
             self._record.flush()
         self._stop_if_not_finite(steps)
-        waited = max(self._world.gather_objects(self._feed.waited))
-        self._feed.settle(self._world)
+        if news:
+            self._feed.settle(self._world)
         last = steps[-1]
-        began, first, waited_before = self._interval
-        self._interval = (time.perf_counter(), last.step, waited)
-        seconds = self._interval[0] - began
+        self._interval = (ended, last.step, waited)
         loss = sum(step.loss for step in steps) / len(steps)
         speed = {
-            "images_per_second": (last.step - first) * self._cfg.batch / seconds,
-            "data_wait": (waited - waited_before) / seconds,
+            "images_per_second": (last.step - first) * self._cfg.batch / (ended - began),
+            "data_wait": (waited - waited_before) / (ended - began),
         }
         self._run.still_mine()
         self.metrics(last.step, loss=loss, lr=last.lr, grad_norm=last.grad_norm, **speed)
-        self._run.status("running", Exit.DONE)
+        if time.monotonic() - self._told > STATUS:
+            self._told = time.monotonic()
+            self._run.status("running", Exit.DONE)
         if self._progress:
             self._progress.update(last.step, loss, last.lr, **speed)
         self._intervals += 1
@@ -170,7 +202,7 @@ class Log:
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Evaluating and saving do not count in images/s."""
+        """Evaluating and saving, after everything was read, do not count in images/s."""
         stopped = time.perf_counter()
         yield
         began, first, waited = self._interval

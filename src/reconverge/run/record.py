@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
+from reconverge.distributed.later import Later
 from reconverge.distributed.world import World
 
 
@@ -33,23 +34,34 @@ class Step(NamedTuple):
     images: str  # hash over the hashes of all microbatches, in order
 
 
-def gathered(world: World, pending: list[Pending]) -> list[Step]:
-    """Combine the values of all ranks. Here the host waits for the device.
+def sent(pending: list[Pending]) -> Later:
+    """Losses and norm of each step, float32 (steps, passes + 1), on their way to the host."""
+    scalars = [value for step in pending for value in (*step.losses, step.grad_norm)]
+    return Later(torch.stack(scalars).view(len(pending), -1))
 
-    Losses are added in the order of microbatches, for any number of ranks.
+
+def gathered(
+    world: World, pending: list[Pending], numbers: Tensor, waited: float, news: bool
+) -> tuple[list[Step], float, bool]:
+    """Combine the values of all ranks: the steps, the longest `waited`, and whether any rank has `news`.
+
+    `numbers`: what `sent` has brought to the host. Losses are added in the order of microbatches, for any
+    number of ranks.
     """
-    losses = world.gather(
-        torch.stack([torch.stack(step.losses) for step in pending])
-    )  # (ranks, steps, passes)
-    losses = losses.double().permute(1, 0, 2).flatten(1)  # (ranks, steps, passes) -> (steps, passes of all)
-    images = world.gather(torch.tensor([step.images for step in pending])).permute(1, 0, 2).flatten(1).numpy()
-    return [
+    count = len(pending)
+    floats = world.gather(torch.cat([numbers.double().flatten(), torch.tensor([waited]).double()]))
+    whole = world.gather(torch.tensor([*(one for step in pending for one in step.images), news]))
+    # (ranks, steps, passes or microbatches) -> (steps, those of all ranks)
+    losses = floats[:, :-1].unflatten(1, (count, -1))[..., :-1].permute(1, 0, 2).flatten(1)
+    images = whole[:, :-1].unflatten(1, (count, -1)).permute(1, 0, 2).flatten(1).numpy()
+    steps = [
         Step(
             step.step,
             float(np.sum(losses[number].numpy())),
-            float(step.grad_norm),
+            float(numbers[number, -1]),
             step.lr,
             xxh3_64_hexdigest(images[number].tobytes()),
         )
         for number, step in enumerate(pending)
     ]
+    return steps, float(floats[:, -1].max()), bool(whole[:, -1].any())

@@ -12,6 +12,7 @@ from torch import nn
 
 from reconverge.base import launcher
 from reconverge.base.errors import Exit, Stop
+from reconverge.base.terminal import say
 from reconverge.distributed import ranks
 from reconverge.run import checkpoint
 from reconverge.training import optim
@@ -69,7 +70,10 @@ class State:
         for name, model in self._models().items():
             model.load_state_dict(tensors[name])
         optim.load_state_tensors(self.optimizer, tensors.get("optimizer", {}))
-        self.scaler.load_state_dict(numbers["scaler"])
+        if numbers["scaler"]:
+            self.scaler.load_state_dict(numbers["scaler"])  # does nothing if this run needs no loss scale
+        elif self.scaler.is_enabled():
+            say(f"{path} was trained without a loss scale: it starts at {self.scaler.get_scale():g}")
         return numbers["step"], skipped
 
     def _models(self) -> dict[str, nn.Module]:
@@ -88,9 +92,11 @@ class State:
                 raise checkpoint.damaged(f"{where}: {name} has values that no training gives")
 
     def _hold_scaler(self, path: Path, state: object) -> None:
-        """Errors: Stop(DAMAGED)."""
-        wanted = self.scaler.state_dict()
-        right = isinstance(state, dict) and state.keys() == wanted.keys()
+        """Accept the state of a loss scale, or none, whichever this run needs: resume_allow=[precision] may
+        have changed that. Errors: Stop(DAMAGED).
+        """
+        whole = torch.amp.GradScaler("cpu").state_dict()
+        right = isinstance(state, dict) and (not state or state.keys() == whole.keys())
         if right and isinstance(state, dict):
             numbers = state.values()
             right = all(type(number) in (int, float) and 0 <= number < float("inf") for number in numbers)

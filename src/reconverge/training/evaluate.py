@@ -17,6 +17,7 @@ from reconverge.data.mix import Normalise
 from reconverge.data.order import in_sequence
 from reconverge.data.sources import Source
 from reconverge.distributed.world import World
+from reconverge.models import head
 
 
 class Result(NamedTuple):
@@ -121,7 +122,7 @@ class Evaluator(NamedTuple):
             batch = next(arriving)
             pixels = self.normalise(batch.images)
             for name, model in models.items():
-                with world.autocast():
+                with world.autocast(), head.in_float32(model):
                     logits = model(pixels)
                 found = [column.double().cpu() for column in columns(logits.float(), batch.labels)]
                 ids = torch.from_numpy(mine[number].ids)

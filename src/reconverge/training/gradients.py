@@ -12,6 +12,9 @@ from reconverge.distributed.world import World
 from reconverge.training.passes import Passes
 
 BUCKET = 25 * 2**20 // 4  # float32 numbers in one all-reduce
+# Each gradient begins at a multiple of 256 bytes, as tensors of their own would. Otherwise, after a head with
+# an odd number of classes, all gradients are at odd addresses, where kernels load only one number at once.
+ALIGNED = 256 // 4  # float32 numbers
 
 
 def merges(leaves: int) -> list[int]:
@@ -49,17 +52,18 @@ class Gradients:
         parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         parameters.reverse()  # about the order in which the backward pass finishes gradients
         self._world, self._passes = world, passes
-        self._flat = zeros(sum(parameter.numel() for parameter in parameters), device=world.device)
+        room = [-(-parameter.numel() // ALIGNED) * ALIGNED for parameter in parameters]
+        self._flat = zeros(sum(room), device=world.device)
         self._merges = merges(passes.leaves)
         self._buckets: list[Tensor] = []
         self._members: list[int] = []  # number of parameters in each bucket
         self._spare: list[Tensor] = []  # buffers for reuse
         self._sums: list[Tensor] = []  # sums of subtrees that wait for their right sibling
         first = begin = members = 0
-        for parameter in parameters:
+        for parameter, size in zip(parameters, room, strict=True):
             parameter.grad = self._flat.as_strided(parameter.shape, parameter.stride(), begin)
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, len(self._buckets)))
-            begin, members = begin + parameter.numel(), members + 1
+            begin, members = begin + size, members + 1
             if begin - first >= BUCKET or begin == len(self._flat):
                 self._buckets.append(self._flat[first:begin])
                 self._members.append(members)

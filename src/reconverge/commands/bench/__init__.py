@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from reconverge.base.errors import Exit, Stop
-from reconverge.config import compose, rules
+from reconverge.config import compose, presets, rules
 
 OVERRIDES = (
     "settings as for train.py: model=convnext_t recipe=in1k precision=bf16 data=imagenet1k data.root=/path"
@@ -68,6 +68,10 @@ def main(arguments: argparse.Namespace) -> int:
         )
     cfg = compose.of_training(arguments.overrides)
     rules.check(cfg)
+
+    import torch
+
+    presets.refuse_without_gpu(cfg, torch.cuda.is_available())
     if arguments.part == "data":
         from reconverge.commands.bench import data
 

@@ -4,10 +4,11 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
+from itertools import pairwise
 
+import numpy as np
 import torch
 
 from reconverge import build
@@ -16,6 +17,8 @@ from reconverge.base.terminal import counted, say
 from reconverge.config.settings import Train
 from reconverge.data import native
 from reconverge.data.loader import Feed
+from reconverge.data.order import Microbatch
+from reconverge.data.sources import Source
 from reconverge.distributed.world import World, default_workers
 from reconverge.training import datasets
 
@@ -36,25 +39,13 @@ def bench(cfg: Train, seconds: float, gpu: float) -> int:
     )
     say(f"decoder: {native.choose(cfg.data.native)}")
 
-    # ---- the time of each part, one image after the other in this process ----
-    ids = order.microbatch(0, 0).ids[:64].tolist()
-    cropping = build.augmented(replace(cfg, augment=replace(cfg.augment, auto="none", flip=0.0)), training)
-    read = _milliseconds(training.read, ids, seconds / 10)
-    cropped = _milliseconds(lambda sample: cropping.sample(0, sample, 0), ids, seconds / 10)
-    whole = _milliseconds(lambda sample: images.sample(0, sample, 0), ids, seconds / 10)
-    together = _milliseconds(lambda _: images[order.microbatch(0, 0)], [0], 0) / cfg.microbatch
-    collate = max(0.0, together - whole)
-    for name, value in (
-        ("read and verify", read),
-        ("decode, crop, resize", cropped - read),
-        ("flip and RandAugment", whole - cropped),
-        ("collate", collate),
-    ):
-        say(f"  {name:<22} {value:7.3f} ms an image")
-    say(
-        f"  {'together':<22} {whole + collate:7.3f} ms: {1000 / (whole + collate):.0f} images/s in one"
-        " process"
-    )
+    # ---- the time of each part, in this process ----
+    parts = ("read and verify", "decode, crop, resize", "flip and RandAugment", "collate")
+    spent = _parts(cfg, training, order.microbatch(0, 0), seconds / 3)
+    for name, milliseconds in zip(parts, spent, strict=True):
+        say(f"  {name:<22} {milliseconds:7.3f} ms an image")
+    together = sum(spent)
+    say(f"  {'together':<22} {together:7.3f} ms: {1000 / together:.0f} images/s in one process")
 
     # ---- the loader with its workers, as train.py uses it ----
     microbatches = order.steps(0, sys.maxsize // order.microbatches)
@@ -71,17 +62,42 @@ def bench(cfg: Train, seconds: float, gpu: float) -> int:
     return Exit.DONE
 
 
-def _milliseconds(job: Callable[[int], object], ids: list[int], seconds: float) -> float:
-    """Median time of job(id): over all `ids` at least once, and for `seconds` at least."""
-    spent: list[float] = []
-    began = time.perf_counter()
-    for number in count():
-        if number >= len(ids) and time.perf_counter() - began > seconds:
-            return statistics.median(spent) * 1000
-        started = time.perf_counter()
-        job(ids[number % len(ids)])
-        spent.append(time.perf_counter() - started)
-    raise AssertionError
+def _parts(cfg: Train, training: Source, microbatch: Microbatch, seconds: float) -> list[float]:
+    """Milliseconds an image: reading, decoding and cropping, the other augmentations, and what joins the
+    images of a microbatch.
+
+    These are means over the images of `microbatch`, because some images, and some operations of RandAugment,
+    take much longer than others: medians would not add up. There are at least two rounds after a first one
+    that warms up, and as many as `seconds` allow.
+    """
+    cropping = build.augmented(replace(cfg, augment=replace(cfg.augment, auto="none", flip=0.0)), training)
+    images, samples = build.augmented(cfg, training), microbatch.ids.tolist()
+    augmented, inside = images.sample, list[float]()
+
+    def timed(epoch: int, sample: int, repeat: int) -> np.ndarray:
+        began = time.perf_counter()
+        pixels = augmented(epoch, sample, repeat)
+        inside.append(time.perf_counter() - began)
+        return pixels
+
+    images.sample = timed  # type: ignore[method-assign]
+    rounds: list[list[float]] = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < 3 or time.perf_counter() < end:
+        inside.clear()
+        times = [time.perf_counter()]
+        for sample in samples:
+            training.read(sample)
+        times.append(time.perf_counter())
+        for sample, repeat in zip(samples, microbatch.repeats.tolist(), strict=True):
+            cropping.sample(microbatch.epoch, sample, repeat)
+        times.append(time.perf_counter())
+        images[microbatch]
+        times.append(time.perf_counter())
+        read, cropped, together = (after - before for before, after in pairwise(times))
+        parts = [read, cropped - read, sum(inside) - cropped, together - sum(inside)]
+        rounds.append([1000 * part / len(samples) for part in parts])
+    return [statistics.fmean(values) for values in zip(*rounds[1:], strict=True)]
 
 
 def _drain(batches: Iterator[object], images: int, seconds: float) -> tuple[float, list[float]]:

@@ -67,8 +67,13 @@ def bench(cfg: Train, batches: list[int], seconds: float, phases: list[str], jso
     for size, figures in known.items():
         for name, value in figures.items():
             say(f"published at {size} px: {name}: {value:g}")
+        if figures:
+            say(f"measured here with {_conditions(cfg)}")
+        for gpu, conditions in throughput.CONDITIONS.items():
+            if any(name.startswith(gpu) for name in figures) and conditions != _conditions(cfg):
+                say(f"published for the {gpu.partition(' ')[0]} with {conditions}")
     if json_to:
-        switches = ("precision", "compile", "channels_last", "checkpointing")
+        switches = ("precision", "compile", "channels_last", "checkpointing", "deterministic")
         about = {"model": asdict(cfg.model), "hardware": world.hardware(), "torch": torch.__version__}
         about |= {name: getattr(cfg, name) for name in switches} | {"threads": world.threads}
         found = {"measured": rows, "ended": ended, "published": known}
@@ -78,9 +83,19 @@ def bench(cfg: Train, batches: list[int], seconds: float, phases: list[str], jso
 
 
 def _how(cfg: Train, world: World) -> str:
-    switches = [name for name in ("compile", "channels_last", "checkpointing") if getattr(cfg, name)]
+    switches = [name for name in ("compile", "checkpointing") if getattr(cfg, name)]
+    switches.insert(0, "channels_last" if cfg.channels_last else "images as N x C x H x W")
+    switches.append(
+        "deterministic kernels" if cfg.deterministic else "kernels that need not be deterministic"
+    )
     threads = [counted(world.threads, "thread")] if world.device.type == "cpu" else []
     return ", ".join([f"torch {torch.__version__}", cfg.precision, *switches, *threads])
+
+
+def _conditions(cfg: Train) -> str:
+    """As the words of throughput.CONDITIONS."""
+    names = ("deterministic", "precision", "channels_last", "compile")
+    return " ".join(f"{name}={str(getattr(cfg, name)).lower()}" for name in names)
 
 
 Pass = Callable[[Tensor], object]
@@ -88,7 +103,7 @@ Pass = Callable[[Tensor], object]
 
 def _inference(cfg: Train, world: World) -> Pass:
     net = world.place(create.model(cfg.model, CLASSES, cfg.seed), cfg.channels_last).eval()
-    forward = torch.compile(net) if cfg.compile else net
+    forward = world.compiled(net) if cfg.compile else net
 
     def infer(images: Tensor) -> Tensor:
         with torch.no_grad(), world.autocast():
