@@ -99,7 +99,13 @@ def main() -> int:
         _machine(Lab("0", device, Path(scratch), out, time.monotonic() + 30, None))
         for number, part in enumerate(chosen):
             shares = [one.gpu if device == "cuda" else one.cpu for one in chosen[number:]]
-            _run(part, (end - time.monotonic() - 2) * shares[0] / sum(shares), device, scratch, arguments)
+            _run(
+                part,
+                max(0.0, end - time.monotonic() - 2) * shares[0] / sum(shares),
+                device,
+                scratch,
+                arguments,
+            )
         _keep_logs(Path(scratch), out / "log.txt")
     return _table(out)
 

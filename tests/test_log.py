@@ -133,3 +133,22 @@ def test_status_is_written_now_and_then(train, monkeypatch):
     monkeypatch.setattr(log, "STATUS", 0.0)
     assert train("run=b", *arguments) == 0
     assert reasons == ["running"] * 8 + ["done"]
+
+
+def test_an_evaluation_waits_once_a_batch_and_a_batch_late(train, monkeypatch, told):
+    """Two models, five columns each; 30 images in batches of 7. The hosts talk before each batch."""
+    made = []
+
+    def recorded(device):
+        made.append(Event(2, told))
+        return made[-1]
+
+    monkeypatch.setattr(later, "recorded", recorded)
+    assert (
+        train("run=a", "steps=2", "log_every=2", "save_every=0", "evaluate_every=2", "evaluate.batch=7") == 0
+    )
+    assert len(made) == 1 + 5  # the log, and five batches
+    batches = "".join("h" if one == "hosts" else "d" for one in told).split("h")[-7:]
+    # Asked for nothing while the first batch runs, for one batch while each of the others does, and for the
+    # last one after it; then the hosts talk again.
+    assert batches == ["ddd", "", "ddd", "ddd", "ddd", "dddddd", ""]

@@ -112,6 +112,15 @@ class World:
         dist.all_gather(list(gathered), mine)
         return gathered
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of the `values` of all ranks, which are on the host; they are overwritten.
+
+        It takes as much memory and time for any number of ranks, unlike `gather`.
+        """
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
     def gather_objects(self, value: Value) -> list[Value]:
         """The `value` of each rank, in the order of ranks."""
         if self.size == 1:

@@ -16,6 +16,7 @@ from reconverge.data.loader import Bad, Feed, Images
 from reconverge.data.mix import Normalise
 from reconverge.data.order import in_sequence
 from reconverge.data.sources import Source
+from reconverge.distributed.later import Later
 from reconverge.distributed.world import World
 from reconverge.models import head
 
@@ -110,8 +111,9 @@ class Evaluator(NamedTuple):
         shown = Images(source, transforms.evaluation(self.settings), 0, self.on_bad_image, blank)
         feed = Feed(shown, mine, self.workers, world.device, ahead=True)
         arriving = iter(feed)
-        # The first column is 1 for an image that was evaluated.
-        tables = {name: torch.zeros(images, 1 + width, dtype=torch.float64) for name in models}
+        # The first column is 1 for an image that was evaluated; then the columns of each model.
+        table = torch.zeros(images, 1 + len(models) * width, dtype=torch.float64)
+        coming: list[tuple[np.ndarray, Later]] = []  # ids and columns of a batch, read when the next one runs
         # Every rank uses the BatchNorm statistics of rank 0.
         world.broadcast(buffer for model in models.values() for buffer in model.buffers())
         for number in range(-(-len(batches) // world.size)):  # in the last round, some ranks have no batch
@@ -121,20 +123,27 @@ class Evaluator(NamedTuple):
                 continue
             batch = next(arriving)
             pixels = self.normalise(batch.images)
-            for name, model in models.items():
+            found: list[Tensor] = []
+            for model in models.values():
                 with world.autocast(), head.in_float32(model):
                     logits = model(pixels)
-                found = [column.double().cpu() for column in columns(logits.float(), batch.labels)]
-                ids = torch.from_numpy(mine[number].ids)
-                tables[name][ids] = torch.stack([torch.ones(len(logits)), *found], dim=1)
-        # Each row is filled on one rank and zero on all others.
-        gathered = {name: world.gather(table).sum(0) for name, table in tables.items()}
-        for table in gathered.values():
-            assert (table[:, 0] == 1).all(), f"{int(table[:, 0].sum())} of {len(table)} images were evaluated"
+                found += columns(logits.float(), batch.labels)
+            coming.append((mine[number].ids, Later(torch.stack([column.double() for column in found], 1))))
+            if len(coming) > 1:
+                _fill(table, *coming.pop(0))
+        for arrived in coming:
+            _fill(table, *arrived)
+        table = world.total(table)  # each row is filled on one rank and zero on all others
+        assert (table[:, 0] == 1).all(), f"{int(table[:, 0].sum())} of {len(table)} images were evaluated"
         bad = sorted(feed.damaged(world))
         evaluated = np.setdiff1d(np.arange(images), [entry.sample for entry in bad])
-        kept = torch.from_numpy(evaluated)
-        return Tables({name: table[kept, 1:] for name, table in gathered.items()}, evaluated, bad)
+        parts = table[torch.from_numpy(evaluated), 1:].split(width, 1)
+        return Tables(dict(zip(models, parts, strict=True)), evaluated, bad)
+
+
+def _fill(table: Tensor, ids: np.ndarray, columns: Later) -> None:
+    rows = columns.read()
+    table[torch.from_numpy(ids)] = torch.cat([torch.ones(len(rows), 1), rows], 1)
 
 
 def _outcome(logits: Tensor, labels: Tensor) -> list[Tensor]:
