@@ -49,7 +49,9 @@ def main() -> None:
         shutil.rmtree(root)
     print(f"{4 * given.megabytes} MB a checkpoint, {given.repeats} of each way, seconds that the loop waits:")
     for way, seconds in waited.items():
-        print(f"  {way:<18} median {statistics.median(seconds):.3f}, {min(seconds):.3f} to {max(seconds):.3f}")
+        print(
+            f"  {way:<18} median {statistics.median(seconds):.3f}, {min(seconds):.3f} to {max(seconds):.3f}"
+        )
     ratio = statistics.median(waited["in the background"]) / statistics.median(waited["at once"])
     print(f"  ratio {ratio:.3f}")
 

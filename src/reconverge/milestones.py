@@ -82,7 +82,7 @@ class Milestones:
         if self._run.writes:
             began = time.perf_counter()
             self._saver.begin(step, *self._state.contents(), self._cfg.keep, self._log.best_steps().values())
-            self._log.metrics(step, save_wait=time.perf_counter() - began)
+            self._log.save_waited(time.perf_counter() - began)
 
     def _note_saved(self, wait: bool = False) -> None:
         """Write to status.json which checkpoint is complete by now. Errors: Stop(DISK)."""
