@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 import os
@@ -10,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from reconverge.base.errors import Exit, Stop
-from reconverge.run import checkpoint, reader
+from reconverge.run import checkpoint, reader, saving
 
 
 def tensors(step):
@@ -25,7 +26,7 @@ def tensors(step):
 
 def save(folder, *steps):
     for step in steps:
-        checkpoint.save(folder, step, tensors(step), {"best": None})
+        saving.save(folder, step, tensors(step), {"best": None})
 
 
 def names(folder):
@@ -33,26 +34,52 @@ def names(folder):
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    hashes = checkpoint.save(tmp_path, 7, tensors(7), {"best": {"step": 3}})
+    hashes = saving.save(tmp_path, 7, tensors(7), {"best": {"step": 3}})
     path, skipped = checkpoint.newest_valid(tmp_path)
     assert skipped == []
     loaded, state = checkpoint.load(path)
     assert state == {"step": 7, "best": {"step": 3}}
     assert torch.equal(loaded["model"]["a.weight"], tensors(7)["model"]["a.weight"])
     assert torch.equal(load_file(path / "optimizer.safetensors")["a/exp_avg"], torch.arange(6.0))
-    assert hashes == checkpoint.save(tmp_path / "again", 7, tensors(7), {"best": {"step": 3}})
+    assert hashes == saving.save(tmp_path / "again", 7, tensors(7), {"best": {"step": 3}})
     assert (
-        hashes["model.safetensors"]
-        != checkpoint.save(tmp_path / "again", 8, tensors(8), {})["model.safetensors"]
+        hashes["model.safetensors"] != saving.save(tmp_path / "again", 8, tensors(8), {})["model.safetensors"]
     )
 
 
 def test_channels_last_weights_are_saved_with_the_same_bits(tmp_path):
     weight = torch.randn(4, 3, 5, 5)
-    plain = checkpoint.save(tmp_path / "a", 1, {"model": {"w": weight}}, {})
-    assert plain == checkpoint.save(
+    plain = saving.save(tmp_path / "a", 1, {"model": {"w": weight}}, {})
+    assert plain == saving.save(
         tmp_path / "b", 1, {"model": {"w": weight.to(memory_format=torch.channels_last)}}, {}
     )
+
+
+TYPES = [
+    torch.float32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.uint8,
+    torch.bool,
+    torch.int32,
+]
+SHAPES = st.lists(st.integers(0, 3), max_size=3)
+
+
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=5), st.tuples(st.sampled_from(TYPES), SHAPES), max_size=5)
+)
+@settings(max_examples=100)
+def test_a_file_is_the_one_that_safetensors_writes(tmp_path_factory, wanted):
+    folder = tmp_path_factory.mktemp("files")
+    tensors = {name: (torch.randn(shape) * 9).to(dtype) for name, (dtype, shape) in wanted.items()}
+    save_file(tensors, folder / "theirs")
+    said = saving.write(folder / "ours", tensors)
+    data = (folder / "theirs").read_bytes()
+    assert (folder / "ours").read_bytes() == data
+    assert said == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 @given(data=st.data())
@@ -97,9 +124,9 @@ def test_none_is_a_new_run(tmp_path):
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 4, 5)
-    checkpoint.prune(tmp_path, 5, 2, best=[2])
+    saving.prune(tmp_path, 5, 2, best=[2])
     assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
-    checkpoint.prune(tmp_path, 5, 1, best=[])
+    saving.prune(tmp_path, 5, 1, best=[])
     assert names(tmp_path) == ["step-00000005"]
 
 
@@ -120,8 +147,8 @@ def in_a_process(work, *arguments):
 
 def save_without_end(folder):
     for step in range(1, 10_000):
-        checkpoint.save(folder, step, {"model": {"w": torch.full((300_000,), float(step))}}, {})
-        checkpoint.prune(folder, step, 2, [])
+        saving.save(folder, step, {"model": {"w": torch.full((300_000,), float(step))}}, {})
+        saving.prune(folder, step, 2, [])
 
 
 def test_kill_inside_a_save_leaves_a_valid_one(tmp_path):
@@ -145,7 +172,7 @@ def test_full_disk_keeps_the_old_one(small_disk):
     (small_disk / "filler").write_bytes(b"x" * 700_000)
     for size in (100_000, 2_000_000):  # the first one just fits, but without the required reserve
         with pytest.raises(Stop) as stopped:
-            checkpoint.save(small_disk, 2, {"model": {"w": torch.zeros(size)}}, {})
+            saving.save(small_disk, 2, {"model": {"w": torch.zeros(size)}}, {})
         assert stopped.value.code == Exit.DISK
     assert names(small_disk) == ["step-00000001"]
     assert checkpoint.verify(small_disk / "step-00000001") is None
@@ -159,7 +186,7 @@ def test_write_errors_are_told_as_such(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            checkpoint.save(tmp_path, 2, {"model": {"w": torch.zeros(200_000)}}, {})
+            saving.save(tmp_path, 2, {"model": {"w": torch.zeros(200_000)}}, {})
         except Stop as stop:
             sys.exit(stop.code)
 

@@ -64,7 +64,11 @@ def hashes(run, step):
 def metrics(run):
     lines = [json.loads(line) for line in (Path("runs") / run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")}
+        {
+            key: value
+            for key, value in line.items()
+            if key not in ("images_per_second", "data_wait", "save_wait")
+        }
         for line in lines
     ]
 

@@ -69,7 +69,11 @@ def expected(whole):
 def records(folder, *without):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")}
+        {
+            key: value
+            for key, value in line.items()
+            if key not in ("images_per_second", "data_wait", "save_wait")
+        }
         for line in lines
     ]
 

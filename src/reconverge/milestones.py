@@ -1,5 +1,7 @@
 """What comes after a step once in a while: evaluate both sets of weights, save a checkpoint, stop."""
 
+import time
+
 import torch
 
 from reconverge.base.errors import Exit
@@ -8,6 +10,7 @@ from reconverge.config.settings import Train
 from reconverge.distributed.world import World
 from reconverge.run.folder import Run
 from reconverge.run.log import Log
+from reconverge.run.saving import Saver
 from reconverge.run.state import State
 from reconverge.tasks.classify import Classify
 from reconverge.training.clock import Clock
@@ -27,6 +30,8 @@ class Milestones:
     ):
         self._cfg, self._run, self._log, self._clock, self._world = cfg, run, log, clock, world
         self._state, self._task, self._tracer = state, task, tracer
+        self._saver = Saver(run.checkpoints)
+        run.closing.callback(self._saver.close)
 
     def before(self, start: int) -> bool:
         """Make up for an evaluation after step `start` that is missing: a signal came between the two, or
@@ -52,6 +57,7 @@ class Milestones:
         with self._log.clock_stopped():
             if saving or trouble:
                 self._save(step)
+            self._note_saved(wait=trouble is not None)
             if trouble:
                 raise trouble
             if evaluating:
@@ -60,18 +66,29 @@ class Milestones:
                 except Exception:  # a damaged image, for example: the steps before it are not lost
                     if not saving:
                         self._save(step)
+                    self._note_saved(wait=True)
                     raise
                 # A signal cuts the evaluation short: it comes again on resume.
                 stopping = self._world.any(told_to_stop())
                 if not saving and (stopping or step in self._log.best_steps().values()):
                     self._save(step)
+            if stopping or step == self._clock.end:
+                self._note_saved(wait=True)
         return stopping
 
     def _save(self, step: int) -> None:
+        """Begin to save, while training goes on."""
         self._run.still_mine()
         if self._run.writes:
-            self._state.save(self._run.checkpoints, step, self._cfg.keep, self._log.best_steps().values())
-            self._run.saved = step
+            began = time.perf_counter()
+            self._saver.begin(step, *self._state.contents(), self._cfg.keep, self._log.best_steps().values())
+            self._log.save_waited(time.perf_counter() - began)
+
+    def _note_saved(self, wait: bool = False) -> None:
+        """Write to status.json which checkpoint is complete by now. Errors: Stop(DISK)."""
+        saved = self._saver.wait() if wait else self._saver.saved()
+        if saved > self._run.saved:
+            self._run.saved = saved
             self._run.status("running", Exit.DONE)
 
     def _evaluate(self, step: int) -> None:

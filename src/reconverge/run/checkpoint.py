@@ -1,4 +1,4 @@
-"""Saves checkpoints atomically, and verifies them before they are loaded. milestones.py decides when.
+"""Reads checkpoints, which saving.py writes, and verifies them before they are loaded.
 
 checkpoints/step-00001234/ contains one safetensors file for each set of tensors, state.json, and
 MANIFEST.json with the size and sha256 of each file, which is written last. No loaded file can run code, and
@@ -7,19 +7,17 @@ no tensor is copied into a model or an optimizer before all of them were held ag
 
 import json
 import re
-import shutil
-import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from reconverge.base.errors import Exit, Stop
-from reconverge.base.files import no_plain_file, read_text, sha256_of, sync
+from reconverge.base.files import no_plain_file, read_text, sha256_of
 from reconverge.run import reader
 from reconverge.run.reader import checkpoint_of, checkpoints, step_of
 
@@ -28,63 +26,6 @@ NEEDED = ("model.safetensors", "state.json")  # every checkpoint has them
 FILES = re.compile(r"\w+\.safetensors|state\.json")  # and nothing else beside its manifest
 # Folders that a kill may leave in checkpoints/; earlier versions gave them names without the last part.
 PASSING = re.compile(r"\.(new|old)-(step-)?\d{8,}(-[0-9a-f]{32})?")
-
-
-def save(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
-) -> dict[str, str]:
-    """Write the checkpoint of `step` below `folder`; return the sha256 of each file.
-
-    Errors: Stop(DISK); then older checkpoints are kept.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    _clean(folder)
-    needed = sum(
-        tensor.numel() * tensor.element_size() for group in tensors.values() for tensor in group.values()
-    )
-    free = shutil.disk_usage(folder).free
-    if free < needed + 2**20:
-        raise Stop(
-            Exit.DISK,
-            f"{free / 1e6:.0f} MB free in {folder} for a checkpoint of {needed / 1e6:.0f} MB",
-            "free space for one more checkpoint than keep=",
-            "free some space, then run the same command again to continue; or use keep=1",
-        )
-    new = folder / f".new-{step:08d}-{uuid.uuid4().hex}"
-    try:
-        new.mkdir()
-        for name, group in tensors.items():
-            save_file(
-                {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()},
-                new / f"{name}.safetensors",
-            )
-        (new / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        files: dict[str, dict[str, Any]] = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in sorted(new.iterdir())
-        }
-        for name in files:
-            sync(new / name)
-        (new / "MANIFEST.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-        sync(new / "MANIFEST.json")
-        sync(new)
-    except Exception as error:  # safetensors raises its own exception type if the disk is full
-        shutil.rmtree(new, ignore_errors=True)
-        if isinstance(error, OSError) or "I/O error" in str(error) or "No space" in str(error):
-            raise Stop(
-                Exit.DISK,
-                f"saving step {step} in {folder}: {error}",
-                "a writable disk with free space",
-                "free some space, then run the same command again to continue from the last good checkpoint",
-            ) from error
-        raise
-    final = checkpoint_of(folder, step)
-    if final.exists():  # a damaged checkpoint, which was reported when the run resumed from an older one
-        final.rename(folder / f".old-{step:08d}-{uuid.uuid4().hex}")
-    new.rename(final)
-    sync(folder)
-    _clean(folder)
-    return {name: entry["sha256"] for name, entry in files.items()}
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
@@ -266,28 +207,14 @@ def damaged(given: str) -> Stop:
     )
 
 
-def prune(folder: Path, step: int, keep: int, best: Collection[int]) -> None:
-    """Remove all checkpoints except the newest `keep` up to `step` and those of the steps `best`.
-
-    `step` was saved just now. Checkpoints of later steps were found damaged when the run was resumed.
-    """
-    kept = [step_of(path) for path in checkpoints(folder) if step_of(path) <= step][-keep:]
-    for path in checkpoints(folder):
-        if step_of(path) not in (*kept, *best) and _ours(path):
-            path.rename(
-                folder / f".old-{path.name}-{uuid.uuid4().hex}"
-            )  # so that a kill leaves no incomplete checkpoint
-    _clean(folder)
+def passing(folder: Path) -> list[Path]:
+    """What a kill left in checkpoints/: folders with our names and nothing but files of a checkpoint."""
+    found = [*folder.glob(".new-*"), *folder.glob(".old-*")]
+    return [path for path in found if PASSING.fullmatch(path.name) and ours(path)]
 
 
-def _clean(folder: Path) -> None:
-    """Remove what a kill left: folders with our names that hold nothing but files of a checkpoint."""
-    for path in [*folder.glob(".new-*"), *folder.glob(".old-*")]:
-        if PASSING.fullmatch(path.name) and _ours(path):
-            shutil.rmtree(path)
-
-
-def _ours(path: Path) -> bool:
+def ours(path: Path) -> bool:
+    """Whether a folder holds nothing but files of a checkpoint."""
     return (
         not path.is_symlink()
         and path.is_dir()

@@ -70,6 +70,7 @@ class Log:
         self._sent: list[Sent] = []
         self._told = time.monotonic()  # when status.json was written
         self._intervals = 0
+        self._save_wait = 0.0  # seconds that training waited for checkpoints, since the last line
         self._in_a_row = 0  # steps whose gradient was not finite
         self._metrics: TextIO | None = None
         self._record: TextIO | None = None
@@ -149,7 +150,9 @@ class Log:
             "data_wait": (waited - waited_before) / (ended - began),
         }
         self._run.still_mine()
-        self.metrics(last.step, loss=loss, lr=last.lr, grad_norm=last.grad_norm, **speed)
+        saves = {"save_wait": self._save_wait} if self._save_wait else {}
+        self._save_wait = 0.0
+        self.metrics(last.step, loss=loss, lr=last.lr, grad_norm=last.grad_norm, **speed, **saves)
         if time.monotonic() - self._told > STATUS:
             self._told = time.monotonic()
             self._run.status("running", Exit.DONE)
@@ -207,6 +210,10 @@ class Log:
         yield
         began, first, waited = self._interval
         self._interval = (began + time.perf_counter() - stopped, first, waited)
+
+    def save_waited(self, seconds: float) -> None:
+        """For the next line of metrics.jsonl."""
+        self._save_wait += seconds
 
     def trouble(self) -> Stop | None:
         """What the run has to stop for, on all ranks, although its steps are sound."""

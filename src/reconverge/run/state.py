@@ -3,9 +3,9 @@
 It has no state of random generators, because random numbers are a function of the step.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,15 +29,14 @@ class State:
     def models(self) -> dict[str, nn.Module]:
         return {"raw": self.net} | ({"ema": self.ema.model} if self.ema else {})
 
-    def save(self, folder: Path, step: int, keep: int, best: Collection[int]) -> None:
-        """Write the checkpoint of `step`, and remove all others except the newest `keep` and those of the
-        steps `best`.
+    def contents(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """The tensors of a checkpoint by set and name, which training goes on to change, and the numbers of
+        its state.json.
         """
         tensors = {"model": self.net.state_dict(), "optimizer": optim.state_tensors(self.optimizer)}
         if self.ema:
             tensors["ema"] = self.ema.model.state_dict()
-        checkpoint.save(folder, step, tensors, {"scaler": self.scaler.state_dict()})
-        checkpoint.prune(folder, step, keep, best)
+        return tensors, {"scaler": self.scaler.state_dict()}
 
     def restore(self, folder: Path) -> tuple[int, list[str]]:
         """Load the newest valid checkpoint. Returns its step (0: there is none), and why newer ones were
