@@ -3,8 +3,7 @@
     python benchmarks/saving.py [--megabytes 200] [--repeats 7]
 
 A model of so many megabytes with an EMA and AdamW's two moments, four times as much in all, on the CPU.
-Between
-two saves the loop computes for as long as a save takes. The two ways take turns; medians are printed.
+Between two saves the loop computes for as long as a save takes. The two ways take turns; medians are printed.
 """
 
 import argparse

@@ -408,7 +408,7 @@ def test_a_trace_that_the_end_cuts_short_is_written_or_not_but_ends_well(train, 
 
 
 def test_an_evaluation_that_is_not_finite_stops(train, capsys):
-    assert train("run=a", "steps=1", "precision=fp16", "model.head_init_scale=1e8") == 70
+    assert train("run=a", "steps=1", "precision=fp16", "model.layer_scale=1e8") == 70
     assert "the evaluation of the raw weights has the loss nan" in capsys.readouterr().err
 
 
@@ -419,7 +419,7 @@ def test_metrics_are_json_whatever_overflows(train):
             "steps=2",
             "precision=fp16",
             "log_every=1",
-            "model.head_init_scale=1e8",
+            "model.layer_scale=1e8",
             "evaluate_every=0",
         )
         == 70
