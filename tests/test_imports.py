@@ -78,9 +78,11 @@ def test_modules_import_each_other_in_no_circle():
             "timm",
             {
                 "models.table", "models.drop_path", "models.isotropic", "models.roadmap", "models.layers",
+                "models.pyramid",
                 "weights.read", "weights.stored", "data.transforms", "base.imagenet",
             },
         ),
+        ("segmentation_models_pytorch", {"models.upernet"}),
         ("random", {"base.chance", "data.mix", "data.transforms"}),  # these draw in scopes of chance
     ],
 )  # fmt: skip

@@ -12,7 +12,8 @@ from typing import Any
 import reconverge
 from reconverge.base import launcher
 
-DECISIVE = ("torch", "torchvision", "timm", "numpy", "pillow")  # another version may give different bits
+# Another version of these may give different bits.
+DECISIVE = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "numpy", "pillow")
 PACKAGES = (*DECISIVE, "safetensors", "torchmetrics", "hydra-core", "omegaconf")
 ROOT = Path(__file__).parents[3]
 # The folders and modules of the package that a training step runs.

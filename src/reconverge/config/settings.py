@@ -136,9 +136,9 @@ class Optim:
              "at each step, deit at each epoch")
     layer_decay: float = setting(1.0, low=0.01, high=1, source="Table 6: 0.7 and 0.8",
         help="layer-wise learning-rate decay: learning rate of a layer / that of the next layer; 1: no decay")
-    layer_groups: str = setting("auto", choices=("auto", "stages", "blocks"),
-        help="what counts as a layer for layer_decay: stages (ConvNeXt's published groups), blocks (each "
-             "block), or auto (stages for ConvNeXt, blocks for other models)")
+    layer_groups: str = setting("auto", choices=("auto", "stages", "stage_wise", "blocks"),
+        help="what counts as a layer for layer_decay: stages (ConvNeXt's published groups), stage_wise (its "
+             "groups in segmentation), blocks (each block), or auto (stages for ConvNeXt, blocks for others)")
     weight_decay: float = setting(0.05, low=0, source="Table 5",
         help="decoupled weight decay, on weights of two or more dimensions only")
     betas: list[float] = setting([0.9, 0.999], source="Table 5",

@@ -31,17 +31,20 @@ class StochasticDepth(nn.Module):
 
 
 class Masked(nn.Module):
-    """A classifier that takes images and masks: forward((N, 3, H, W), (N, drops)) -> logits (N, classes)."""
+    """A model that takes masks with its images: forward((N, 3, H, W), (N, drops)) -> logits (N, classes).
+
+    More inputs are passed on to it, such as the dropout masks of a segmenter (upernet.py).
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
         self._drops = [module for module in model.modules() if isinstance(module, StochasticDepth)]
 
-    def forward(self, images: Tensor, masks: Tensor) -> Tensor:
+    def forward(self, images: Tensor, masks: Tensor, *more: Tensor) -> Tensor:
         for drop, mask in zip(self._drops, masks.unbind(1), strict=True):
             drop.mask = mask
-        return self.model(images)
+        return self.model(images, *more)
 
 
 def replace(model: nn.Module) -> None:

@@ -24,6 +24,24 @@ def truncated_normal_head(net: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
+def segmentation_heads(net: nn.Module, seed: int) -> None:
+    """All convolutions outside `net.body`, as mmsegmentation draws them: Kaiming's normal distribution for
+    the channels that go out and ReLU; the two classifiers normal with std 0.01, biases 0.
+    """
+    classifiers = net.get_classifier()  # type: ignore[operator]
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.startswith("body."):
+            generator = chance.generator(seed, "init", name)
+            if module in classifiers:
+                nn.init.normal_(module.weight, std=0.01, generator=generator)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            else:
+                nn.init.kaiming_normal_(
+                    module.weight, mode="fan_out", nonlinearity="relu", generator=generator
+                )
+
+
+@torch.no_grad()
 def _initialise(layers: Iterable[tuple[str, nn.Module]], seed: int) -> None:
     for name, module in layers:
         if isinstance(module, nn.Conv2d | nn.Linear):

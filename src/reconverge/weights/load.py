@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reconverge.base import imagenet
 from reconverge.base.errors import Exit, Stop
+from reconverge.models.pyramid import Pyramid
 from reconverge.weights import names, read
 from reconverge.weights.names import Entry
 from reconverge.weights.read import FLOATS, INTEGERS, Pretrained
@@ -19,7 +20,8 @@ SHOWN = 8  # names of one kind in a message; environment.json has them all
 # The possible results for a key. The numbers of the first five are always printed; the others only if there
 # are any. Resampled keys are also in "converted".
 ALWAYS = ("loaded", "converted", "missing", "unexpected", "of another shape")
-RARE = ("resampled", "recomputed", "of the head")
+# "without use" are a classifier's own head and last norm in a segmenter, "initial" the segmenter's own heads.
+RARE = ("resampled", "recomputed", "of the head", "without use", "initial")
 POSITIONS = ("pos_embed", "relative_position_bias_table")
 # Not weights: old files of Swin have the first two, and old files of ResNet lack the last.
 BUFFERS = ("relative_position_index", "attn_mask", "num_batches_tracked")
@@ -28,7 +30,8 @@ BUFFERS = ("relative_position_index", "attn_mask", "num_batches_tracked")
 @torch.no_grad()
 def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str]) -> dict[str, Any]:
     """Load the weights that `init` names into `net`, whose head has one row for each of `classes`. Rows that
-    are not loaded keep their initial weights.
+    are not loaded keep their initial weights. A segmenter takes a whole segmenter, or a classifier as its
+    backbone.
 
     `strict`, `head`: the settings init_strict and init_head. Returns, for environment.json, the source of the
     weights and the keys by result. Errors: Stop(USAGE, MISSING, DAMAGED, PERMISSION); then `net` is
@@ -36,7 +39,11 @@ def load(net: nn.Module, init: str, strict: bool, head: str, classes: list[str])
     """
     found = read.read(init)
     layout, entries = names.converted(_stripped(found.tensors, init))
-    entries, keys = _resampled(net, entries)
+    if isinstance(net, Pyramid) and not any(entry.name.startswith("body.") for entry in entries):
+        entries, keys = _resampled(net.body, entries)
+        entries = _below_body(net, entries, keys)
+    else:
+        entries, keys = _resampled(net, entries)
     own = net.state_dict()
     head_names = _head_names(net)
     fitting, head_entries = _sorted(entries, own, head_names, keys)
@@ -141,6 +148,16 @@ def _resampled(net: nn.Module, entries: list[Entry]) -> tuple[list[Entry], dict[
     return result, keys
 
 
+def _below_body(net: Pyramid, entries: list[Entry], keys: dict[str, list[str]]) -> list[Entry]:
+    """A classifier's entries for the backbone of a segmenter. `keys` gets what has no use there, and the
+    weights that only a segmenter has.
+    """
+    below = [entry._replace(name=f"body.{entry.name}") for entry in entries]
+    keys["without use"] = [entry.given for entry in below if entry.name in net.dropped]
+    keys["initial"] = [name for name in net.state_dict() if not name.startswith("body.")]
+    return [entry for entry in below if entry.name not in net.dropped]
+
+
 def _sorted(
     entries: list[Entry], own: dict[str, Tensor], head_names: list[str], keys: dict[str, list[str]]
 ) -> tuple[list[Entry], list[Entry]]:
@@ -148,7 +165,7 @@ def _sorted(
 
     `keys` gets the result for every key.
     """
-    fitting, head_entries, met = [], [], set()
+    fitting, head_entries, met = [], [], set(keys["initial"])
     resampled = {text.partition(" ")[0] for text in keys["resampled"]}
     for entry in entries:
         if entry.name not in own or entry.name in met:  # in met: two keys of the file name one weight
@@ -174,9 +191,10 @@ def _sorted(
 
 def _head_names(net: nn.Module) -> list[str]:
     """Names of the head's weights in the state dict."""
-    head = net.get_classifier()  # type: ignore[operator]
-    prefix = next(name for name, module in net.named_modules() if module is head)
-    return [f"{prefix}.{part}" for part in head.state_dict()]
+    heads = net.get_classifier()  # type: ignore[operator]
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    prefixes = {module: name for name, module in net.named_modules() if module in heads}
+    return [f"{prefixes[head]}.{part}" for head in heads for part in head.state_dict()]
 
 
 def _refuse_partial(init: str, found: Pretrained, keys: dict[str, list[str]], strict: bool) -> None:
