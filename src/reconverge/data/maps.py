@@ -153,7 +153,9 @@ def open_folders(
             "two classes or more",
             f"ignore nothing if {ignore} is a class, too; or correct {names}",
         )
-    return training, val and _open(*folders, val, cache, training.values, ignore)  # type: ignore[return-value]
+    if val is None:
+        return training, None
+    return training, _open(*folders, val, cache, training.values, ignore)
 
 
 def open_ade20k(root: Path, cache: Path, validation: bool = True) -> tuple[Maps, Maps | None]:
