@@ -74,7 +74,7 @@ def test_scores_are_those_of_a_loop_and_of_torchmetrics(case):
 
 
 def test_areas_of_several_images_are_those_of_each():
-    pairs = [drawn(number, 4) for number in range(3)]
+    pairs = [drawn(number, 4) for number in range(60)]  # so many that 255 could fall into another's row
     predicted, labels = (torch.tensor(np.stack(of)) for of in zip(*pairs, strict=True))
     together = areas.areas(predicted, labels, 4)
     for row, (p, t) in zip(together, pairs, strict=True):
