@@ -3,11 +3,7 @@
 import json
 import os
 import re
-import shutil
-import stat
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -16,13 +12,9 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from reconverge.base import files
 from reconverge.base.errors import Exit, Stop
-from reconverge.base.files import patiently
-from reconverge.base.terminal import say
-from reconverge.data import image as images
-from reconverge.data import index
-from reconverge.data.image import Undecodable, suffixes
+from reconverge.data import index, listing
+from reconverge.data.image import suffixes
 from reconverge.data.visits import Visits
 
 HEADERS = 50_000  # images whose headers are looked at when a folder is listed: all of ImageNet's validation
@@ -51,7 +43,7 @@ class Folder:
 
     def _still(self, path: str) -> bool:
         """Whether an image whose header was unreadable has not been repaired since it was listed."""
-        return isinstance(looked_at(self.root / path), str)
+        return isinstance(listing.looked_at(self.root / path), str)
 
     def path(self, sample: int) -> Path:
         return self.root / self.index.key(sample)
@@ -63,32 +55,8 @@ class Folder:
         """Errors: Stop(MISSING, PERMISSION, DISK), or NOT_COMPARABLE if the size of the file has changed
         since it was listed.
         """
-        path, listed = self.path(sample), int(self.index.row(sample)["size"])
-        try:
-            data = patiently(path.read_bytes, path.__str__)
-        except FileNotFoundError:
-            raise Stop(
-                Exit.MISSING,
-                f"{self.where(sample)} does not exist any more",
-                "all files that existed when the run was started",
-                "restore the file, or start a new run with another run=NAME",
-            ) from None
-        except PermissionError:
-            raise Stop(
-                Exit.PERMISSION,
-                f"{self.where(sample)} is not readable",
-                "files that this user may read",
-                f"chmod +r {path}",
-            ) from None
-        if len(data) != listed:
-            raise Stop(
-                Exit.NOT_COMPARABLE,
-                f"{self.where(sample)} has {len(data)} bytes, but had {listed} when the folder was listed",
-                "the same files as when the run was started",
-                f"restore the file; or start a new run with another run=NAME after `touch {path.parent}`,"
-                " which makes reconverge list the folder again",
-            )
-        return data
+        size = int(self.index.row(sample)["size"])
+        return listing.content(self.path(sample), size, self.where(sample))
 
 
 def open_folder(root: Path, cache: Path, classes: list[str] | None = None) -> Folder:
@@ -107,14 +75,10 @@ def open_folder(root: Path, cache: Path, classes: list[str] | None = None) -> Fo
         )
     identity = sha256(json.dumps([str(root.resolve()), classes]).encode()).hexdigest()[:16]
     page = cache / VERSION / f"{identity}.json"
-    about = _cached(page)
-    if about is None or about["modified"] != _modified(root, about["modified"]):
+    about = listing.cached(page)
+    if about is None or about["modified"] != listing.modified(root, about["modified"]):
         about = _list(root, page, classes)
-    return Folder(root, about, _rows(page, about))
-
-
-def _rows(page: Path, about: dict[str, Any]) -> Path:
-    return page.with_name(f"{about['fingerprint']}.npy")
+    return Folder(root, about, listing.rows(page, about))
 
 
 def differences(cache: Path, then: str, now: str) -> list[str]:
@@ -144,26 +108,6 @@ def _sizes_and_labels(folder: Path, fingerprint: str) -> dict[bytes, tuple[int, 
     return {key: (size, label) for key, size, label in zip(*columns, strict=True)}
 
 
-def _cached(page: Path) -> dict[str, Any] | None:
-    """What an earlier start has listed, if both of its files are as they were written."""
-    try:
-        kept = json.loads(page.read_text())
-        about = kept["about"]
-        whole = kept["sha256"] == files.checksum(kept) and about["rows"] == files.sha256_of(
-            _rows(page, about)
-        )
-    except (OSError, ValueError, KeyError, TypeError):  # missing, cut off, or not what was written
-        whole = False
-    if not whole and page.exists():
-        say(f"the cached index {page} is damaged; the folder is listed again")
-    return about if whole else None
-
-
-def _modified(root: Path, folders: Any) -> dict[str, int]:
-    """Time of the last change (ns) of each folder, which changes when a file is added or removed."""
-    return {name: (root / name).stat().st_mtime_ns if (root / name).is_dir() else 0 for name in folders}
-
-
 def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
     """List the files. Writes their index rows to a file named by the fingerprint, and the rest to `page`."""
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)
@@ -188,7 +132,7 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
     deep = 0  # classes whose images are all in folders below the class folder
     for name in track(found, f"listing {root}", transient=True, disable=len(found) < 100):
         of_class = []
-        for path, size in _files(root, name, modified, visits, hidden):
+        for path, size in listing.files_below(root, name, modified, visits, hidden):
             if size is None or os.path.splitext(path)[1].lower() not in known_suffixes:
                 ignored.append(path)
                 continue
@@ -224,20 +168,8 @@ def _list(root: Path, page: Path, classes: list[str] | None) -> dict[str, Any]:
         "again": [os.path.relpath(path, root) for path in visits.again],
         "deep": deep == len(found),
     }
-    _write(page, about, parts)
+    listing.write(page, about, parts)
     return about
-
-
-def looked_at(path: Path) -> list[str] | str:
-    """The kinds (image.kinds) of an image file, by its header; or a text that says why it is unreadable."""
-    try:
-        with open(path, "rb") as file:
-            image = images.opened(file)
-            return images.unusable(image) or images.kinds(image)
-    except Undecodable as error:
-        return str(error)
-    except OSError:  # reading it says more
-        return []
 
 
 def _headers(root: Path, paths: list[str]) -> dict[str, Any]:
@@ -246,7 +178,7 @@ def _headers(root: Path, paths: list[str]) -> dict[str, Any]:
     """
     seen = paths[:: -(-len(paths) // HEADERS)]
     with ThreadPoolExecutor(16) as threads:
-        found = dict(zip(seen, threads.map(lambda path: looked_at(root / path), seen), strict=True))
+        found = dict(zip(seen, threads.map(lambda path: listing.looked_at(root / path), seen), strict=True))
     kinds = Counter(kind for kinds in found.values() if isinstance(kinds, list) for kind in kinds)
     return {
         "looked_at": len(seen),
@@ -281,37 +213,3 @@ def notes(root: Path, about: dict[str, Any]) -> list[str]:
         )
     said += [f"{count} images{part} {kind}" for kind, count in about["kinds"].items()]
     return said
-
-
-def _write(page: Path, about: dict[str, Any], parts: list[np.ndarray]) -> None:
-    """Write both files whole: first under another name, synced, then renamed. `about` gets the checksum of
-    the rows, and the page has its own.
-
-    The rows of a fingerprint never change, so other runs may have the file open.
-    """
-    page.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=page.parent))
-    index.write(new / "rows.npy", parts)
-    about["rows"] = files.sha256_of(new / "rows.npy")
-    files.sync(new / "rows.npy")
-    (new / "rows.npy").rename(_rows(page, about))
-    files.write_whole(page, json.dumps({"about": about, "sha256": files.checksum({"about": about})}))
-    shutil.rmtree(new)
-
-
-def _files(
-    root: Path, below: str, modified: dict[str, int], visits: Visits, hidden: list[str]
-) -> Iterator[tuple[str, int | None]]:
-    """Path below `root` and size of every file of a class, sorted; no size for a pipe or a device, which is
-    never opened. Hidden files are only added to `hidden`.
-    """
-    modified[below] = (root / below).stat().st_mtime_ns
-    for entry in sorted(os.scandir(root / below), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            hidden.append(f"{below}/{entry.name}")
-        elif entry.is_dir():
-            if visits.enters(entry.path):
-                yield from _files(root, f"{below}/{entry.name}", modified, visits, hidden)
-        else:
-            about = entry.stat()
-            yield f"{below}/{entry.name}", about.st_size if stat.S_ISREG(about.st_mode) else None

@@ -44,7 +44,7 @@ def opened(data: bytes | BinaryIO) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
     except Exception as error:  # OSError, ValueError, SyntaxError, struct.error and more on broken files
-        raise _undecodable(error) from None
+        raise undecodable(error) from None
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -59,7 +59,7 @@ def rgb(image: Image.Image) -> Image.Image:
             raise Undecodable(trouble)
         return (_upper_bits(image) if is_wide(image) else image).convert("RGB")
     except Exception as error:
-        raise _undecodable(error) from None
+        raise undecodable(error) from None
 
 
 def is_wide(image: Image.Image) -> bool:
@@ -123,5 +123,5 @@ def kinds(image: ImageFile.ImageFile) -> list[str]:
     return [kind for kind, is_one in zip(KINDS, found, strict=True) if is_one]
 
 
-def _undecodable(error: Exception) -> Exception:
+def undecodable(error: Exception) -> Exception:
     return error if isinstance(error, MemoryError | Undecodable) else Undecodable(reason(error))

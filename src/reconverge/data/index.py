@@ -10,12 +10,14 @@ from numpy.lib import format
 from reconverge.base.files import ByPosition
 
 
-def row(key_bytes: int) -> np.dtype:
+def row(key_bytes: int, maps: bool = False) -> np.dtype:
     """The dtype of a row: shard number, byte offset in the shard, size in bytes, label, xxh3_64 of the bytes,
-    and the key in `key_bytes` bytes.
+    and the key in `key_bytes` bytes. With `maps`, the row has offset, size and xxh3_64 of a label map too.
 
-    For class folders, shard, offset and checksum are 0, and the key is the path below the folder.
+    For folders, shard, offsets and the image's checksum are 0, and the key is the path below the folder. The
+    label of an image with a map is 0.
     """
+    of_map = [("map_offset", "<u8"), ("map_size", "<u8"), ("map_checksum", "<u8")]
     return np.dtype(
         [
             ("shard", "<u4"),
@@ -23,6 +25,7 @@ def row(key_bytes: int) -> np.dtype:
             ("size", "<u8"),
             ("label", "<i4"),
             ("checksum", "<u8"),
+            *(of_map if maps else []),
             ("key", f"S{max(1, key_bytes)}"),
         ]
     )
@@ -66,7 +69,7 @@ class Index:
 
 def write(path: Path, parts: list[np.ndarray]) -> None:
     """Write an index of the rows of all parts in order. The parts may have keys of different widths."""
-    dtype = row(max(part.dtype["key"].itemsize for part in parts))
+    dtype = row(max(part.dtype["key"].itemsize for part in parts), "map_size" in (parts[0].dtype.names or ()))
     table = format.open_memmap(path, "w+", dtype, (sum(len(part) for part in parts),))
     first = 0
     for part in parts:
