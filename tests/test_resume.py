@@ -418,6 +418,7 @@ def test_ctrl_c_again_after_seconds_stops_at_once_and_repeats_within_a_moment_do
     from reconverge.base import signals
 
     before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
         signals.catch()
         signal.raise_signal(signal.SIGINT)
