@@ -153,11 +153,15 @@ def _leave_word(error: BaseException) -> None:
 
     def leave() -> None:
         _store.set(f"left/{dist.get_rank()}", json.dumps(args))
-        _await_answers(2.0)  # rank 0 may serve the store, so the others must read it before rank 0 ends
-        if isinstance(error, Stop) and dist.get_rank() > 0 and _store.check(["left/0"]):
+        _await_answers(2.0)
+        if dist.get_rank() == 0:
+            _await_readers(2.0)
+            return
+        if isinstance(error, Stop) and _store.check(["left/0"]):
             error.told = json.loads(_store.get("left/0")) == args  # print once what stops all ranks
+        _store.set(f"read/{dist.get_rank()}", "")
 
-    _with_store(leave, 4.0)
+    _with_store(leave, 6.0)
 
 
 def _named(error: BaseException) -> Stop:
@@ -242,6 +246,16 @@ def _await_answers(seconds: float) -> list[int]:
         if len(missing) == len(gone) or time.monotonic() > deadline:
             return missing
         time.sleep(0.1)
+
+
+def _await_readers(seconds: float) -> None:
+    """Rank 0 may serve the store, so the other ranks that stop must have read it before rank 0 ends."""
+    stopping = [rank for rank in range(dist.get_world_size()) if _store.check([f"left/{rank}"])]
+    deadline = time.monotonic() + seconds
+    while not all(_store.check([f"read/{rank}"]) for rank in stopping if rank > 0):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
 
 
 def _first_line(error: BaseException) -> str:
