@@ -31,6 +31,7 @@ def taken(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_smaller_last_pass_leaves_the_others_their_graph(train, taken):
     """24 images in passes of 16 and 8: a process that resumes takes the graphs of the one before."""
     job = ["model=timm", "model.timm=test_convnext", "compile=true", "batch=24", "forward_images=16"]

@@ -29,7 +29,7 @@ def test_text_is_taken_literally(value, tmp_path):
     assert passed_on(value, tmp_path) == [value] * 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
 @example("\\\\${a}'")
 def test_any_text_is(tmp_path_factory, value):
