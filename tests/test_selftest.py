@@ -33,7 +33,7 @@ BREAKS = {
     "broadcast BatchNorm buffers": (
         "batchnorm", "train.py",
         "        statistics.settle(skip)",
-        "        world.broadcast(net.buffers())",
+        "        world.broadcast(model.net.buffers())",
     ),
     "a dropped sample": (
         "samples", "src/reconverge/data/order.py",

@@ -41,7 +41,8 @@ def _waits(lab: Lab, run: str, settings: list[str]) -> dict[str, int]:
 
     def note(*_: Any, **__: Any) -> None:
         own = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT))]
-        own = [frame for frame in own if "/benchmarks/" not in frame.filename]
+        others = ("/benchmarks/", "/site-packages/")  # a .venv may lie in the checkout
+        own = [frame for frame in own if not any(part in frame.filename for part in others)]
         place = Path(own[-1].filename).relative_to(ROOT) if own else Path()  # the innermost
         # On a CPU the messages between hosts, which never touch the device, look like numbers of the device.
         if own and (lab.cuda or "distributed" not in place.parts):
