@@ -2,6 +2,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -201,3 +202,35 @@ def test_nothing_that_is_loaded_can_run_code(tmp_path):
     kinds = {path.suffix for path in (tmp_path / "step-00000001").iterdir()}
     assert kinds == {".safetensors", ".json"}
     assert json.loads((tmp_path / "step-00000001" / "MANIFEST.json").read_text())["format"] == "checkpoint-1"
+
+
+def test_tensors_may_change_while_they_are_saved(tmp_path):
+    saver = saving.Saver(tmp_path)
+    weight = torch.zeros(3_000_000)
+    for step in range(1, 6):
+        weight += 1
+        saver.begin(step, {"model": {"w": weight, "even": weight[::2]}}, {}, 2, [1])
+        weight += 100
+        weight -= 100
+        weight[step] += 7  # of a later step
+    assert saver.wait() == 5
+    assert names(tmp_path) == ["step-00000001", "step-00000004", "step-00000005"]
+    for step in (1, 4, 5):
+        loaded, _ = checkpoint.load(tmp_path / f"step-{step:08d}")
+        expected = torch.full((3_000_000,), float(step))
+        expected[1:step] += 7
+        assert torch.equal(loaded["model"]["w"], expected)
+        assert torch.equal(loaded["model"]["even"], expected[::2])
+
+
+def test_what_fails_in_the_background_is_raised_once_and_named_at_the_end(small_disk, capsys):
+    saver = saving.Saver(small_disk)
+    saver.begin(1, {"model": {"w": torch.zeros(1_000_000)}}, {}, 2, [])
+    with pytest.raises(Stop) as stopped:
+        saver.wait()
+    assert stopped.value.code == Exit.DISK
+    assert saver.saved() == 0
+    saver.begin(2, {"model": {"w": torch.zeros(1_000_000)}}, {}, 2, [])
+    saver.close()
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search("a checkpoint was not saved: . MB free in .* for a checkpoint of 4 MB", said)

@@ -94,7 +94,8 @@ class Saver:
         try:
             self.wait()
         except Exception as error:
-            say(f"a checkpoint was not saved: {(explain(error) or error).args[1:2] or error}")
+            stop = explain(error)
+            say(f"a checkpoint was not saved: {stop.args[1] if stop else repr(error)}")
 
     def _copy(self, tensors: Tensors) -> tuple[Tensors, Callable[[], object]]:
         """Copies in memory of the host, and a function that waits until they have arrived. Only the device
