@@ -118,7 +118,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("backbone", ["convnext_atto", "resnet50"])
 def test_no_operation_is_on_torchs_list_of_those_that_are_not_deterministic(backbone):
-    net = create.segmenter(model(backbone, layer_scale=None, drop_path=0.1), 5, 0, channels=16)
+    net = segmentation.build(model(backbone, layer_scale=None, drop_path=0.1), 5, 0, channels=16)
     with Operations() as operations:
         trained(net, some(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.uint8), 2)
     assert {"convolution_backward", "bmm", "nll_loss_backward"} <= operations.met
@@ -215,7 +215,7 @@ def test_the_norms_and_drop_paths_of_larger_models_load_too(tmp_path):
     """All names of T and of a deeper model, on the meta device."""
     for size, backbone in (("t", "convnext_t"), ("b", "convnext_b")):
         shapes = official_upernet.shapes(official.DEPTHS[size], official.WIDTHS[size], 150, 512)
-        net = create.segmenter_on_meta(model(backbone, layer_scale=1.0), 150)
+        net = segmentation.on_meta(model(backbone, layer_scale=1.0), 150)
         given = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         _, entries = names.converted(given)
         own = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
@@ -274,7 +274,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_model_with_four_stages_becomes_a_pyramid(name):
     settings, widths = FAMILIES[name]
-    net = create.segmenter(model(name, **settings), 5, seed=3, channels=16)
+    net = segmentation.build(model(name, **settings), 5, seed=3, channels=16)
     classifier = create.model(model(name, **settings), 1, seed=3)
     maps = net.eval().features(some(1, 3, 64, 64))
     assert [tuple(x.shape[1:]) for x in maps] == [
@@ -317,14 +317,14 @@ def test_the_norms_are_over_channels_with_the_published_epsilon():
 )
 def test_models_without_four_stages_are_refused_by_name(settings, said):
     with pytest.raises(Stop, match=said) as refusal:
-        create.segmenter(model(**settings), 5, 0)
+        segmentation.build(model(**settings), 5, 0)
     assert refusal.value.code == Exit.USAGE
 
 
 def test_recomputed_activations_give_the_same_gradients():
     grads = []
     for enable in (False, True):
-        net = create.segmenter(model("convnext_atto", drop_path=0.5), 5, 0, channels=16)
+        net = segmentation.build(model("convnext_atto", drop_path=0.5), 5, 0, channels=16)
         net.set_grad_checkpointing(enable)
         trained(net, some(2, 3, 64, 64), torch.ones(2, 64, 64, dtype=torch.uint8), 2)
         grads.append([parameter.grad for parameter in net.parameters()])
@@ -335,7 +335,7 @@ def test_recomputed_activations_give_the_same_gradients():
 
 
 def test_dropout_masks_are_a_function_of_the_key():
-    net = create.segmenter_on_meta(model(), 5)
+    net = segmentation.on_meta(model(), 5)
     torch.manual_seed(1)
     decoder, auxiliary = upernet.draw(net, 400, (0, 7, 3), CPU)
     torch.manual_seed(2)
@@ -380,10 +380,10 @@ def test_dropout_removes_whole_channels_before_the_classifiers():
 
 def test_initial_weights():
     torch.manual_seed(1)
-    net = create.segmenter(model("convnext_t", layer_scale=1.0), 150, seed=3, channels=64)
+    net = segmentation.build(model("convnext_t", layer_scale=1.0), 150, seed=3, channels=64)
     torch.manual_seed(2)
-    again = create.segmenter(model("convnext_t", layer_scale=1.0), 150, seed=3, channels=64)
-    other = create.segmenter(model("convnext_t", layer_scale=1.0), 150, seed=4, channels=64)
+    again = segmentation.build(model("convnext_t", layer_scale=1.0), 150, seed=3, channels=64)
+    other = segmentation.build(model("convnext_t", layer_scale=1.0), 150, seed=4, channels=64)
     state = net.state_dict()
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in state.items())
     drawn = set()
@@ -405,7 +405,7 @@ def test_initial_weights():
 
 def test_running_statistics_follow_microbatch_0():
     """Of two microbatches, BatchNorm's statistics keep the first; a skipped step keeps none."""
-    net = create.segmenter(model(drop_path=0.1), 5, 0, channels=16)
+    net = segmentation.build(model(drop_path=0.1), 5, 0, channels=16)
     statistics = RunningStatistics(net.train())
     norm = net.decoder.fusion_block[1]
     seen = []
@@ -488,7 +488,7 @@ def published_scale(name, depth, rule, decay):
 @pytest.mark.parametrize("rule", ["stage_wise", "stages", "auto"])
 @pytest.mark.parametrize(("backbone", "size"), [("convnext_t", "t"), ("convnext_b", "b")])
 def test_layers_and_their_rates_are_the_published_groups(backbone, size, rule):
-    net = create.segmenter_on_meta(model(backbone, layer_scale=1.0), 150)
+    net = segmentation.on_meta(model(backbone, layer_scale=1.0), 150)
     shapes = official_upernet.shapes(official.DEPTHS[size], official.WIDTHS[size], 150, 512)
     given = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     theirs = {entry.name: entry.given for entry in names.converted(given)[1]}
@@ -508,7 +508,7 @@ def test_layers_and_their_rates_are_the_published_groups(backbone, size, rule):
 def test_the_published_rates_by_hand():
     """stage_wise with 0.9: powers for the heads, stages 3 to 0, and the stem with the downsampling layers."""
     for backbone, powers in (("convnext_t", [0, 3, 4, 5, 6, 7]), ("convnext_l", [0, 9, 10, 11, 12, 13])):
-        net = create.segmenter_on_meta(model(backbone, layer_scale=1.0), 150)
+        net = segmentation.on_meta(model(backbone, layer_scale=1.0), 150)
         groups = optim.parameter_groups(net, Optim(layer_decay=0.9, layer_groups="stage_wise"))
         found = {name: group["lr_scale"] for group in groups for name in group["names"]}
         some_of_each = (
@@ -526,7 +526,7 @@ def test_the_published_rates_by_hand():
 @pytest.mark.parametrize("backbone", ["swin_t", "resnet50"])
 def test_other_backbones_have_a_layer_for_each_block_below_the_heads(backbone):
     settings, _ = FAMILIES[backbone]
-    net = create.segmenter_on_meta(model(backbone, **settings), 5)
+    net = segmentation.on_meta(model(backbone, **settings), 5)
     optimizer_groups = optim.parameter_groups(net, Optim(layer_decay=0.5))
     scales = {name: group["lr_scale"] for group in optimizer_groups for name in group["names"]}
     assert {scales[name] for name in scales if not name.startswith("body.")} == {1.0}

@@ -13,8 +13,9 @@ import reconverge
 from reconverge.base import launcher
 
 # Another version of these may give different bits.
-DECISIVE = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "numpy", "pillow")
-PACKAGES = (*DECISIVE, "safetensors", "torchmetrics", "hydra-core", "omegaconf")
+DECISIVE = ("torch", "torchvision", "timm", "numpy", "pillow")
+PACKAGES = (*DECISIVE, "safetensors", "torchmetrics", "segmentation-models-pytorch", "hydra-core",
+    "omegaconf")  # fmt: skip
 ROOT = Path(__file__).parents[3]
 # The folders and modules of the package that a training step runs.
 DECIDES = ("base", "config", "distributed", "data", "models", "training", "run", "weights", "tasks",

@@ -1,6 +1,4 @@
-"""Builds a classifier, or a segmenter, from the settings of a model, with initial weights or on the meta
-device.
-"""
+"""Builds a classifier from the settings of a model, with initial weights or on the meta device."""
 
 import torch
 from torch import nn
@@ -8,9 +6,8 @@ from torch import nn
 from reconverge.base import chance
 from reconverge.base.errors import Exit, Stop, reason
 from reconverge.config import settings
-from reconverge.models import drop_path, head, initial
+from reconverge.models import drop_path, head
 from reconverge.models.table import Spec, find
-from reconverge.models.upernet import UPerNet
 
 TRIED = (16, 32, 64, 96, 128, 224, 256, 384, 512)  # pixels; the first that fits is suggested
 
@@ -39,25 +36,6 @@ def on_meta(given: settings.Model, classes: int) -> nn.Module:
     net = _fitting(given).on_meta(given, classes)
     drop_path.replace(net)
     return net
-
-
-def segmenter(given: settings.Model, classes: int, seed: int, channels: int = 512) -> UPerNet:
-    """UPerNet with the model of these settings as its backbone, like `model`. Errors: Stop(USAGE).
-
-    `channels`: width of its decoder. The backbone has the initial weights that it has as a classifier.
-    """
-    body = model(given, 1, seed)
-    with chance.scope(seed, "init", "heads"):  # constructors draw weights, which are then replaced
-        net = UPerNet(body, given.name, classes, channels)
-    initial.segmentation_heads(net, seed)
-    return net
-
-
-def segmenter_on_meta(given: settings.Model, classes: int, channels: int = 512) -> UPerNet:
-    """The same model on the meta device. Errors: Stop(USAGE)."""
-    body = on_meta(given, 1)
-    with torch.device("meta"):
-        return UPerNet(body, given.name, classes, channels)
 
 
 def refuse_sizes(net: nn.Module, sizes: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""The published segmenters: UPerNet on ADE20K (Tables 4 and 7), and how their cost is counted."""
+"""Builds segmenters; and the published ones: UPerNet on ADE20K (Tables 4 and 7), and their cost."""
 
 import csv
 from pathlib import Path
@@ -7,11 +7,32 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from reconverge.base import chance
 from reconverge.config import settings
-from reconverge.models import create
+from reconverge.models import create, initial
 from reconverge.models.resample import Pool, Resize
+from reconverge.models.upernet import UPerNet
 
 CLASSES = 150  # of ADE20K
+
+
+def build(given: settings.Model, classes: int, seed: int, channels: int = 512) -> UPerNet:
+    """UPerNet with the model of these settings as its backbone, like create.model. Errors: Stop(USAGE).
+
+    `channels`: width of its decoder. The backbone has the initial weights that it has as a classifier.
+    """
+    body = create.model(given, 1, seed)
+    with chance.scope(seed, "init", "heads"):  # constructors draw weights, which are then replaced
+        net = UPerNet(body, given.name, classes, channels)
+    initial.segmentation_heads(net, seed)
+    return net
+
+
+def on_meta(given: settings.Model, classes: int, channels: int = 512) -> UPerNet:
+    """The same model on the meta device. Errors: Stop(USAGE)."""
+    body = create.on_meta(given, 1)
+    with torch.device("meta"):
+        return UPerNet(body, given.name, classes, channels)
 
 
 class Paper(NamedTuple):
@@ -45,7 +66,7 @@ def count(backbone: settings.Model, crop: int) -> tuple[float, float]:
     Multiply-adds are those of convolutions, linear layers and attention, without the auxiliary head, which
     only training uses. Pooling and resizing are not counted, although they are matrix products here.
     """
-    net = create.segmenter_on_meta(backbone, CLASSES).eval()
+    net = on_meta(backbone, CLASSES).eval()
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.empty(1, 3, crop, 4 * crop))
     flops = {module: sum(kinds.values()) for module, kinds in counter.get_flop_counts().items()}

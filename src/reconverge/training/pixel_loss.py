@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from reconverge.data.maps import IGNORED
 from reconverge.models.resample import Resize
 
-IGNORED = 255  # the label of pixels that belong to no class
 WEIGHTS = (1.0, 0.4)  # of the decoder's logits and of the auxiliary head's
 
 

@@ -8,9 +8,9 @@ One image is looked at a time, so the memory does not grow with the set.
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from reconverge.data.map_transforms import fitted
+from reconverge.models.resample import Resize
 
 # Normalised images (N, 3, H, W) -> logits (N, classes, H, W) of the same height and width.
 Logits = Callable[[Tensor], Tensor]
@@ -50,7 +50,7 @@ def probabilities(logits: Logits, image: Tensor, size: tuple[int, int], mirrored
     """
     found = logits(image.flip(-1) if mirrored else image)
     found = found.flip(-1) if mirrored else found
-    return resized(found.float(), size).softmax(1)
+    return Resize()(found.float(), size).softmax(1)
 
 
 def averaged(logits: Logits, views: Iterable[Tensor], size: tuple[int, int], flip: bool) -> Tensor:
@@ -72,8 +72,3 @@ def sides(
 ) -> list[tuple[int, int]]:
     """Height and width of an image of `size` for each scale. Published: 0.5, 0.75, 1, 1.25, 1.5, 1.75."""
     return [fitted(size, int(longest * scale), int(shortest * scale)) for scale in scales]
-
-
-def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, C, H, W) in another height and width, bilinearly, as everywhere in UPerNet."""
-    return maps if maps.shape[-2:] == size else interpolate(maps, size, mode="bilinear", align_corners=False)

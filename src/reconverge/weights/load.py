@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reconverge.base import imagenet
 from reconverge.base.errors import Exit, Stop
+from reconverge.models import head
 from reconverge.models.pyramid import Pyramid
 from reconverge.weights import names, read
 from reconverge.weights.names import Entry
@@ -191,10 +192,9 @@ def _sorted(
 
 def _head_names(net: nn.Module) -> list[str]:
     """Names of the head's weights in the state dict."""
-    heads = net.get_classifier()  # type: ignore[operator]
-    heads = heads if isinstance(heads, tuple) else (heads,)
+    heads = head.classifiers(net)
     prefixes = {module: name for name, module in net.named_modules() if module in heads}
-    return [f"{prefixes[head]}.{part}" for head in heads for part in head.state_dict()]
+    return [f"{prefixes[one]}.{part}" for one in heads for part in one.state_dict()]
 
 
 def _refuse_partial(init: str, found: Pretrained, keys: dict[str, list[str]], strict: bool) -> None:
