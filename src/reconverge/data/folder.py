@@ -22,41 +22,16 @@ HEADERS = 50_000  # images whose headers are looked at when a folder is listed: 
 VERSION = "index-4"  # also the name of the folder in the cache
 
 
-class Folder:
+class Folder(listing.Listed):
     """A source (see sources.py) of the files in class folders.
 
     `fingerprint` is a hash of paths, sizes and labels, but not of contents.
     """
 
     def __init__(self, root: Path, about: dict[str, Any], rows: Path):
-        self.root = root
-        self.index = index.Index(rows)
-        self.classes: list[str] = about["classes"]
-        self.fingerprint: str = about["fingerprint"]
+        super().__init__(root, about, rows)
         self.ignored: list[str] = about["ignored"]  # paths of files that are not images
-        self.broken = {path: trouble for path, trouble in about["broken"].items() if self._still(path)}
         self.notes = notes(root, about)
-        self.labels = self.index.labels
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def _still(self, path: str) -> bool:
-        """Whether an image whose header was unreadable has not been repaired since it was listed."""
-        return isinstance(listing.looked_at(self.root / path), str)
-
-    def path(self, sample: int) -> Path:
-        return self.root / self.index.key(sample)
-
-    def where(self, sample: int) -> str:
-        return f"{self.path(sample)} (sample {sample})"
-
-    def read(self, sample: int) -> bytes:
-        """Errors: Stop(MISSING, PERMISSION, DISK), or NOT_COMPARABLE if the size of the file has changed
-        since it was listed.
-        """
-        size = int(self.index.row(sample)["size"])
-        return listing.content(self.path(sample), size, self.where(sample))
 
 
 def open_folder(root: Path, cache: Path, classes: list[str] | None = None) -> Folder:

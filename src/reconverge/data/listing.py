@@ -20,6 +20,43 @@ from reconverge.data.image import Undecodable
 from reconverge.data.visits import Visits
 
 
+class Listed:
+    """The images of a listed folder: what sources (see sources.py) of class folders and of label maps share.
+
+    `fingerprint` is a hash of what was listed; `broken` are images whose headers are unreadable, and why.
+    """
+
+    def __init__(self, root: Path, about: dict[str, Any], rows: Path):
+        self.root = root
+        self.index = index.Index(rows)
+        self.classes: list[str] = about["classes"]
+        self.fingerprint: str = about["fingerprint"]
+        # Without those that were repaired since they were listed.
+        self.broken: dict[str, str] = {
+            path: said for path, said in about["broken"].items() if isinstance(looked_at(root / path), str)
+        }
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def path(self, sample: int) -> Path:
+        return self.root / self.index.key(sample)
+
+    def where(self, sample: int) -> str:
+        return f"{self.path(sample)} (sample {sample})"
+
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        """int64 labels of sample ids; zeros for images that have label maps instead."""
+        return self.index.labels(ids)
+
+    def read(self, sample: int) -> bytes:
+        """The image file. Errors: Stop(MISSING, PERMISSION, DISK), or NOT_COMPARABLE if its size has changed
+        since it was listed.
+        """
+        size = int(self.index.row(sample)["size"])
+        return content(self.path(sample), size, self.where(sample))
+
+
 def rows(page: Path, about: dict[str, Any]) -> Path:
     return page.with_name(f"{about['fingerprint']}.npy")
 

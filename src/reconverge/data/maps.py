@@ -49,50 +49,24 @@ class Values:
         return sorted(set(values) - {*self.values, *self.ignored})
 
 
-class Maps:
+class Maps(listing.Listed):
     """A source (see sources.py) of images with a label map each, instead of a label each.
 
     `fingerprint` is a hash of paths, sizes of images, contents of maps, and the meaning of their values.
     """
 
     def __init__(self, root: Path, maps: Path, about: dict[str, Any], rows: Path):
-        self.root, self._maps = root, maps
-        self.index = index.Index(rows)
-        self.values = Values(about["classes"], about["values"], about["ignored_values"])
-        self.classes: list[str] = self.values.classes
-        self.fingerprint: str = about["fingerprint"]
+        super().__init__(root, about, rows)
+        self._maps = maps
+        self.values = Values(self.classes, about["values"], about["ignored_values"])
         self.pixels: list[int] = about["pixels"]  # of each class
-        self.broken: dict[str, str] = {
-            path: trouble for path, trouble in about["broken"].items() if self._still(path)
-        }
         self.notes = _notes(root, about)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def _still(self, path: str) -> bool:
-        return isinstance(listing.looked_at(self.root / path), str)
-
-    def path(self, sample: int) -> Path:
-        return self.root / self.index.key(sample)
 
     def map_path(self, sample: int) -> Path:
         return self._maps / f"{os.path.splitext(self.index.key(sample))[0]}.png"
 
-    def where(self, sample: int) -> str:
-        return f"{self.path(sample)} (sample {sample})"
-
-    def labels(self, ids: np.ndarray) -> np.ndarray:
-        """int64 zeros: these images have label maps, and no label."""
-        return self.index.labels(ids)
-
-    def read(self, sample: int) -> bytes:
-        """The image file. Errors: as Folder.read."""
-        size = int(self.index.row(sample)["size"])
-        return listing.content(self.path(sample), size, self.where(sample))
-
     def target(self, sample: int) -> np.ndarray:
-        """The label map, uint8 (H, W): labels, and IGNORED. Errors: as Folder.read, and NOT_COMPARABLE if its
+        """The label map, uint8 (H, W): labels, and IGNORED. Errors: as `read`, and NOT_COMPARABLE if its
         bytes have changed since it was listed.
         """
         path, row = self.map_path(sample), self.index.row(sample)

@@ -145,21 +145,26 @@ def _photographs() -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
 
-@cache
-def _inks() -> dict[str, np.ndarray]:
-    """Split -> its scanned digits (N, 8, 8). The split is that of the digits demo (sources.py)."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+def split_digits(targets: np.ndarray) -> dict[str, list[int]]:
+    """Split -> ids of scikit-learn's digits, whose classes are `targets`. A fifth of each class is for
+    validation: those with the smallest hashes, which are the same on every machine.
+    """
     chosen: dict[str, list[int]] = {"train": [], "val": []}
     for label in range(10):
-        ids = sorted(
-            np.flatnonzero(digits.target == label).tolist(), key=lambda one: chance.key("digits-1", one)
-        )
+        ids = sorted(np.flatnonzero(targets == label).tolist(), key=lambda one: chance.key("digits-1", one))
         held = round(len(ids) / 5)
         chosen["val"] += ids[:held]
         chosen["train"] += ids[held:]
-    return {split: digits.images[ids] for split, ids in chosen.items()}
+    return chosen
+
+
+@cache
+def _inks() -> dict[str, np.ndarray]:
+    """Split -> its scanned digits (N, 8, 8)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return {split: digits.images[ids] for split, ids in split_digits(digits.target).items()}
 
 
 # ---- as files ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from reconverge.base import chance
 from reconverge.base.errors import Exit, Stop
 from reconverge.config.settings import Data
 from reconverge.data.folder import open_folder
+from reconverge.data.scenes import split_digits
 from reconverge.data.shards import open_shards
 
 
@@ -83,8 +84,7 @@ def _shards(data: Data) -> tuple[Source, Source | None]:
 def _digits(data: Data) -> tuple[Source, Source | None]:
     """The scanned digits of scikit-learn, written as class folders of PNG files, and read like other data.
 
-    The validation images are a fifth of each class: the images with the smallest hashes, which are the same
-    on every machine.
+    The validation images are a fifth of each class (scenes.split_digits).
     """
     root = Path(data.cache).expanduser() / "digits-1"
     if not root.exists():
@@ -93,12 +93,9 @@ def _digits(data: Data) -> tuple[Source, Source | None]:
         digits = load_digits()
         root.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=root.parent))
-        for label in range(10):
-            ids = sorted(
-                np.flatnonzero(digits.target == label), key=lambda sample: chance.key("digits-1", int(sample))
-            )
-            for rank, sample in enumerate(ids):
-                folder = new / ("val" if rank < round(len(ids) / 5) else "train") / str(label)
+        for split, ids in split_digits(digits.target).items():
+            for sample in ids:
+                folder = new / split / str(digits.target[sample])
                 folder.mkdir(parents=True, exist_ok=True)
                 pixels = np.round(digits.images[sample] * (255 / 16)).astype(np.uint8)  # from 17 gray levels
                 Image.fromarray(pixels).save(folder / f"{sample:04d}.png")

@@ -9,6 +9,7 @@ import numpy as np
 from reconverge.base.errors import Exit, Stop
 from reconverge.data import image
 from reconverge.data.folder import Folder
+from reconverge.data.listing import Listed
 from reconverge.data.shards import Shards
 
 LOOKED_AT = 16  # training images that are decoded, at equal distances, to see whether they show anything
@@ -28,11 +29,11 @@ def refuse_one_class(training: Any) -> None:
 
 
 def refuse_broken(sources: list[Any]) -> None:
-    """Errors: Stop(DAMAGED) if headers of class folders' images were unreadable."""
+    """Errors: Stop(DAMAGED) if headers of listed images were unreadable."""
     broken = [
         f"{source.root / path}: {said}"
         for source in sources
-        if isinstance(source, Folder)
+        if isinstance(source, Listed)
         for path, said in source.broken.items()
     ]
     if broken:

@@ -193,9 +193,9 @@ class Run:
     def _other_images(self, part: str, old: dict[str, Any], new: dict[str, Any]) -> str:
         """One part of the data that has changed, and the first files that differ, where they are known."""
         cache = Path(self._cfg.data.cache).expanduser()
-        files = folder.differences(cache, str(old.get(part)), str(new.get(part)))
-        more = f"; and {len(files) - 5} more" if files[5:] else ""
-        return DATA.get(part, part) + (f" ({'; '.join(files[:5])}{more})" if files else "")
+        changed = folder.differences(cache, str(old.get(part)), str(new.get(part)))
+        more = f"; and {len(changed) - 5} more" if changed[5:] else ""
+        return DATA.get(part, part) + (f" ({'; '.join(changed[:5])}{more})" if changed else "")
 
     def lost(self) -> list[str]:
         return [entry["because"] for entry in self._environment["lost"]]
