@@ -133,7 +133,7 @@ def ours(
         Order(len(source), BATCH, BATCH, seed=0),
         Normalise(list(MEAN), list(STD), CPU, channels_last=False),
     )
-    images = Images(source, transforms.training(AUGMENT, list(MEAN), way), seed=0)
+    images = Images(source, transforms.labelled(transforms.training(AUGMENT, list(MEAN), way)), seed=0)
     for number, batch in enumerate(
         Feed(images, order.steps(0, len(source) // BATCH), workers, CPU, ahead=True)
     ):

@@ -53,7 +53,9 @@ def by_hand(digits, cache, run, steps):
     inputs in microbatch 0, with the weights of the checkpoint before.
     """
     training, _ = open_sources(Data("folder", "folder", root=str(digits), cache=str(cache)))
-    images_of = Images(training, transforms.training(Augment(size=32), [0.485, 0.456, 0.406]), 3)
+    images_of = Images(
+        training, transforms.labelled(transforms.training(Augment(size=32), [0.485, 0.456, 0.406])), 3
+    )
     normalise = Normalise([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], torch.device("cpu"), False)
     mix, order = Mix(0.5, MixSettings(), 10), Order(len(training), 16, 8, 3)
     net = create.model(MODEL, 10, seed=3).train()
@@ -67,7 +69,7 @@ def by_hand(digits, cache, run, steps):
     for step in range(steps):
         if step:
             net.load_state_dict(saved(run, step))
-        (images, labels, *_), _ = images_of[order.microbatch(step, 0)]
+        (images, (labels,), *_), _ = images_of[order.microbatch(step, 0)]
         key = (3, step, 0)
         images, _ = mix(normalise(images), labels, key)
         drop_path.Masked(net)(images, drop_path.draw(drop_path.rates(net), 8, key, torch.device("cpu")))

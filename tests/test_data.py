@@ -166,7 +166,7 @@ def test_a_broken_file_stops_and_is_named(photographs, tmp_path, damage, code, w
     train, _ = folder(root, tmp_path / "cache")
     damage(root / "train" / "n00000001" / "007.JPEG")
     feed = Feed(
-        Images(train, transforms.evaluation(Evaluate(size=32)), 0),
+        Images(train, transforms.labelled(transforms.evaluation(Evaluate(size=32))), 0),
         in_sequence(len(train), 16),
         workers,
         CPU,
@@ -178,9 +178,9 @@ def test_a_broken_file_stops_and_is_named(photographs, tmp_path, damage, code, w
 
 
 def microbatches(source, workers, start=0, seed=0, end=6):
-    images = Images(source, transforms.training(Augment(size=32), [0.5] * 3), seed)
+    images = Images(source, transforms.labelled(transforms.training(Augment(size=32), [0.5] * 3)), seed)
     feed = Feed(images, Order(len(source), 16, 8, seed).steps(start, end), workers, CPU, ahead=True)
-    return [(batch.images, batch.labels) for batch in feed]
+    return [(batch.images, *batch.targets) for batch in feed]
 
 
 def same(first, second):
@@ -224,7 +224,9 @@ def test_feed_asks_one_batch_ahead():
 
     for ahead, expected in ((True, [2, 3, 3]), (False, [1, 2, 3])):
         asked.clear()
-        images = Images(Synthetic(24, 3, "train"), transforms.evaluation(Evaluate(size=16)), 0)
+        images = Images(
+            Synthetic(24, 3, "train"), transforms.labelled(transforms.evaluation(Evaluate(size=16))), 0
+        )
         feed = Feed(images, Counting(), 0, CPU, ahead)
         assert [len(asked) for _ in feed] == expected
         assert feed.waited > 0
@@ -268,7 +270,7 @@ def test_a_file_that_never_was_an_image_stops_and_is_named(photographs, tmp_path
     (root / "train" / "n00000001" / "007.JPEG").write_bytes(content)
     train, _ = folder(root, tmp_path / "cache")
     with pytest.raises(Stop, match=r"n00000001/007\.JPEG") as stopped:
-        Images(train, transforms.evaluation(Evaluate(size=32)), 0).sample(0, 27, 0)
+        Images(train, transforms.labelled(transforms.evaluation(Evaluate(size=32))), 0).sample(0, 27, 0)
     assert stopped.value.code == Exit.DAMAGED
 
 
@@ -290,7 +292,7 @@ def microbatches():
     raise RuntimeError("a bug")
     yield
 
-images = Images(Synthetic(24, 3, "train"), transforms.evaluation(Evaluate(size=16)), 0)
+images = Images(Synthetic(24, 3, "train"), transforms.labelled(transforms.evaluation(Evaluate(size=16))), 0)
 iter(Feed(images, microbatches(), 1, torch.device("cpu"), ahead=True)).__next__()
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=180)

@@ -29,14 +29,16 @@ def reference(digits, cache):
     first = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     second = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     average = {name: p.detach().double() for name, p in parameters.items()}
-    images_of = Images(training, transforms.training(Augment(size=32), [0.485, 0.456, 0.406]), 3)
+    images_of = Images(
+        training, transforms.labelled(transforms.training(Augment(size=32), [0.485, 0.456, 0.406])), 3
+    )
     normalise = Normalise([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], torch.device("cpu"), False)
     mix = Mix(0.5, MixSettings(), 10)
     order, losses, norms = Order(len(training), BATCH, MICROBATCH, 3), [], []
     for step in range(STEPS):
         total = 0.0
         for microbatch in range(BATCH // MICROBATCH):
-            (images, labels, *_), _ = images_of[order.microbatch(step, microbatch)]
+            (images, (labels,), *_), _ = images_of[order.microbatch(step, microbatch)]
             key = (3, step, microbatch)
             images, targets = mix(normalise(images), labels, key)
             logits = masked(

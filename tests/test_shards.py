@@ -271,13 +271,15 @@ def test_substitutes_do_not_hang_on_ranks_or_workers(copy, tmp_path):
 
     def stream(ranks, workers):
         source = open_shards(copy, None)[0]
-        images = Images(source, transforms.training(Augment(size=32), [0.5] * 3), 4, "substitute")
+        images = Images(
+            source, transforms.labelled(transforms.training(Augment(size=32), [0.5] * 3)), 4, "substitute"
+        )
         order, found = Order(60, 16, 2, seed=4), {}
         for rank in range(ranks):
             quarantine = Quarantine(tmp_path / f"{ranks}-{workers}.jsonl", 10)
             parts = list(order.steps(0, 3, rank, ranks))
             for part, batch in zip(parts, Feed(images, parts, workers, CPU, True, quarantine), strict=True):
-                found[tuple(part.ids.tolist())] = batch.images.numpy().tobytes(), batch.labels.tolist()
+                found[tuple(part.ids.tolist())] = batch.images.numpy().tobytes(), batch.targets[0].tolist()
         return found
 
     reference = stream(1, 0)
@@ -290,7 +292,10 @@ def test_a_set_of_nothing_but_damaged_images_stops(copy):
         path, at, size, _ = place(copy, sample)
         edit(path, flip(at + size // 2))
     images = Images(
-        open_shards(copy, None)[0], transforms.training(Augment(size=32), [0.5] * 3), 4, "substitute"
+        open_shards(copy, None)[0],
+        transforms.labelled(transforms.training(Augment(size=32), [0.5] * 3)),
+        4,
+        "substitute",
     )
     stop = images[Order(60, 16, 2, seed=4).microbatch(0, 0)]
     assert isinstance(stop, Stop)

@@ -36,7 +36,7 @@ def stream(root, window, ranks=1, workers=0, start=0, repeats=1):
     """(step, microbatch) -> sample ids, repeats, and the bytes of the augmented images, over all ranks."""
     source, found = opened(root), {}
     order = order_of(source, window, repeats)
-    images = Images(source, transforms.training(Augment(size=32), [0.5] * 3), seed=4)
+    images = Images(source, transforms.labelled(transforms.training(Augment(size=32), [0.5] * 3)), seed=4)
     for rank in range(ranks):
         mine = [
             (step, number)
@@ -45,7 +45,7 @@ def stream(root, window, ranks=1, workers=0, start=0, repeats=1):
         ]
         feed = Feed(images, order.steps(start, STEPS, rank, ranks), workers, CPU, ahead=True)
         for at, part, batch in zip(mine, order.steps(start, STEPS, rank, ranks), feed, strict=True):
-            assert batch.labels.tolist() == source.labels(part.ids).tolist()
+            assert batch.targets[0].tolist() == source.labels(part.ids).tolist()
             found[at] = part.epoch, part.ids.tolist(), part.repeats.tolist(), batch.images.numpy().tobytes()
     return found
 
@@ -185,7 +185,7 @@ def test_golden_windows(golden):
 def staged(root, folder, gigabytes=1.0, slowly=0.0, limit=None):
     source = opened(root)
     order = order_of(source, "2")
-    images = Images(source, transforms.training(Augment(size=32), [0.5] * 3), seed=4)
+    images = Images(source, transforms.labelled(transforms.training(Augment(size=32), [0.5] * 3)), seed=4)
     found, most = [], 0
     with Stage(source, order.windows, folder, gigabytes) as stage:
         for batch in Feed(images, stage.follow(order.steps(0, STEPS)), 1, CPU, ahead=True):

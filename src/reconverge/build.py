@@ -117,8 +117,8 @@ def model(cfg: Train, world: World, passes: Passes, classes: int) -> Model:
 
 def augmented(cfg: Train, source: Source) -> Images:
     """The training images as data workers load and augment them."""
-    transform = transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode)
-    return Images(source, transform, cfg.seed, cfg.data.on_bad_image, erase=cfg.augment.erase)
+    load = transforms.labelled(transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode))
+    return Images(source, load, cfg.seed, cfg.data.on_bad_image, erase=cfg.augment.erase)
 
 
 def _machine(cfg: Train, run: Run) -> Machine:

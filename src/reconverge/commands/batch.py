@@ -106,7 +106,8 @@ def _show(run: Opened, step: int, numbers: range | list[int], images: Any, order
         if isinstance(loaded, Stop):
             raise loaded
         batch, _ = loaded
-        drawn.append(mix(normalise(batch.images), batch.labels, (cfg.seed, step, number), batch.noise))
+        (labels,) = batch.targets
+        drawn.append(mix(normalise(batch.images), labels, (cfg.seed, step, number), batch.noise))
     pixels, targets = (torch.cat(parts)[:DRAWN] for parts in zip(*drawn, strict=True))
     path = run.folder / f"batch-{step + 1:08d}.png"
     last = f" to {numbers[len(drawn) - 1]}" if len(drawn) > 1 else ""

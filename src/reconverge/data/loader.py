@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ from reconverge.data.image import Undecodable
 from reconverge.data.mix import Noise
 from reconverge.data.order import Microbatch
 from reconverge.data.sources import Source
-from reconverge.data.transforms import Transform
 from reconverge.distributed.world import World
 
 
@@ -40,33 +39,38 @@ class Bad(NamedTuple):
     substitute: int | None  # None: the sample is left out
 
 
+# (source, sample id) -> pixels uint8 (H, W, 3), then the targets: a label int64 (), or a label map uint8
+# (H, W). Random numbers are drawn from the global generators, which are seeded for each sample.
+Load = Callable[[Source, int], tuple[np.ndarray, ...]]
+
+
 class Batch(NamedTuple):
     images: Tensor  # uint8 (N, 3, H, W), in memory as (N, H, W, 3)
-    labels: Tensor  # int64 (N,)
-    digest: int  # hash of images, labels and sample ids
+    targets: tuple[Tensor, ...]  # what Load returns beside the pixels: labels int64 (N,), or uint8 (N, H, W)
+    digest: int  # hash of images, targets and sample ids
     noise: Noise | None = None  # what erases parts of the images
 
 
 class Images(Dataset):
-    """Decodes and augments the images of one microbatch. A Stop is returned, not raised: raised in a worker,
+    """Loads and augments the samples of one microbatch. A Stop is returned, not raised: raised in a worker,
     it would become a traceback.
 
     `on_bad_image`: "stop", or "substitute" to replace a damaged sample by another one, whose id is computed
     from the id of the damaged one. For an evaluation, which must not count another image in its place:
-    `blank`, the pixels that a damaged sample gets. Its result has to be left out. `erase`: the probability
-    of random erasing, whose noise comes with the images.
+    `blank` takes the place of what `load` returns for a damaged sample, whose result has to be left out.
+    `erase`: the probability of random erasing, whose noise comes with the images.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: Transform,
+        load: Load,
         seed: int,
         on_bad_image: str = "stop",
-        blank: np.ndarray | None = None,
+        blank: tuple[np.ndarray, ...] | None = None,
         erase: float = 0.0,
     ):
-        self.source, self.transform, self.seed, self.on_bad_image = source, transform, seed, on_bad_image
+        self.source, self.load, self.seed, self.on_bad_image = source, load, seed, on_bad_image
         self._blank, self._erase = blank, erase
 
     def __getitem__(self, microbatch: Microbatch | Stop) -> tuple[Batch, list[Bad]] | Stop:
@@ -80,28 +84,28 @@ class Images(Dataset):
             ]
         except Stop as stop:
             return stop
-        images, ids = _stacked([pixels for pixels, _ in taken]), np.array([sample for _, sample in taken])
-        labels = self.source.labels(ids)
-        digest = xxh3_64_digest(xxh3_64_digest(images.numpy().data) + labels.tobytes() + ids.tobytes())
+        images, *targets = (_stacked(parts) for parts in zip(*(loaded for loaded, _ in taken), strict=True))
+        ids = np.array([sample for _, sample in taken])
+        hashed = [xxh3_64_digest(images.numpy().data), *(target.numpy().tobytes() for target in targets)]
+        digest = xxh3_64_digest(b"".join(hashed) + ids.tobytes())
         images = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
         key = (self.seed, *microbatch.place)
         noise = Noise.of(self._erase, images.shape, key) if self._erase else None
         number = int.from_bytes(digest, "little", signed=True)
-        return Batch(images, torch.from_numpy(labels), number, noise), bad
+        return Batch(images, tuple(targets), number, noise), bad
 
     def key(self, epoch: int, sample: int, repeat: int) -> tuple[int | str, ...]:
         """The random key for the augmentation of an image."""
         return self.seed, "augment", epoch, sample, repeat
 
-    def sample(self, epoch: int, sample: int, repeat: int) -> np.ndarray:
-        """One augmented image, uint8 (H, W, 3).
+    def sample(self, epoch: int, sample: int, repeat: int) -> tuple[np.ndarray, ...]:
+        """One augmented image and its targets, as Load has them.
 
         Errors: Stop, with code DAMAGED if the content of the file is damaged.
         """
-        data = self.source.read(sample)
         try:
             with chance.scope(*self.key(epoch, sample, repeat)):
-                return self.transform(data)
+                return self.load(self.source, sample)
         except Undecodable as error:
             raise Stop(
                 Exit.DAMAGED,
@@ -111,9 +115,11 @@ class Images(Dataset):
                 " replace damaged training images by others with data.on_bad_image=substitute",
             ) from None
 
-    def _good(self, epoch: int, sample: int, repeat: int, bad: list[Bad]) -> tuple[np.ndarray, int]:
-        """The pixels and the id of a sample. If it is damaged: of its substitute, and an entry is added to
-        `bad`.
+    def _good(
+        self, epoch: int, sample: int, repeat: int, bad: list[Bad]
+    ) -> tuple[tuple[np.ndarray, ...], int]:
+        """What is loaded of a sample, and its id. If it is damaged: of its substitute, and an entry is added
+        to `bad`.
         """
         for _attempt in range(100):
             try:
@@ -227,9 +233,9 @@ class Feed:
             return batch
         with torch.cuda.stream(self._side):  # None means the current stream
             images = batch.images.to(self._device, non_blocking=True)
-            labels = batch.labels.to(self._device, non_blocking=True)
+            targets = tuple(target.to(self._device, non_blocking=True) for target in batch.targets)
             noise = batch.noise and batch.noise.to(self._device)
-            return Batch(images, labels, batch.digest, noise)
+            return Batch(images, targets, batch.digest, noise)
 
     def news(self) -> bool:
         """Whether this rank has something for `settle`, which all ranks call if one of them has."""
@@ -255,24 +261,22 @@ class Feed:
         if self._side is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._side)
-            batch.images.record_stream(current)
-            batch.labels.record_stream(current)
-            for part in batch.noise or ():
+            for part in (batch.images, *batch.targets, *(batch.noise or ())):
                 part.record_stream(current)
         return batch
 
 
-def _stacked(images: list[np.ndarray]) -> Tensor:
-    """Images uint8 (H, W, 3) as one tensor (N, H, W, 3). In a data worker it is in shared memory, as with
-    torch's own collate function.
+def _stacked(parts: tuple[np.ndarray, ...]) -> Tensor:
+    """One part of each sample, such as its pixels (H, W, 3) or its label, as one tensor (N, ...). In a data
+    worker it is in shared memory, as with torch's own collate function.
     """
-    shape = (len(images), *images[0].shape)
+    shape, kind = (len(parts), *parts[0].shape), torch.from_numpy(np.empty(0, parts[0].dtype)).dtype
     if get_worker_info() is None:
-        stacked = torch.empty(shape, dtype=torch.uint8)
+        stacked = torch.empty(shape, dtype=kind)
     else:
-        shared = torch.UntypedStorage._new_shared(math.prod(shape))
-        stacked = torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)  # type: ignore[call-overload]
-    np.stack(images, out=stacked.numpy())
+        shared = torch.UntypedStorage._new_shared(math.prod(shape) * kind.itemsize)
+        stacked = torch.empty(0, dtype=kind).set_(shared, 0, shape)  # type: ignore[call-overload]
+    np.stack(parts, out=stacked.numpy())
     return stacked
 
 

@@ -17,8 +17,20 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from reconverge.config.settings import Augment, Evaluate
 from reconverge.data import native
 from reconverge.data.decode import crop_and_resize, dimensions
+from reconverge.data.sources import Source
 
 Transform = Callable[[bytes], np.ndarray]
+
+
+def labelled(transform: Transform) -> Callable[[Source, int], tuple[np.ndarray, np.ndarray]]:
+    """What a classifier learns from: (source, sample id) -> transformed pixels uint8 (H, W, 3), label int64
+    ().
+    """
+
+    def load(source: Source, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        return transform(source.read(sample)), source.labels(np.array(sample))
+
+    return load
 
 
 def training(augment: Augment, mean: list[float], decode: str = "exact") -> Transform:

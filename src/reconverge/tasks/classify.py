@@ -43,7 +43,8 @@ class Classify:
 
         They hold every random draw of the microbatch; key = (seed, step, microbatch).
         """
-        images, targets = self._mix(self._normalise(batch.images), batch.labels, key, batch.noise)
+        (labels,) = batch.targets
+        images, targets = self._mix(self._normalise(batch.images), labels, key, batch.noise)
         return images, targets, drop_path.draw(self._rates, len(images), key, self._device)
 
     def loss(self, images: Tensor, targets: Tensor, masks: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ from reconverge.base.errors import Exit, Stop
 from reconverge.base.signals import told_to_stop
 from reconverge.config.settings import Evaluate
 from reconverge.data import transforms
-from reconverge.data.loader import Bad, Feed, Images
+from reconverge.data.loader import Batch, Images
 from reconverge.data.mix import Normalise
-from reconverge.data.order import in_sequence
 from reconverge.data.sources import Source
-from reconverge.distributed.later import Later
 from reconverge.distributed.world import World
 from reconverge.models import head
+from reconverge.training import rows
+from reconverge.training.rows import Tables
 
 
 class Result(NamedTuple):
@@ -34,12 +34,6 @@ class Result(NamedTuple):
     left_out: list[str]  # damaged images, which do not count
 
 
-class Tables(NamedTuple):
-    of: dict[str, Tensor]  # by model, float64 (images, width), one row for each image that was evaluated
-    ids: np.ndarray  # int64 (images,), their sample ids
-    left_out: list[Bad]  # damaged images
-
-
 class Among(nn.Module):
     """A classifier restricted to some of its classes: returns their logits (N, len(classes))."""
 
@@ -52,9 +46,7 @@ class Among(nn.Module):
 
 
 class Evaluator(NamedTuple):
-    """Evaluates models on every image of a source. Each image is read once for all models; each rank takes a
-    share of the images.
-    """
+    """Evaluates classifiers on every image of a source."""
 
     settings: Evaluate
     normalise: Normalise
@@ -102,48 +94,21 @@ class Evaluator(NamedTuple):
         on_bad_image allows that. None if a rank was stopped before the end.
 
         A row has the values of `columns(logits (N, classes), labels (N,))`, which returns `width` tensors of
-        shape (N,). Each rank fills the rows of its own images, so the result does not depend on the ranks.
+        shape (N,).
         """
-        world, images = self.world, len(source)
-        batches = in_sequence(images, self.settings.batch)
-        mine = batches[world.rank :: world.size]
-        blank = np.zeros((self.settings.size, self.settings.size, 3), np.uint8)
-        shown = Images(source, transforms.evaluation(self.settings), 0, self.on_bad_image, blank)
-        feed = Feed(shown, mine, self.workers, world.device, ahead=True)
-        arriving = iter(feed)
-        # The first column is 1 for an image that was evaluated; then the columns of each model.
-        table = torch.zeros(images, 1 + len(models) * width, dtype=torch.float64)
-        coming: list[tuple[np.ndarray, Later]] = []  # ids and columns of a batch, read when the next one runs
-        # Every rank uses the BatchNorm statistics of rank 0.
-        world.broadcast(buffer for model in models.values() for buffer in model.buffers())
-        for number in range(-(-len(batches) // world.size)):  # in the last round, some ranks have no batch
-            if world.any(self.stop()):
-                return None
-            if number >= len(mine):
-                continue
-            batch = next(arriving)
-            pixels = self.normalise(batch.images)
-            found: list[Tensor] = []
+
+        def look(batch: Batch) -> Tensor:
+            pixels, found = self.normalise(batch.images), list[Tensor]()
             for model in models.values():
-                with world.autocast(), head.in_float32(model):
+                with self.world.autocast(), head.in_float32(model):
                     logits = model(pixels)
-                found += columns(logits.float(), batch.labels)
-            coming.append((mine[number].ids, Later(torch.stack([column.double() for column in found], 1))))
-            if len(coming) > 1:
-                _fill(table, *coming.pop(0))
-        for arrived in coming:
-            _fill(table, *arrived)
-        table = world.total(table)  # each row is filled on one rank and zero on all others
-        assert (table[:, 0] == 1).all(), f"{int(table[:, 0].sum())} of {len(table)} images were evaluated"
-        bad = sorted(feed.damaged(world))
-        evaluated = np.setdiff1d(np.arange(images), [entry.sample for entry in bad])
-        parts = table[torch.from_numpy(evaluated), 1:].split(width, 1)
-        return Tables(dict(zip(models, parts, strict=True)), evaluated, bad)
+                found += columns(logits.float(), *batch.targets)
+            return torch.stack([column.double() for column in found], 1)
 
-
-def _fill(table: Tensor, ids: np.ndarray, columns: Later) -> None:
-    rows = columns.read()
-    table[torch.from_numpy(ids)] = torch.cat([torch.ones(len(rows), 1), rows], 1)
+        blank = np.zeros((self.settings.size, self.settings.size, 3), np.uint8), np.array(0)
+        load = transforms.labelled(transforms.evaluation(self.settings))
+        images, batch = Images(source, load, 0, self.on_bad_image, blank), self.settings.batch
+        return rows.tables(images, batch, look, width, models, self.world, self.workers, self.stop)
 
 
 def _outcome(logits: Tensor, labels: Tensor) -> list[Tensor]:

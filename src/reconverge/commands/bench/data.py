@@ -74,11 +74,11 @@ def _parts(cfg: Train, training: Source, microbatch: Microbatch, seconds: float)
     images, samples = build.augmented(cfg, training), microbatch.ids.tolist()
     augmented, inside = images.sample, list[float]()
 
-    def timed(epoch: int, sample: int, repeat: int) -> np.ndarray:
+    def timed(epoch: int, sample: int, repeat: int) -> tuple[np.ndarray, ...]:
         began = time.perf_counter()
-        pixels = augmented(epoch, sample, repeat)
+        loaded = augmented(epoch, sample, repeat)
         inside.append(time.perf_counter() - began)
-        return pixels
+        return loaded
 
     images.sample = timed  # type: ignore[method-assign]
     rounds: list[list[float]] = []
