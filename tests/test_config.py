@@ -14,7 +14,8 @@ import reconverge
 from reconverge.base.errors import Stop
 from reconverge.config import foreign
 from reconverge.config.compose import composed, from_text, to_text
-from reconverge.config.settings import Eval, Train, flat
+from reconverge.config.setting import flat
+from reconverge.config.settings import Eval, Train
 from reconverge.training.clock import Clock
 
 # what is typed, the line "given", something of "allowed", something of "change"

@@ -11,7 +11,8 @@ from conftest import ROOT, weights
 from reconverge.config import presets
 from reconverge.config.compose import composed
 from reconverge.config.listing import groups
-from reconverge.config.settings import Train, flat
+from reconverge.config.setting import flat
+from reconverge.config.settings import Train
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf/machine").iterdir())
 HARDWARE = next([one.key for one in group] for title, group in groups(Train) if title == "Hardware and speed")

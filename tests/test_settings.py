@@ -10,7 +10,8 @@ import torch
 from conftest import weights
 from PIL import Image
 
-from reconverge.config.settings import Train, flat
+from reconverge.config.setting import flat
+from reconverge.config.settings import Train
 from reconverge.data.loader import Images
 
 MIXED = ["mix.mixup=0.8", "mix.cutmix=1.0", "mix.probability=1.0", "mix.switch=0.5"]

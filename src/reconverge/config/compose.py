@@ -30,7 +30,8 @@ from reconverge.config import listing
 from reconverge.config.messages import refusal, refuse_override
 from reconverge.config.overrides import escaped, literal, several
 from reconverge.config.rules import check_value
-from reconverge.config.settings import Eval, Train, flat
+from reconverge.config.setting import flat
+from reconverge.config.settings import Eval, Train
 
 Schema = TypeVar("Schema", Train, Eval)
 Loaded = TypeVar("Loaded")

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from reconverge.base.terminal import console
-from reconverge.config.settings import MISSING, Eval, Train
+from reconverge.config.setting import MISSING
+from reconverge.config.settings import Eval, Train
 
 
 class Setting(NamedTuple):

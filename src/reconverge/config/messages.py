@@ -13,7 +13,8 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from reconverge.base.environment import ROOT
 from reconverge.base.errors import Exit, Stop
 from reconverge.config import foreign
-from reconverge.config.settings import Eval, Train, flat, help_of, section_of
+from reconverge.config.setting import flat, help_of, section_of
+from reconverge.config.settings import Eval, Train
 
 # Of Hydra's flags those that ask for something and end there, or say how.
 FLAGS = ("-h", "--help", "--cfg", "-c", "--resolve", "--package", "-p", "--shell-completion", "-sc",

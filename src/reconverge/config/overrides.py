@@ -7,7 +7,7 @@ from dataclasses import fields
 from types import NoneType
 from typing import Any, get_args
 
-from reconverge.config.settings import section_of
+from reconverge.config.setting import section_of
 
 TEXT = (str, str | None)
 

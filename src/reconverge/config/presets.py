@@ -10,7 +10,8 @@ import yaml
 from reconverge.base.environment import ROOT
 from reconverge.base.errors import Exit, Stop
 from reconverge.config.messages import spelled
-from reconverge.config.settings import Train, flat
+from reconverge.config.setting import flat
+from reconverge.config.settings import Train
 
 
 def given(cfg: Train) -> dict[str, Any]:

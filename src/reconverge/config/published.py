@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from reconverge.base.environment import ROOT
 from reconverge.base.imagenet import DATASETS
 from reconverge.config.messages import spelled
-from reconverge.config.settings import Train, flat
+from reconverge.config.setting import flat
+from reconverge.config.settings import Train
 
 
 def notices(cfg: Train, overrides: Sequence[str], batch_norm: bool = False) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.terminal import counted
 from reconverge.config.messages import another, closest
-from reconverge.config.settings import Data, Eval, Train, flat, help_of
+from reconverge.config.setting import flat, help_of
+from reconverge.config.settings import Data, Eval, Train
 
 
 def check(cfg: Train) -> None:

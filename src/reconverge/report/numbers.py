@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reconverge.base.errors import Exit, Stop
-from reconverge.config.settings import Train, flat
+from reconverge.config.setting import flat
+from reconverge.config.settings import Train
 from reconverge.run import predictions, reader
 from reconverge.run.predictions import OfClass, Predictions
 
