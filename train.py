@@ -1,4 +1,4 @@
-"""Train an image classifier: python train.py model=convnext_t recipe=in1k data=folder data.root=/path.
+"""Train a model: python train.py model=convnext_t recipe=in1k data=folder data.root=/path.
 
 See README.md. The job from top to bottom: compose, build, loop. The loop is here and nowhere else.
 """
@@ -98,8 +98,8 @@ def train(cfg: Train, run: Run, data: Datasets) -> int:
         if milestones.after(step + 1):
             return log.preempted()
 
-    top1, sets = log.top1(), (data.training, data.validation)
-    return log.done(published.comparison(cfg, clock.total, run.step, *sets, top1))
+    scores, sets = log.scores(), (data.training, data.validation)
+    return log.done(published.comparison(cfg, clock.total, run.step, *sets, scores))
 
 
 if __name__ == "__main__":

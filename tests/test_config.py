@@ -49,8 +49,8 @@ REFUSED = [
     (["model=vit_s", "model.drop_path=0", "microbatch=2", "evaluate.size=48"],
         "evaluate.size=48 with model=vit_s", "the size that it is built for", "augment.size=32"),
     (["data=imagnet"], "data=imagnet",
-        "digits, eval/a, eval/c, eval/c_bar, eval/imagenet1k, eval/r, eval/real, eval/sketch, eval/v2,"
-        " folder, imagenet1k, imagenet22k, shards, synthetic", "data=imagenet"),
+        "ade20k, digits, eval/a, eval/c, eval/c_bar, eval/imagenet1k, eval/r, eval/real, eval/sketch,"
+        " eval/v2, folder, imagenet1k, imagenet22k, maps, scenes, shards, synthetic", "data=imagenet"),
     (["recipe=in2k"], "recipe=in2k", "ft_in1k_384, ft_in22k_in1k_224, ft_in22k_in1k_384, in1k, in1k_iso",
         "recipe=in"),
     (["tracker=wandbb"], "tracker=wandbb", "none, tensorboard, wandb", "tracker=wandb"),
@@ -272,7 +272,8 @@ def test_help_shows_groups_choices_and_examples():
         "model/roadmap: 00_resnet50, 01_stage_ratio",
         "deit_b, deit_s",
         "recipe: deit, demo, finetune",
-        "data: digits, folder",
+        "data: ade20k, digits, folder",
+        "task: classify, segment",
         "machine: auto, cpu, gpu_exact, gpu_fast",
         "tracker: none, tensorboard, wandb",
         "debug: overfit, profile, short, synthetic",
@@ -386,17 +387,23 @@ def test_recipes_state_every_setting_that_they_own():
     """Otherwise a change of a default would change a recipe."""
     import yaml
 
-    owned = ("optim", "augment", "mix", "ema", "evaluate")
+    owned = ("optim", "augment", "mix", "ema", "evaluate", "segment")
     for path in (ROOT / "conf" / "recipe").glob("*.yaml"):
         given = yaml.safe_load(path.read_text())
+        task = given["recipe"].get("task", "classify")
+        read = {key for key, _, checks in flat(Train()) if checks["task"] in ("", task)} - {"evaluate.batch"}
+        if given["schedule_steps"]:
+            assert given["optim"]["warmup_steps"]
+            assert "epochs" not in given
+        else:
+            assert given["epochs"]
+        if given["optim"]["warmup_steps"]:  # then the epochs are not read
+            read -= {"optim.warmup_epochs"}
         for section in owned:
-            names = {key.partition(".")[2] for key, *_ in flat(Train()) if key.startswith(f"{section}.")}
-            assert set(given[section]) == names - ({"batch"} if section == "evaluate" else set()), (
-                f"{path.name}: {section}"
-            )
-        assert given["epochs"]
+            names = {key.partition(".")[2] for key in read if key.startswith(f"{section}.")}
+            assert set(given.get(section, {})) == names, f"{path.name}: {section}"
         header = path.read_text()
-        for part in ("expected top-1", "command:"):
+        for part in (f"expected {'mIoU' if task == 'segment' else 'top-1'}", "command:"):
             assert part in header
 
 

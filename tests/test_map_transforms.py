@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from reconverge.base import chance
+from reconverge.config.settings import Segment
 from reconverge.data import map_transforms
 from reconverge.data.image import Undecodable
 
@@ -151,7 +152,7 @@ def slowly(pixels, labels):
 @pytest.mark.parametrize("number", range(24))
 def test_augmentation_follows_the_published_formulas(number):
     data, pixels, labels = photograph(*[(30, 45), (50, 37), (24, 80)][number % 3], number)
-    transform = map_transforms.training(CROP, LONGEST, SHORTEST, (0.5, 2.0), 0.5, MEAN)
+    transform = map_transforms.training(CROP, Segment(resize=[LONGEST, SHORTEST]), 0.5, MEAN)
     with chance.scope(3, "augment", 0, number, 0):
         mine, my_labels = transform(data, labels)
     with chance.scope(3, "augment", 0, number, 0):
@@ -173,7 +174,7 @@ def test_a_crop_of_nearly_one_class_is_drawn_again():
     for number in range(20):
         with chance.scope(number):
             tries.append(slowly(pixels, labels)[2])
-        transform = map_transforms.training(CROP, LONGEST, SHORTEST, (0.5, 2.0), 0.5, MEAN)
+        transform = map_transforms.training(CROP, Segment(resize=[LONGEST, SHORTEST]), 0.5, MEAN)
         with chance.scope(number):
             counts = np.bincount(transform(data, labels)[1].ravel(), minlength=256)[:255]
         accepted += counts.max() < 0.75 * counts.sum()
@@ -218,19 +219,22 @@ def test_hues_turn_both_ways_and_every_distortion_occurs():
         assert not torch.equal(state, torch.get_rng_state())
 
 
-def test_the_whole_image_is_evaluated_at_its_short_side():
+def test_the_whole_image_is_evaluated_and_resized_on_the_device():
     data, pixels, labels = photograph(30, 45, 2)
-    shown, same = map_transforms.evaluation(128, 32)(data, labels)
-    assert shown.shape == (32, 48, 3)
-    assert np.abs(shown - bilinear(pixels, 32, 48)).max() <= 1
+    shown, same = map_transforms.whole(data, labels)
+    assert np.array_equal(shown, pixels)
     assert np.array_equal(same, labels)
-    data, _, labels = photograph(10, 100, 2)
-    assert map_transforms.evaluation(128, 32)(data, labels)[0].shape == (13, 128, 3)
+    size = map_transforms.fitted(labels.shape, 128, 32)
+    assert size == (32, 48)
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized = map_transforms.resized_planes(planes, size)
+    assert np.abs(resized[0].permute(1, 2, 0).numpy() - bilinear(pixels, 32, 48)).max() <= 1
+    assert map_transforms.fitted((10, 100), 128, 32) == (13, 128)
 
 
 def test_other_sizes_and_broken_images_are_refused():
     data, _, labels = photograph(30, 45, 2)
-    transform = map_transforms.training(CROP, LONGEST, SHORTEST, (0.5, 2.0), 0.5, MEAN)
+    transform = map_transforms.training(CROP, Segment(resize=[LONGEST, SHORTEST]), 0.5, MEAN)
     with pytest.raises(Undecodable, match="45 x 30 pixels with a label map of 44 x 30"):
         transform(data, labels[:, 1:])
     with pytest.raises(Undecodable):

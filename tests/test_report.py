@@ -133,7 +133,7 @@ def test_mean_and_deviation_over_seeds(ran):
     assert numbers.groups(group) == [group]
     row = numbers.row(group)
     assert (row.runs, row.step) == (["s0", "s1", "s2"], 40)
-    assert row.top1 == {"raw": [90.0, 92.0, 97.0], "ema": [91.0, 91.0, 94.0]}
+    assert row.scores == {"raw": [90.0, 92.0, 97.0], "ema": [91.0, 91.0, 94.0]}
     assert row.speed == [200, 7.5, 2]
     assert row.data_wait == pytest.approx([20, 0.75, 0.2])
     # mean 93, deviations -3, -1, 4: (9 + 1 + 16) / 2 = 13; mean 92, deviations -1, -1, 2: 6 / 2 = 3
@@ -143,7 +143,7 @@ def test_mean_and_deviation_over_seeds(ran):
     assert "mean ± std of 3" in said[1]
     # One that is still on its way is not averaged with those that are further.
     late = ran([{"step": 20, "raw_top1": 1.0, "ema_top1": 2.0}], "seed=3", name="s3")
-    assert numbers.row([*group, late]).top1 == row.top1
+    assert numbers.row([*group, late]).top1 == row.scores
     assert "mean ± std of 3 of 4)" in summary([numbers.row([*group, late])])
 
 

@@ -5,28 +5,28 @@ Each part checks its settings first. The run's folder is changed only after that
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from reconverge import tasks
 from reconverge.base import environment, launcher, terminal
 from reconverge.config import presets, published
 from reconverge.config.settings import Train
-from reconverge.data import native, transforms
+from reconverge.data import native
 from reconverge.data.early import Early
-from reconverge.data.loader import Batch, Feed, Images, Quarantine
-from reconverge.data.sources import Source
+from reconverge.data.loader import Batch, Feed, Quarantine
 from reconverge.data.stage import Stage
 from reconverge.distributed import libraries, ranks
 from reconverge.distributed.world import World, default_threads, default_workers
 from reconverge.milestones import Milestones
-from reconverge.models import create, drop_path
+from reconverge.models import drop_path
 from reconverge.report import panel
 from reconverge.run.folder import Run
 from reconverge.run.log import Log
 from reconverge.run.state import State
-from reconverge.tasks.classify import Classify
+from reconverge.tasks import Task
 from reconverge.training import batch_norm, optim
 from reconverge.training.batch_norm import RunningStatistics
 from reconverge.training.datasets import Datasets
@@ -48,7 +48,7 @@ class Model(NamedTuple):
     """The model with its raw weights, and the EMA, optimizer and gradients that belong to it."""
 
     net: nn.Module
-    masked: Callable[[Tensor, Tensor], Tensor]  # images, stochastic depth masks -> logits; maybe compiled
+    masked: Callable[..., Any]  # images, stochastic depth masks, ... -> what the loss needs; maybe compiled
     rates: list[float]  # stochastic depth rate of each block
     ema: Ema | None
     optimizer: torch.optim.AdamW
@@ -65,7 +65,7 @@ class Training(NamedTuple):
     machine: Machine
     batches: Iterator[Batch]  # one microbatch at a time: uint8 images, on the device
     model: Model
-    task: Classify
+    task: Task
     statistics: RunningStatistics
     start: int  # steps that are already done; 0 for a new run
     log: Log
@@ -84,7 +84,7 @@ def training(cfg: Train, run: Run, data: Datasets) -> Training:
     _introduce(cfg, run, machine, made, data)
     feed = _feed(cfg, run, machine, data, start, stage)
     log = Log(cfg, run, data.clock, world, feed, data.order.step_ids)
-    task = Classify(cfg, data, made.masked, made.rates, world, machine.workers)
+    task = tasks.of(cfg)(cfg, data, made.masked, made.rates, world, machine.workers)
     if (
         data.validation is not None
         and data.clock.evaluate_every is not None
@@ -101,8 +101,7 @@ def training(cfg: Train, run: Run, data: Datasets) -> Training:
 
 def model(cfg: Train, world: World, passes: Passes, classes: int) -> Model:
     """The model with initial weights, on the device. Errors: Stop(USAGE)."""
-    net = world.place(create.model(cfg.model, classes, cfg.seed), cfg.channels_last)
-    create.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
+    net = world.place(tasks.of(cfg).network(cfg, classes), cfg.channels_last)
     refuse_other_passes(net, cfg.microbatch, cfg.forward_images)
     if cfg.checkpointing:
         net.set_grad_checkpointing()  # type: ignore[operator]
@@ -113,12 +112,6 @@ def model(cfg: Train, world: World, passes: Passes, classes: int) -> Model:
     optimizer = optim.adamw(net, cfg.optim, cfg.fused)
     gradients = Gradients(net, world, passes)
     return Model(net, masked, drop_path.rates(net), ema, optimizer, world.scaler(), gradients)
-
-
-def augmented(cfg: Train, source: Source) -> Images:
-    """The training images as data workers load and augment them."""
-    load = transforms.labelled(transforms.training(cfg.augment, cfg.data.mean, cfg.data.decode))
-    return Images(source, load, cfg.seed, cfg.data.on_bad_image, erase=cfg.augment.erase)
 
 
 def _machine(cfg: Train, run: Run) -> Machine:
@@ -195,6 +188,5 @@ def _feed(cfg: Train, run: Run, machine: Machine, data: Datasets, start: int, st
     if stage is not None:
         microbatches = stage.follow(microbatches)
     quarantine = Quarantine(run.folder / "quarantine.jsonl", cfg.data.max_substitutes)
-    return Feed(
-        augmented(cfg, data.training), microbatches, machine.workers, world.device, cfg.copy_ahead, quarantine
-    )
+    images = tasks.of(cfg).augmented(cfg, data.training)
+    return Feed(images, microbatches, machine.workers, world.device, cfg.copy_ahead, quarantine)

@@ -12,7 +12,7 @@ from reconverge.run.folder import Run
 from reconverge.run.log import Log
 from reconverge.run.saving import Saver
 from reconverge.run.state import State
-from reconverge.tasks.classify import Classify
+from reconverge.tasks import Task
 from reconverge.training.clock import Clock
 
 
@@ -25,7 +25,7 @@ class Milestones:
         clock: Clock,
         world: World,
         state: State,
-        task: Classify,
+        task: Task,
         tracer: torch.profiler.profile | None,
     ):
         self._cfg, self._run, self._log, self._clock, self._world = cfg, run, log, clock, world

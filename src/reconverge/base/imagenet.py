@@ -1,4 +1,6 @@
-"""ImageNet: the published numbers of images, and the classes from timm's lists. Imports no torch itself."""
+"""ImageNet: its classes from timm's lists; and the published numbers of images of data sets. Imports no torch
+itself.
+"""
 
 import re
 from typing import NamedTuple
@@ -10,8 +12,12 @@ class DataSet(NamedTuple):
     classes: int
 
 
-# Russakovsky et al. (2015); image-net.org's summary of fall 2011.
-DATASETS = {"imagenet1k": DataSet(1_281_167, 50_000, 1_000), "imagenet22k": DataSet(14_197_122, 0, 21_841)}
+# Russakovsky et al. (2015); image-net.org's summary of fall 2011; Zhou et al. (2017), scene parsing.
+DATASETS = {
+    "imagenet1k": DataSet(1_281_167, 50_000, 1_000),
+    "imagenet22k": DataSet(14_197_122, 0, 21_841),
+    "ade20k": DataSet(20_210, 2_000, 150),
+}
 
 
 def imagenet1k() -> list[str]:

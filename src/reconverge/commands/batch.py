@@ -53,13 +53,13 @@ def main(arguments: argparse.Namespace) -> int:
             allowed = f"{first} to {last}; {counted}"
             raise Stop(Exit.USAGE, f"--{name} {value}", allowed, f"--{name} {min(max(value, first), last)}")
 
-    from reconverge import build
+    from reconverge import tasks
 
     step = arguments.step - 1  # random keys and the order count steps from 0
 
     native.choose(cfg.data.native)
     numbers = range(clock.microbatches) if arguments.microbatch is None else [arguments.microbatch]
-    images = build.augmented(cfg, training)
+    images = tasks.of(cfg).augmented(cfg, training)
     for number in numbers:
         microbatch = order.microbatch(step, number)
         mixing = "/".join(map(str, (cfg.seed, "mix", step, number)))

@@ -66,8 +66,8 @@ def summary(rows: Sequence["Row"]) -> str:
         name = row.runs[0]
         if len(row.runs) > 1:
             name += f" ... {row.runs[-1]} (mean ± std of {row.counted})"
-        step, best = "-" if row.step is None else str(row.step), [one.top1 for one in row.best]
-        numbers = (row.top1["raw"], row.top1["ema"], best, row.speed, row.data_wait)
+        step, best = "-" if row.step is None else str(row.step), [one.score for one in row.best]
+        numbers = (row.scores["raw"], row.scores["ema"], best, row.speed, row.data_wait)
         raw, ema, highest, speed, wait = map(mean_and_std, numbers)
         damaged = ", ".join(map(str, sorted(set(row.left_out)))) if any(row.left_out) else "-"
         lines.append([name, step, raw, ema, highest, row.published or "-", damaged, speed, wait])

@@ -172,7 +172,7 @@ def each_counts_once(lab: Lab) -> None:
     import numpy as np
     from xxhash import xxh3_64_hexdigest
 
-    from reconverge import build
+    from reconverge import tasks
     from reconverge.training import datasets
 
     run = lab.usual()
@@ -187,7 +187,7 @@ def each_counts_once(lab: Lab) -> None:
                 f"with {ranks} ranks, an epoch of {steps} steps of {cfg.batch} images has only {different}"
                 " different images"
             )
-    images = build.augmented(cfg, data.training)
+    images = tasks.of(cfg).augmented(cfg, data.training)
     loaded = [images[microbatch] for microbatch in order.steps(0, 1)]
     digests = [batch.digest for batch, _ in loaded]  # type: ignore[misc]
     expected, found = xxh3_64_hexdigest(np.array(digests).tobytes()), reader.record(run)[0]["images"]

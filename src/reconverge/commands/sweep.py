@@ -24,7 +24,7 @@ class Result(NamedTuple):
     run: str
     arguments: list[str]
     code: int | None  # None: not started, for a signal came before
-    top1: dict[str, float]  # of the last evaluation, by kind of weights, percent
+    scores: dict[str, float]  # of the last evaluation, by kind of weights, percent
 
 
 def run(overrides: Sequence[str]) -> int:
@@ -47,15 +47,15 @@ def run(overrides: Sequence[str]) -> int:
     own = shlex.split(os.environ.get("RECONVERGE_LAUNCHER", "")) or [sys.executable, str(ROOT / "train.py")]
     results = []
     for number, (name, combination) in enumerate(zip(runs, combinations, strict=True), 1):
-        code, top1 = None, {}
+        code, scores = None, {}
         if not signals.told_to_stop():
             gap = "\n" if number > 1 else ""
             say(f"{gap}== run {number} of {len(runs)}: {name}  ({varied(combination, combinations)})")
             code = _whole_process([*own, *combination, f"run={name}"], brief=number > 1)
         if code == Exit.DONE:
-            evaluated = reader.top1(reader.metrics(reader.RUNS / name))
-            top1 = evaluated[max(evaluated)] if evaluated else {}
-        results.append(Result(name, combination, code, top1))
+            evaluated = reader.scores(reader.metrics(reader.RUNS / name))
+            scores = evaluated[max(evaluated)] if evaluated else {}
+        results.append(Result(name, combination, code, scores))
     say(f"\n{summary(results)}")
     codes = [Exit.PREEMPTED if result.code is None else result.code for result in results]
     return next((code for code in codes if code != Exit.DONE), Exit.DONE)
@@ -121,11 +121,11 @@ def summary(results: Sequence[Result]) -> str:
         same = tuple(setting for setting in result.arguments if not setting.startswith("seed="))
         groups.setdefault(same, []).append(result)
     for group in groups.values():
-        for run, _, code, top1 in group:
-            cells = [mean_and_std([top1.get(kind)]) for kind in ("raw", "ema")]
+        for run, _, code, scores in group:
+            cells = [mean_and_std([scores.get(kind)]) for kind in ("raw", "ema")]
             rows.append([run, "not started" if code is None else str(int(code)), *cells])
-        finished = [result.top1 for result in group if result.top1]
+        finished = [result.scores for result in group if result.scores]
         if len(finished) > 1:
-            cells = [mean_and_std([top1.get(kind) for top1 in finished]) for kind in ("raw", "ema")]
+            cells = [mean_and_std([scores.get(kind) for scores in finished]) for kind in ("raw", "ema")]
             rows.append([f"mean ± std of {len(finished)}", "", *cells])
     return table(["run", "exit", "raw top-1", "EMA top-1"], rows)

@@ -11,7 +11,7 @@ from reconverge.base.environment import ROOT
 from reconverge.base.imagenet import DATASETS
 from reconverge.config.messages import spelled
 from reconverge.config.setting import flat
-from reconverge.config.settings import Train
+from reconverge.config.settings import CLASSIFY, SCORES, Train
 
 
 def notices(cfg: Train, overrides: Sequence[str], batch_norm: bool = False) -> list[str]:
@@ -30,7 +30,7 @@ def notices(cfg: Train, overrides: Sequence[str], batch_norm: bool = False) -> l
             f" stays {cfg.optim.lr:g}; the linear rule would give"
             f" optim.lr={cfg.optim.lr * cfg.batch / cfg.recipe.batch:g}"
         )
-    if cfg.evaluate.size != cfg.augment.size:
+    if cfg.task == CLASSIFY and cfg.evaluate.size != cfg.augment.size:
         found.append(
             f"training images have {cfg.augment.size} px (augment.size), validation images"
             f" {cfg.evaluate.size} px (evaluate.size): neither setting follows the other"
@@ -118,9 +118,9 @@ def differences(old: Train, new: Train) -> list[tuple[str, Any, Any]]:
 
 
 def comparison(
-    cfg: Train, total: int, step: int, training: Sized, validation: Sized | None, top1: Mapping[str, float]
+    cfg: Train, total: int, step: int, training: Sized, validation: Sized | None, scores: Mapping[str, float]
 ) -> str | None:
-    """The run's top-1 after `step` of `total` (percent, raw and EMA) beside the published one, or why they
+    """The run's score after `step` of `total` (percent, raw and EMA) beside the published one, or why they
     cannot be compared.
 
     That of the EMA weights where the recipe keeps them, as published. None for a recipe without published
@@ -130,11 +130,11 @@ def comparison(
     if not recipe.expected or recipe.noise is None:
         return None
     if cfg.model.name not in recipe.expected:
-        return f"not comparable: no top-1 of {cfg.model.name} with recipe={recipe.name} is published"
+        return f"not comparable: no {SCORES[cfg.task][1]} of {cfg.model.name} with recipe={recipe.name} is published"
     expected = recipe.expected[cfg.model.name]
-    if reasons := _reasons(cfg, total, step, training, validation, top1):
+    if reasons := _reasons(cfg, total, step, training, validation, scores):
         return f"published {expected:g} %: not comparable, {'; '.join(reasons)}"
-    above = (top1["ema"] if "ema" in top1 else top1["raw"]) - expected
+    above = (scores["ema"] if "ema" in scores else scores["raw"]) - expected
     # Both are rounded: a difference of exactly the band is within it.
     verdict = (
         "within the noise band" if abs(above) <= recipe.noise + 1e-9 else "above" if above > 0 else "below"
@@ -143,7 +143,7 @@ def comparison(
 
 
 def _reasons(
-    cfg: Train, total: int, step: int, training: Sized, validation: Sized | None, top1: Mapping[str, float]
+    cfg: Train, total: int, step: int, training: Sized, validation: Sized | None, scores: Mapping[str, float]
 ) -> list[str]:
     """What keeps the two from being compared, the gravest first."""
     reasons = []
@@ -157,7 +157,7 @@ def _reasons(
         reasons.append(f"from {cfg.init or 'scratch'}, not from {cfg.recipe.starts_from or 'scratch'}")
     if step != total:
         reasons.append(f"other steps ({step:,} of {total:,})")
-    if not top1:
+    if not scores:
         reasons.append("not evaluated")
     others = departures(cfg)
     reasons += [f"other {key} ({now}, not {then})" for key, then, now, _ in others[:4]]

@@ -10,12 +10,12 @@ from reconverge.base.errors import Exit, Stop
 from reconverge.base.terminal import counted
 from reconverge.config.messages import another, closest
 from reconverge.config.setting import flat, help_of
-from reconverge.config.settings import Data, Eval, Train
+from reconverge.config.settings import SEGMENT, Data, Eval, Segment, Train
 
 
 def check(cfg: Train) -> None:
     """Refuse combinations that cannot be trained. Errors: Stop(USAGE)."""
-    for rule in (_batch, _images, _optimizer, _start):
+    for rule in (_task, _batch, _images, _optimizer, _start):
         rule(cfg)
     check_data(cfg.data)
     if cfg.data.val is None and cfg.evaluate_every != "never":
@@ -35,6 +35,56 @@ def check(cfg: Train) -> None:
     if cfg.precision == "tf32" and cfg.device == "cpu":
         raise Stop(
             Exit.USAGE, "precision=tf32 with device=cpu", "fp32, bf16, fp16 on a CPU", "precision=fp32"
+        )
+
+
+def _task(cfg: Train) -> None:
+    if cfg.recipe.task != cfg.task:
+        raise Stop(
+            Exit.USAGE,
+            f"recipe={cfg.recipe.name} with task={cfg.task}",
+            f"a recipe for task={cfg.task}; this one is for task={cfg.recipe.task}",
+            f"task={cfg.recipe.task}, or another recipe=",
+        )
+    for key, value, checks in flat(cfg):
+        if checks["task"] not in ("", cfg.task) and value != checks["default"]:
+            raise Stop(
+                Exit.USAGE,
+                f"{key}={value} with task={cfg.task}",
+                f"settings that task={cfg.task} reads; {key} belongs to task={checks['task']}",
+                f"leave {key} out",
+            )
+    if cfg.task == SEGMENT:
+        check_segment(cfg.segment)
+
+
+def check_segment(segment: Segment) -> None:
+    """Errors: Stop(USAGE)."""
+    for key, pair, fitting in (
+        ("resize", segment.resize, "[2048,512]"),
+        ("scale", sorted(segment.scale, reverse=True), "[0.5,2.0]"),
+    ):
+        if len(pair) != 2 or not 0 < pair[1] <= pair[0]:
+            raise Stop(
+                Exit.USAGE,
+                f"segment.{key}={getattr(segment, key)}",
+                f"two numbers above 0: {help_of(Train, f'segment.{key}')}",
+                f"segment.{key}={fitting}",
+            )
+    if not segment.scales or not all(0.1 <= scale <= 10 for scale in segment.scales):
+        raise Stop(
+            Exit.USAGE,
+            f"segment.scales={segment.scales}",
+            "one number or more, from 0.1 to 10",
+            "segment.scales=[0.5,0.75,1.0,1.25,1.5,1.75], as in Table 4",
+        )
+    if bool(segment.window) != bool(segment.stride) or segment.stride > segment.window:
+        raise Stop(
+            Exit.USAGE,
+            f"segment.window={segment.window} with segment.stride={segment.stride}",
+            "a stride of at least 1 pixel and at most the window, so that every pixel is looked at; or 0 for"
+            " both, the whole image at once",
+            f"segment.stride={max(1, segment.window * 2 // 3)}" if segment.window else "segment.stride=0",
         )
 
 
@@ -97,7 +147,15 @@ def _images(cfg: Train) -> None:
 
 
 def _optimizer(cfg: Train) -> None:
-    if cfg.optim.warmup_epochs >= cfg.epochs:
+    warmup, length = cfg.optim.warmup_steps, cfg.schedule_steps
+    if warmup is not None and length is not None and warmup >= length:
+        raise Stop(
+            Exit.USAGE,
+            f"optim.warmup_steps={warmup} with schedule_steps={length}",
+            "a warm-up shorter than the schedule",
+            f"optim.warmup_steps={length // 15}",
+        )
+    if warmup is None and length is None and cfg.optim.warmup_epochs >= cfg.epochs:
         raise Stop(
             Exit.USAGE,
             f"optim.warmup_epochs={cfg.optim.warmup_epochs} with epochs={cfg.epochs}",
@@ -144,7 +202,7 @@ def check_data(data: Data) -> None:
                 "three numbers, for R, G, B in 0..1; deviations above 0",
                 f"{key}=[0.5,0.5,0.5]",
             )
-    if data.kind in ("folder", "shards", "evaluation") and not data.root:
+    if data.kind in ("folder", "shards", "maps", "ade20k", "evaluation") and not data.root:
         raise Stop(
             Exit.USAGE, f"data={data.name} without data.root", help_of(Train, "data.root"), "data.root=/path"
         )

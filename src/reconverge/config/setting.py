@@ -19,12 +19,13 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     pattern: str = "",
+    task: str = "",
 ) -> Any:
     """A field of a section.
 
     `source`: where the default or the method comes from. `heading`: the title of the group that begins with
     this setting. `free`: it may change when a run is resumed, and R2 still holds. `low` and `high` are
-    themselves allowed.
+    themselves allowed. `task`: the only task that reads it.
     """
     in_words = unit and unit.split()[0] in help  # the meaning says the unit already
     explained = help + (f"; {unit}" if unit and not in_words else "") + (f" ({source})" if source else "")
@@ -39,6 +40,8 @@ def setting(
         "low": low,
         "high": high,
         "pattern": pattern,
+        "task": task,
+        "default": default,
     }
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata=metadata)

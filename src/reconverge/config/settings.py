@@ -18,6 +18,9 @@ EVERY = r"[0-9]+(epoch)?"
 EVERY_OR_NEVER = EVERY + "|never"
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+TASKS = CLASSIFY, SEGMENT = ("classify", "segment")
+# The number of an evaluation that says which weights are best, in percent, and its name in words.
+SCORES = {CLASSIFY: ("top1", "top-1"), SEGMENT: ("miou", "mIoU")}
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Model:
     layer_scale: float | None = setting(1e-6, low=0, source="Table 5",
         help="initial value of layer scale (gamma of each block's branch); null: no layer scale, and for "
              "models of timm what timm does")
-    head_init_scale: float = setting(1.0, low=0, source="Table 6: 0.001 for fine-tuning",
+    head_init_scale: float = setting(1.0, low=0, source="Table 6: 0.001 for fine-tuning", task=CLASSIFY,
         help="multiplies the initial weights of the classifier head")
     image_size: int | None = setting(None, low=1, unit="pixels",
         help="image size that the model is built for (ViT and Swin: augment.size); null: any size")
@@ -44,7 +47,8 @@ class Recipe:
     """The recipe's own tables"""
 
     name: str = setting(MISSING, "name of the recipe, chosen by recipe=NAME")
-    dataset: str | None = setting(None, choices=(None, "imagenet1k", "imagenet22k"), free=True,
+    task: str = setting(CLASSIFY, choices=TASKS, free=True, help="task that the recipe is for")
+    dataset: str | None = setting(None, choices=(None, "imagenet1k", "imagenet22k", "ade20k"), free=True,
         help="training images of the published run; null: the recipe reproduces no published run")
     starts_from: str | None = setting(None, free=True,
         help="the pre-trained weights that the recipe expects, in words; null: it trains from scratch")
@@ -54,46 +58,50 @@ class Recipe:
         help="microbatch for each model size")
     ema: dict[str, float | None] = setting({}, source="Table 6",
         help="ema.decay for each model size, where it depends on the size")
+    peak_lr: dict[str, float] = setting({}, source="the authors' configurations",
+        help="optim.lr for each model size, where it depends on the size")
     expected: dict[str, float] = setting({}, free=True, unit="percent",
-        help="published top-1 for each model name")
+        help="published top-1 or mIoU for each model name")
     noise: float | None = setting(None, low=0, free=True, unit="percentage points",
-        help="how far independent runs of the recipe are from the published top-1")
+        help="how far independent runs of the recipe are from the published number")
 
 
 @dataclass
 class Augment:
     """Augmentation of training images"""
 
-    size: int = setting(224, low=1, source="Table 5", unit="pixels", help="side of a training image")
-    scale: list[float] = setting([0.08, 1.0], source="timm",
+    size: int = setting(224, low=1, source="Table 5", unit="pixels",
+        help="side of a training image; task=segment: of the random crop")
+    scale: list[float] = setting([0.08, 1.0], source="timm", task=CLASSIFY,
         help="random resized crop: smallest and largest share of the image's area")
-    ratio: list[float] = setting([0.75, 4 / 3], source="timm",
+    ratio: list[float] = setting([0.75, 4 / 3], source="timm", task=CLASSIFY,
         help="random resized crop: smallest and largest aspect ratio")
-    interpolation: str = setting("bicubic", choices=("bicubic", "bilinear", "random"), source="official code",
-        help="random resized crop: interpolation of the resize")
+    interpolation: str = setting("bicubic", choices=("bicubic", "bilinear", "random"), task=CLASSIFY,
+        source="official code", help="random resized crop: interpolation of the resize")
     flip: float = setting(0.5, low=0, high=1, unit="probability", help="horizontal flip")
     auto: str = setting("rand-m9-mstd0.5-inc1", pattern=r"none|rand(-(m|n|p|mmax|mstd|inc)[0-9.]+)*",
-        source="Table 5: magnitude 9, std 0.5",
+        source="Table 5: magnitude 9, std 0.5", task=CLASSIFY,
         help="RandAugment policy in timm's notation; none: no RandAugment")
     repeats: int = setting(1, low=1, source="DeiT: 3",
         help="repeated augmentation: how often each chosen image occurs in an epoch")
     erase: float = setting(0.25, low=0, high=1, source="Table 5, mode pixel", unit="probability",
-        help="random erasing: a rectangle is replaced by normal noise")
+        task=CLASSIFY, help="random erasing: a rectangle is replaced by normal noise")
 
 
 @dataclass
 class Mix:
     """Mixup, CutMix and label smoothing"""
 
-    mixup: float = setting(0.8, low=0, source="Table 5",
+    mixup: float = setting(0.8, low=0, source="Table 5", task=CLASSIFY,
         help="alpha of Mixup's beta distribution; 0: no Mixup")
-    cutmix: float = setting(1.0, low=0, source="Table 5",
+    cutmix: float = setting(1.0, low=0, source="Table 5", task=CLASSIFY,
         help="alpha of CutMix's beta distribution; 0: no CutMix")
-    probability: float = setting(1.0, low=0, high=1, unit="probability", source="timm",
+    probability: float = setting(1.0, low=0, high=1, unit="probability", source="timm", task=CLASSIFY,
         help="that a microbatch is mixed at all")
-    switch: float = setting(0.5, low=0, high=1, unit="probability", source="timm",
+    switch: float = setting(0.5, low=0, high=1, unit="probability", source="timm", task=CLASSIFY,
         help="that a mixed microbatch gets CutMix instead of Mixup, where both are on")
-    smoothing: float = setting(0.1, low=0, high=1, source="Table 5", help="label smoothing")
+    smoothing: float = setting(0.1, low=0, high=1, source="Table 5", task=CLASSIFY,
+        help="label smoothing")
 
 
 @dataclass
@@ -110,9 +118,11 @@ class Optim:
         help="learning rate at the beginning of the warm-up")
     warmup_epochs: int = setting(20, low=0, source="Table 5", unit="epochs",
         help="length of the linear warm-up")
-    schedule: str = setting("convnext", choices=("convnext", "deit", "swin"),
-        help="whose code's formula of warm-up and cosine is used: convnext and swin change the learning rate "
-             "at each step, deit at each epoch")
+    warmup_steps: int | None = setting(None, low=0, unit="steps",
+        help="length of the linear warm-up, instead of optim.warmup_epochs; null: in epochs")
+    schedule: str = setting("convnext", choices=("convnext", "deit", "swin", "poly"),
+        help="convnext, deit, swin: warm-up and cosine by the formula of that code (deit changes the "
+             "learning rate at each epoch, the others at each step); poly: mmsegmentation's linear decay")
     layer_decay: float = setting(1.0, low=0.01, high=1, source="Table 6: 0.7 and 0.8",
         help="layer-wise learning-rate decay: learning rate of a layer / that of the next layer; 1: no decay")
     layer_groups: str = setting("auto", choices=("auto", "stages", "stage_wise", "blocks"),
@@ -136,18 +146,42 @@ class Ema:
 
 
 @dataclass
-class Evaluate:
-    """How validation images are prepared"""
+class Segment:
+    """Semantic segmentation (task=segment): UPerNet, its augmentation and its evaluation"""
 
-    size: int = setting(224, low=1, source="Table 5", unit="pixels",
+    channels: int = setting(512, low=2, source="Table 4's UPerNet", task=SEGMENT,
+        help="width of UPerNet's decoder; the auxiliary head has half of it")
+    resize: list[int] = setting([2048, 512], source="mmsegmentation", unit="pixels", task=SEGMENT,
+        help="longest and shortest side: an image is resized until one of its sides has this length")
+    scale: list[float] = setting([0.5, 2.0], source="mmsegmentation", task=SEGMENT,
+        help="training images are resized by a random factor between these two as well")
+    distort: bool = setting(True, source="mmsegmentation's PhotoMetricDistortion", task=SEGMENT,
+        help="random changes of brightness, contrast, saturation and hue of training images")
+    window: int = setting(0, low=0, source="Table 7: 512, or 640", unit="pixels", free=True, task=SEGMENT,
+        help="evaluation: side of windows that slide over the image; 0: the whole image at once")
+    stride: int = setting(0, low=0, source="Table 7: 341, or 426", unit="pixels", free=True, task=SEGMENT,
+        help="evaluation: distance between two windows")
+    scales: list[float] = setting([1.0], source="Table 4: 0.5 to 1.75", free=True, task=SEGMENT,
+        help="evaluation: the image is looked at in each of these sizes, and probabilities are averaged")
+    flip: bool = setting(False, source="Table 4: true", free=True, task=SEGMENT,
+        help="evaluation: look at each size in a mirror, too")
+
+
+@dataclass
+class Evaluate:
+    """How validation images are prepared (task=classify)"""
+
+    size: int = setting(224, low=1, source="Table 5", task=CLASSIFY, unit="pixels",
         help="side of an evaluation image; it does not follow augment.size")
-    crop_ratio: float = setting(0.875, low=0.01, high=1, source="official code: 224 from 256",
+    crop_ratio: float = setting(0.875, low=0.01, high=1, source="official code: 224 from 256", task=CLASSIFY,
         help="side of the centre crop / shorter side after resizing")
     mode: str = setting("crop", choices=("crop", "squash"), source="official code; squash at 384 pixels",
+        task=CLASSIFY,
         help="crop: resize the shorter side and crop the centre; squash: resize to a square")
-    interpolation: str = setting("bicubic", choices=("bicubic", "bilinear"), source="official code",
+    interpolation: str = setting("bicubic", choices=("bicubic", "bilinear"), task=CLASSIFY,
+        source="official code",
         help="interpolation of the resize")
-    batch: int = setting(128, low=1, free=True, unit="images",
+    batch: int = setting(128, low=1, free=True, unit="images", task=CLASSIFY,
         help="images of one forward pass in evaluation")
 
 
@@ -156,14 +190,19 @@ class Data:
     """The data set"""
 
     name: str = setting(MISSING, pattern=NAME, help="name of the data set, chosen by data=NAME")
-    kind: str = setting(MISSING, choices=("digits", "folder", "shards", "synthetic", "trained", "evaluation"),
-        help="how the data set is stored")
+    kind: str = setting(MISSING, help="how the data set is stored",
+        choices=("digits", "folder", "shards", "synthetic", "scenes", "maps", "ade20k", "trained",
+                 "evaluation"))
     root: str | None = setting(None, free=True,
-        help="data=folder: the folder that holds train/ and val/; shards: the folder that holds dataset.json")
+        help="data=folder: the folder that holds train/ and val/; shards: the folder that holds "
+             "dataset.json; maps: the folder that holds images/ and maps/")
     train: str = setting("train",
-        help="data=folder: folder of the training images below root, with one folder for each class")
+        help="data=folder: folder of the training images below root, with one folder for each class; maps: "
+             "folder below images/ and maps/")
     val: str | None = setting("val",
-        help="data=folder: folder of the validation images below root; null: no validation images")
+        help="the same of the validation images; null: no validation images")
+    ignore: int | None = setting(255, low=0, high=255, task=SEGMENT,
+        help="data=maps: value of pixels without a class in label maps; null: none")
     cache: str = setting("~/.cache/reconverge", free=True,
         help="folder for indexes of data sets and for generated images")
     mean: list[float] = setting([0.485, 0.456, 0.406], source="ImageNet's", unit="of values in 0..1",
@@ -174,7 +213,7 @@ class Data:
         help="shards: the data set that dataset.json must name, null takes any; data=eval/NAME: NAME")
     labels: str | None = setting(None, free=True,
         help="data=eval/real only: path of real.json; null: it is in data.root")
-    decode: str = setting("exact", choices=("exact", "fast"),
+    decode: str = setting("exact", choices=("exact", "fast"), task=CLASSIFY,
         help="exact: the pixels of Pillow; fast: resize with torch where the native decoder cannot be used, "
              "which changes pixels by 0.04 of 255 on average")
     native: str = setting("auto", choices=("auto", "on", "off"), free=True,
@@ -228,12 +267,13 @@ class Train:
 
     run: str = setting(MISSING, pattern=NAME, free=True, heading="The run",
         help="name of the run's folder below runs/")
+    task: str = setting(CLASSIFY, choices=TASKS, help="what is learned, chosen by task=NAME")
     seed: int = setting(0, low=0, help="seed of every random number")
     init: str | None = setting(None,
         help="initial weights: runs/NAME or one of its checkpoints (add :ema for the EMA weights; after "
-             "runs/NAME also :best for the checkpoint with their best top-1), a .safetensors, .pth or .pt "
-             "file, a folder with config.json, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME; null: from "
-             "scratch")
+             "runs/NAME also :best for the checkpoint with their best top-1 or mIoU), a .safetensors, .pth "
+             "or .pt file, a folder with config.json, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME; null: "
+             "from scratch")
     init_strict: bool = setting(True,
         help="init must have every weight of the model except the head, and no other; false: load what fits "
              "and list the rest")
@@ -251,8 +291,10 @@ class Train:
              "passes make a step (gradient accumulation; default: the recipe's, by model size)")
     epochs: int = setting(300, low=1, source="Table 5", unit="epochs",
         help="length of training and of the learning-rate schedule")
+    schedule_steps: int | None = setting(None, low=1, unit="steps",
+        help="length of training and of the learning-rate schedule, instead of epochs; null: in epochs")
     steps: int | None = setting(None, low=1, free=True, unit="steps",
-        help="stop after so many steps; the schedule stays that of epochs")
+        help="stop after so many steps; the schedule stays as it is")
 
     device: str = setting("auto", choices=DEVICES, free=True, heading="Hardware and speed",
         help="auto: a GPU if there is one")  # a change of "hardware" is noticed and refused on its own
@@ -300,6 +342,7 @@ class Train:
     mix: Mix = field(default_factory=Mix)
     optim: Optim = field(default_factory=Optim)
     ema: Ema = field(default_factory=Ema)
+    segment: Segment = field(default_factory=Segment)
     evaluate: Evaluate = field(default_factory=Evaluate)
     machine: Machine = field(default_factory=Machine)
     tracker: Tracker = field(default_factory=Tracker)

@@ -7,11 +7,14 @@ generator, which is seeded for each image by its key (chance.scope).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from reconverge.config.settings import Segment
 from reconverge.data import image as images
 from reconverge.data.image import Undecodable
 from reconverge.data.maps import IGNORED
@@ -24,23 +27,29 @@ DOMINANT = 0.75  # of the labelled pixels: largest share of one class in a crop
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32, (0.5, 1.5), (0.5, 1.5), 18  # of PhotoMetricDistortion
 
 
-def training(
-    crop: int, longest: int, shortest: int, scale: tuple[float, float], flip: float, mean: list[float]
-) -> Transform:
+def mapped(transform: Transform) -> Callable[[Any, int], tuple[np.ndarray, np.ndarray]]:
+    """What a segmenter learns from: (source with label maps, sample id) -> transformed pixels and labels."""
+
+    def load(source: Any, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        return transform(source.read(sample), source.target(sample))
+
+    return load
+
+
+def training(crop: int, segment: Segment, flip: float, mean: list[float]) -> Transform:
     """Random scale, crop, flip and colours: pixels (crop, crop, 3), labels (crop, crop).
 
-    The image is resized to fit into longest x shortest, both times a random number from `scale`. `flip` is a
-    probability. Where the resized image ends before the crop, pixels have the colour `mean` (0..1), which is
-    0 after normalising but for rounding, and labels are IGNORED. Errors: Undecodable, also if the sizes of
-    image and map differ.
-
-    Published: 512, 2048, 512, (0.5, 2.0), 0.5; or 640, 2560, 640.
+    The image is resized to fit into segment.resize, longest x shortest, both times a random number from
+    segment.scale. `flip` is a probability. Where the resized image ends before the crop, pixels have the
+    colour `mean` (0..1), which is 0 after normalising but for rounding, and labels are IGNORED. Errors:
+    Undecodable, also if the sizes of image and map differ.
     """
+    longest, shortest = segment.resize
     filling = np.array([round(255 * value) for value in mean], np.uint8)
 
     def transform(data: bytes, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = _pixels(data, labels)
-        ratio = _uniform(*scale)
+        ratio = _uniform(*segment.scale)
         size = fitted(labels.shape, int(longest * ratio), int(shortest * ratio))
         labels = nearest(labels, size)
         top, left = _place(labels, crop)
@@ -51,21 +60,16 @@ def training(
         full, full_labels = np.empty((crop, crop, 3), np.uint8), np.full((crop, crop), IGNORED, np.uint8)
         height, width = labels.shape
         full[:] = filling
-        full[:height, :width], full_labels[:height, :width] = distorted(pixels), labels
+        full[:height, :width] = distorted(pixels) if segment.distort else pixels
+        full_labels[:height, :width] = labels
         return full, full_labels
 
     return transform
 
 
-def evaluation(longest: int, shortest: int) -> Transform:
-    """The whole image, resized to fit into longest x shortest. The label map keeps its size, because
-    predictions are resized to it. No random numbers. Errors: as training().
-    """
-
-    def transform(data: bytes, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return resized(_pixels(data, labels), fitted(labels.shape, longest, shortest)), labels
-
-    return transform
+def whole(data: bytes, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The image as it is, for evaluation, which resizes it on the device. Errors: as training()."""
+    return _pixels(data, labels), labels
 
 
 def _pixels(data: bytes, labels: np.ndarray) -> np.ndarray:
@@ -91,7 +95,12 @@ def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if pixels.shape[:2] == size:
         return pixels
     planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W), in the same memory
-    return functional.resize(planes, list(size), antialias=False).permute(1, 2, 0).numpy()
+    return resized_planes(planes, size).permute(1, 2, 0).numpy()
+
+
+def resized_planes(planes: Tensor, size: tuple[int, int]) -> Tensor:
+    """The same of uint8 (..., 3, H, W), on its device."""
+    return planes if planes.shape[-2:] == size else functional.resize(planes, list(size), antialias=False)
 
 
 def nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -21,6 +21,7 @@ import xxhash
 from rich.progress import track
 
 from reconverge.base.errors import Exit, Stop
+from reconverge.base.imagenet import DATASETS
 from reconverge.data import image as images
 from reconverge.data import index, listing
 from reconverge.data.image import Undecodable
@@ -28,7 +29,6 @@ from reconverge.data.visits import Visits
 
 VERSION = "maps-1"  # also the name of the folder in the cache
 IGNORED = 255  # label of pixels without a class, in what a source returns
-ADE20K = {"training": 20_210, "validation": 2_000}  # images as published
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,9 @@ def open_ade20k(root: Path, cache: Path, validation: bool = True) -> tuple[Maps,
     splits = ["training", "validation"] if validation else ["training"]
     found = [_open(*folders, split, cache, known, None) for split in splits]
     for source, split in zip(found, splits, strict=True):
-        if len(source) != ADE20K[split]:
-            source.notes.append(f"{split}: {len(source)} images, but the published set has {ADE20K[split]}")
+        published = getattr(DATASETS["ade20k"], split)
+        if len(source) != published:
+            source.notes.append(f"{split}: {len(source)} images, but the published set has {published}")
     return found[0], found[1] if validation else None
 
 

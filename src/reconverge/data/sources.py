@@ -15,12 +15,15 @@ from PIL import Image
 from reconverge.base import chance
 from reconverge.base.errors import Exit, Stop
 from reconverge.config.settings import Data
+from reconverge.data import scenes
 from reconverge.data.folder import open_folder
-from reconverge.data.scenes import split_digits
+from reconverge.data.maps import open_ade20k, open_folders
 from reconverge.data.shards import open_shards
 
 
 class Source(Protocol):
+    """A source with label maps also has target(sample), uint8 (H, W), instead of labels."""
+
     classes: list[str]
     fingerprint: str  # hash of paths, sizes and labels of files, or of the checksums and labels in shards
     notes: list[str]  # remarks that the user should see before training
@@ -93,7 +96,7 @@ def _digits(data: Data) -> tuple[Source, Source | None]:
         digits = load_digits()
         root.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=root.parent))
-        for split, ids in split_digits(digits.target).items():
+        for split, ids in scenes.split_digits(digits.target).items():
             for sample in ids:
                 folder = new / split / str(digits.target[sample])
                 folder.mkdir(parents=True, exist_ok=True)
@@ -134,9 +137,25 @@ def _synthetic(data: Data) -> tuple[Source, Source | None]:
     return Synthetic(data.images, data.classes, "train"), validation
 
 
+def _scenes(data: Data) -> tuple[Source, Source | None]:
+    cache = Path(data.cache).expanduser()
+    return open_folders(scenes.written(cache), cache, val=data.val and "val", ignore=None)
+
+
+def _maps(data: Data) -> tuple[Source, Source | None]:
+    return open_folders(root_of(data), Path(data.cache).expanduser(), data.train, data.val, data.ignore)
+
+
+def _ade20k(data: Data) -> tuple[Source, Source | None]:
+    return open_ade20k(root_of(data), Path(data.cache).expanduser(), data.val is not None)
+
+
 KINDS: dict[str, Callable[[Data], tuple[Source, Source | None]]] = {
     "digits": _digits,
     "folder": _folder,
     "shards": _shards,
     "synthetic": _synthetic,
+    "scenes": _scenes,
+    "maps": _maps,
+    "ade20k": _ade20k,
 }

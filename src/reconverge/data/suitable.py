@@ -7,13 +7,27 @@ from typing import Any
 import numpy as np
 
 from reconverge.base.errors import Exit, Stop
+from reconverge.config.settings import SEGMENT
 from reconverge.data import image
 from reconverge.data.folder import Folder
 from reconverge.data.listing import Listed
+from reconverge.data.maps import Maps
 from reconverge.data.shards import Shards
 
 LOOKED_AT = 16  # training images that are decoded, at equal distances, to see whether they show anything
 COMPARED = 200  # pairs of files that are read and compared, at most
+
+
+def refuse_other_task(task: str, training: Any, name: str) -> None:
+    """Errors: Stop(USAGE) for label maps in a classification, or labels of images in a segmentation."""
+    if (task == SEGMENT) != hasattr(training, "target"):
+        has, needs = ("label maps", "a label for each image") if task != SEGMENT else ("labels", "label maps")
+        raise Stop(
+            Exit.USAGE,
+            f"task={task} with data={name}, whose images have {has}",
+            f"images with {needs}",
+            "task=segment" if task != SEGMENT else "data=scenes, data=maps data.root=... or data=ade20k",
+        )
 
 
 def refuse_one_class(training: Any) -> None:
@@ -53,9 +67,9 @@ def doubts(training: Any, validation: Any) -> list[str]:
     seen = range(0, len(training), -(-len(training) // LOOKED_AT))
     if all(_flat(training, sample) for sample in seen):
         said.append(f"each of {len(seen)} training images that were decoded is of one colour only")
-    if isinstance(training, Folder | Shards) and isinstance(validation, type(training)):
+    if isinstance(training, Folder | Maps | Shards) and isinstance(validation, type(training)):
         if training.fingerprint == validation.fingerprint:
-            said.append("the validation images are the training images: top-1 says what was memorised")
+            said.append("the validation images are the training images: accuracy says what was memorised")
         elif common := _common(training, validation):
             said.append(common)
     return said
@@ -84,7 +98,7 @@ def _common(training: Any, validation: Any) -> str | None:
     )
 
 
-def _alike(training: Folder, validation: Folder) -> Iterator[tuple[int, int]]:
+def _alike(training: Listed, validation: Listed) -> Iterator[tuple[int, int]]:
     """Pairs (validation, training) of sample ids with the same label and size, at most COMPARED."""
     ours, theirs = (
         source.index.table["label"].astype(np.int64) << 40 | source.index.table["size"].astype(np.int64)

@@ -328,7 +328,7 @@ def _damaged(given: str) -> Stop:
 
 def _accuracy(run: Opened, weights: Weights) -> float | None:
     """Top-1 of these weights in percent; None if they were not evaluated. A mean of checkpoints never was."""
-    evaluated = reader.top1(reader.metrics(run.folder))
+    evaluated = reader.scores(reader.metrics(run.folder))
     return evaluated.get(weights.steps[0], {}).get(weights.kind) if len(weights.steps) == 1 else None
 
 

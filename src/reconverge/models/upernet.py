@@ -57,9 +57,9 @@ class UPerNet(Pyramid):
         super().__init__(classifier, name)
         self.decoder = Decoder(self.widths, channels)
         self.classifier = nn.Conv2d(channels, classes, 1)
-        self.auxiliary = Conv2dReLU(self.widths[AUXILIARY_LEVEL], channels // 2, 3, padding=1)
-        self.auxiliary_classifier = nn.Conv2d(channels // 2, classes, 1)
-        self.dropped_channels = (channels, channels // 2)  # of the two masks
+        _, auxiliary = widths(channels)
+        self.auxiliary = Conv2dReLU(self.widths[AUXILIARY_LEVEL], auxiliary, 3, padding=1)
+        self.auxiliary_classifier = nn.Conv2d(auxiliary, classes, 1)
 
     def forward(self, images: Tensor, *masks: Tensor) -> Any:
         """`masks`: (N, channels) for the decoder, (N, channels // 2) for the auxiliary head."""
@@ -78,15 +78,22 @@ class UPerNet(Pyramid):
         return self.classifier, self.auxiliary_classifier
 
 
-def draw(net: UPerNet, images: int, key: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+def widths(channels: int) -> tuple[int, int]:
+    """Channels of the decoder and of the auxiliary head."""
+    return channels, channels // 2
+
+
+def draw(
+    channels: int, images: int, key: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """The dropout masks of a microbatch for the decoder and the auxiliary head: float32 (images, channels) of
-    0 or 1 / (1 - DROPOUT). key = (seed, step, microbatch).
+    0 or 1 / (1 - DROPOUT). `channels`: of the decoder. key = (seed, step, microbatch).
 
     A row belongs to one image, so a forward pass of fewer images takes the rows of its images.
     """
     first, second = (
         _mask(chance.uniform((images, width), *key[:1], "dropout", head, *key[1:]), device)
-        for head, width in zip(("decoder", "auxiliary"), net.dropped_channels, strict=True)
+        for head, width in zip(("decoder", "auxiliary"), widths(channels), strict=True)
     )
     return first, second
 

@@ -4,22 +4,28 @@ import colorsys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
+from torch import Tensor
 
 from reconverge.base.files import anew
+from reconverge.config.settings import Data
+from reconverge.data import image as images
 from reconverge.data.maps import IGNORED
-from reconverge.report.pictures import short
+from reconverge.report.pictures import file_name, short
+from reconverge.training.evaluate_maps import Result
 
 # Okabe's and Ito's colours, which colour-blind people tell apart, without black; other hues follow.
 FIRST = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 UNLABELLED = (222, 222, 222)  # of ignored pixels
 CELL, GAP, LINE = 160, 6, 15  # pixels: longer side of an image, space around it, height of its caption
 ROW = 2  # samples in a row of the picture
+BATCH = 8  # images of first_batch.png
 LEGEND = 24  # classes with a name in the legend, at most
 
 
@@ -54,10 +60,44 @@ def painted(labels: np.ndarray, classes: int) -> np.ndarray:
     return colours(classes)[labels.astype(np.uint8)]
 
 
-def beside(path: Path, several: Sequence[Shown], classes: Sequence[str], title: str) -> None:
+def first_batch(folder: Path, batch: Tensor, maps: Tensor, classes: Sequence[str], data: Data) -> None:
+    """first_batch.png: up to 8 images of the first microbatch as the model sees them, with their label maps.
+    `batch`: normalised (N, 3, H, W). `maps` (N, H, W): classes, and IGNORED.
+    """
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    pixels = ((batch[:BATCH].float().cpu() * std + mean).clamp(0, 1) * 255).round().byte()
+    several = [
+        Shown(one.permute(1, 2, 0).numpy(), labels, None, f"image {number}")
+        for number, (one, labels) in enumerate(zip(pixels, maps[:BATCH].cpu().numpy(), strict=True), 1)
+    ]
+    title = f"{short(folder.name, 60)}: first microbatch after augmentation, as the model sees it"
+    beside(folder / "first_batch.png", several, classes, title, "image, label map")
+
+
+def predictions(folder: Path, validation: Any, results: dict[str, Result]) -> None:
+    """predictions.png: validation images that are spread over the set, truth, and predictions of the better
+    weights.
+    """
+    weights, result = max(results.items(), key=lambda item: item[1].miou)
+    several = []
+    for sample, predicted in result.shown.items():
+        both, _, of_label = result.areas[np.searchsorted(result.ids, sample)]
+        right = 100 * both.sum() / max(1, of_label.sum())
+        caption = f"{file_name(validation.where(sample))}: {right:.1f} % of the pixels are right"
+        pixels = np.asarray(images.rgb(images.opened(validation.read(sample))))
+        several.append(Shown(pixels, predicted, validation.target(sample), caption))
+    kind = "EMA" if weights == "ema" else weights
+    title = (
+        f"{short(folder.name, 60)}: predictions of the {kind} weights, mIoU {result.miou:.2f} % of"
+        f" {result.images} validation images"
+    )
+    beside(folder / "predictions.png", several, validation.classes, title)
+
+
+def beside(path: Path, several: Sequence[Shown], classes: Sequence[str], title: str, kinds: str = "") -> None:
     """Image, truth and prediction of each sample beside each other. The prediction has black stripes
     where the label map has another class. The legend names the classes that occur, the largest first, and
-    says how many it leaves out.
+    says how many it leaves out. `kinds`: what stands beside each other, in words.
     """
     columns = 3 if any(one.labels is not None for one in several) else 2
     wide = columns * (CELL + GAP) + 3 * GAP  # of a sample
@@ -89,7 +129,10 @@ def beside(path: Path, several: Sequence[Shown], classes: Sequence[str], title: 
     if more := len(occurring) - len(named):
         patches.append(Patch(alpha=0, label=f"and {more} more"))
     figure.legend(handles=patches, loc="lower center", ncols=across, frameon=False, fontsize=8)
-    kinds = "image, truth, prediction (striped where it is wrong)" if columns == 3 else "image, prediction"
+    if not kinds:
+        kinds = (
+            "image, truth, prediction (striped where it is wrong)" if columns == 3 else "image, prediction"
+        )
     figure.text(
         0.5, 1 - 8 / whole, f"{title}\nfrom left to right: {kinds}", ha="center", va="top", parse_math=False
     )

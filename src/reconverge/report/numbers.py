@@ -101,9 +101,9 @@ def series(run: Ran, key: str) -> dict[int, float]:
     }
 
 
-def top1(run: Ran) -> tuple[int, dict[str, float]] | None:
-    """Step of the newest evaluation, and its top-1 (percent) by kind of weights; None: never evaluated."""
-    evaluated = reader.top1(run.records)
+def scores(run: Ran) -> tuple[int, dict[str, float]] | None:
+    """Step of the newest evaluation, and its score (percent) by kind of weights; None: never evaluated."""
+    evaluated = reader.scores(run.records)
     return max(evaluated.items(), default=None)
 
 
@@ -113,6 +113,8 @@ def left_out(run: Ran, step: int) -> int:
 
 
 def steps_per_epoch(run: Ran) -> float:
+    if run.cfg.schedule_steps:
+        return run.status["steps_per_epoch"]
     return run.status["total"] / run.cfg.epochs
 
 
@@ -123,8 +125,8 @@ def verdict(run: Ran) -> str:
     return run.status.get("comparison") or "not compared with the published number: the run has not finished"
 
 
-def published_top1(run: Ran) -> str | None:
-    """Top-1 that its recipe reproduces, with the noise band, percent."""
+def published_score(run: Ran) -> str | None:
+    """The score that its recipe reproduces, with the noise band, percent."""
     recipe = run.cfg.recipe
     expected = recipe.expected.get(run.cfg.model.name)
     return (
@@ -185,9 +187,8 @@ class Row(NamedTuple):
 
     runs: list[str]
     step: int | None  # of the newest evaluation of the run that has come furthest; None: never evaluated
-    top1: dict[
-        str, list[float]
-    ]  # raw and EMA: top-1 after that step of each run that was evaluated there, percent
+    # raw and EMA: score after that step of each run that was evaluated there, percent
+    scores: dict[str, list[float]]
     best: list[reader.Best]  # of each run that was evaluated
     left_out: list[int]  # damaged images that the evaluation after that step left out, of each such run
     published: str | None
@@ -196,23 +197,23 @@ class Row(NamedTuple):
 
     @property
     def counted(self) -> str:
-        """How many runs its top-1 is the mean of, and of how many."""
-        there = len(self.top1["raw"])
+        """How many runs its score is the mean of, and of how many."""
+        there = len(self.scores["raw"])
         return f"{there}" if there == len(self.runs) else f"{there} of {len(self.runs)}"
 
 
 def row(group: Sequence[Ran]) -> Row:
-    evaluated = [found for run in group if (found := top1(run))]
+    evaluated = [found for run in group if (found := scores(run))]
     step = max((step for step, _ in evaluated), default=None)
     there = [values for at, values in evaluated if at == step]
-    without = [left_out(run, found[0]) for run in group if (found := top1(run)) and found[0] == step]
+    without = [left_out(run, found[0]) for run in group if (found := scores(run)) and found[0] == step]
     percents = {kind: [values[kind] for values in there if kind in values] for kind in ("raw", "ema")}
     speed, data_wait = (
         [scale * float(np.median(list(values.values()))) for run in group if (values := series(run, key))]
         for key, scale in (("images_per_second", 1), ("data_wait", 100))
     )
     names, highest = [run.name for run in group], [one for run in group if (one := reader.best(run.records))]
-    return Row(names, step, percents, highest, without, published_top1(group[0]), speed, data_wait)
+    return Row(names, step, percents, highest, without, published_score(group[0]), speed, data_wait)
 
 
 def differing(runs: Sequence[Ran]) -> list[tuple[str, list[Any]]]:

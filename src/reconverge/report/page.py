@@ -44,7 +44,7 @@ def html(runs: Sequence[Ran]) -> str:
     """The whole page, of one run or several. The validation images are read, where they are still there."""
     groups = numbers.groups(runs)
     # What the training loss is of, where it is the same in all runs.
-    trained_on = {pictures.trained_on(run.cfg.mix) for run in runs}
+    trained_on = {pictures.trained_on(run.cfg) for run in runs}
     loss = "training loss" + (trained_on.pop() if len(trained_on) == 1 else "")
     drawn = {
         title: charts.curves(groups, title, raw, ema, scale)
@@ -61,7 +61,7 @@ def html(runs: Sequence[Ran]) -> str:
     return template.render(
         runs=[_run(run, f"run{number}") for number, run in enumerate(runs)],
         groups=list(zip(charts.colours(len(groups)), rows, strict=True)),
-        with_ema=any(row.top1["ema"] for row in rows),
+        with_ema=any(row.scores["ema"] for row in rows),
         with_published=any(row.published for row in rows),
         charts=[(title, chart) for title, chart in drawn.items() if chart],
         not_drawn=[title for title, chart in drawn.items() if not chart],
@@ -74,14 +74,14 @@ def html(runs: Sequence[Ran]) -> str:
 
 
 def _run(run: Ran, anchor: str) -> dict[str, Any]:
-    evaluated, best = numbers.top1(run), reader.best(run.records)
+    evaluated, best = numbers.scores(run), reader.best(run.records)
     return {
         "name": run.name,
         "anchor": anchor,
         "status": run.status,
         "evaluated": evaluated
         and {
-            "top1": evaluated[1],
+            "scores": evaluated[1],
             "after": _after(run, evaluated[0]),
             "left_out": numbers.left_out(run, evaluated[0]),
         },
@@ -105,7 +105,7 @@ def _after(run: Ran, step: int) -> str:
 def _best(run: Ran, best: reader.Best) -> dict[str, Any]:
     checkpoint = reader.checkpoint_of(run.folder / "checkpoints", best.step)
     return {
-        "top1": best.top1,
+        "score": best.score,
         "weights": "EMA" if best.kind == "ema" else best.kind,
         "after": _after(run, best.step),
         "checkpoint": f"checkpoints/{checkpoint.name}" if checkpoint.exists() else None,

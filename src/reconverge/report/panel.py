@@ -8,7 +8,7 @@ from torch import nn
 
 from reconverge.base.terminal import counted
 from reconverge.config import presets
-from reconverge.config.settings import Evaluate, Train
+from reconverge.config.settings import SEGMENT, Evaluate, Segment, Train
 from reconverge.data.sources import Source
 from reconverge.data.transforms import resized_side
 from reconverge.distributed.world import World
@@ -26,10 +26,10 @@ def job(
     `groups`: those of optim.parameter_groups; `data`: the images, in words.
     """
     parameters = sum(parameter.numel() for parameter in net.parameters()) / 1e6
-    schedule = (
-        f"{counted(cfg.epochs, 'epoch')} of {counted(clock.steps_per_epoch, 'step')} ="
-        f" {counted(clock.total, 'step')}, {clock.warmup} of them warm-up"
-    )
+    epochs = f"{counted(cfg.epochs, 'epoch')} of {counted(clock.steps_per_epoch, 'step')} = "
+    if cfg.schedule_steps:
+        epochs = f"{clock.total / clock.steps_per_epoch:.4g} epochs of {clock.steps_per_epoch} steps = "
+    schedule = f"{epochs}{counted(clock.total, 'step')}, {clock.warmup} of them warm-up"
     if clock.end < clock.total:
         schedule += f"; stops after step {clock.end}"
     repeated = f", each chosen one {cfg.augment.repeats} times an epoch" if cfg.augment.repeats > 1 else ""
@@ -38,11 +38,16 @@ def job(
         / 1e6
     )
     return {
-        "model": f"{cfg.model.name}, {parameters:.2f} M parameters, stochastic depth {cfg.model.drop_path:g}",
+        "model": (
+            f"{'UPerNet on ' * (cfg.task == SEGMENT)}{cfg.model.name}, {parameters:.2f} M parameters,"
+            f" stochastic depth {cfg.model.drop_path:g}"
+        ),
         "recipe": f"{cfg.recipe.name}, seed {cfg.seed}",
         "data": data,
         "images": (
-            f"trained at {cfg.augment.size} px{repeated}; "
+            _segmented(cfg.augment.size, cfg.segment, repeated)
+            if cfg.task == SEGMENT
+            else f"trained at {cfg.augment.size} px{repeated}; "
             f"evaluated at {cfg.evaluate.size} px: {_evaluated(cfg.evaluate)}"
         ),
         "batch": (
@@ -129,10 +134,26 @@ def layers(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _rate(cfg: Train, clock: Clock) -> str:
     optim = cfg.optim
     rule = f" ({optim.lr:g} x batch {cfg.batch} / {optim.lr_batch})" if optim.lr_batch else ""
+    if optim.schedule == "poly":
+        lr, last = optim.lr * clock.lr_factor, optim.min_lr * clock.lr_factor
+        return f"peak {lr:g}{rule}, linear decay to {last:g}, formula of mmsegmentation"
     code = {"convnext": "ConvNeXt", "deit": "DeiT", "swin": "Swin"}[optim.schedule]
     return (
         f"peak {optim.lr * clock.lr_factor:g}{rule}, cosine decay to {optim.min_lr * clock.lr_factor:g},"
         f" formula of the {code} code"
+    )
+
+
+def _segmented(crop: int, segment: Segment, repeated: str) -> str:
+    """How images with label maps are looked at."""
+    longest, shortest = segment.resize
+    low, high = segment.scale
+    seen = f"windows of {segment.window} px" if segment.window else "whole"
+    if len(segment.scales) > 1 or segment.flip:
+        seen += f", in {counted(len(segment.scales), 'size')}{', also mirrored' * segment.flip}"
+    return (
+        f"resized to {longest} x {shortest} px; trained on crops of {crop} px{repeated}, at {low:g} to"
+        f" {high:g} times this size; evaluated {seen}"
     )
 
 

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from reconverge.base.files import anew
-from reconverge.config.settings import Data, Evaluate, Mix
+from reconverge.config.settings import SCORES, SEGMENT, Data, Evaluate, Mix, Train
 from reconverge.data import transforms
 from reconverge.data.sources import Source
 from reconverge.run import reader
@@ -72,9 +72,11 @@ def mixed_by(mix: Mix) -> list[str]:
     return [name for name, share in shares.items() if share and mix.probability]
 
 
-def trained_on(mix: Mix) -> str:
+def trained_on(cfg: Train) -> str:
     """How the training loss differs from the validation loss, in brackets after its name."""
-    parts = ["mixed images"] * bool(mixed_by(mix)) + ["smoothed labels"] * bool(mix.smoothing)
+    if cfg.task == SEGMENT:
+        return ""
+    parts = ["mixed images"] * bool(mixed_by(cfg.mix)) + ["smoothed labels"] * bool(cfg.mix.smoothing)
     return f" ({', '.join(parts)})" if parts else ""
 
 
@@ -184,10 +186,11 @@ def sheet(
         _save(figure, path)
 
 
-def curves(folder: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int, mix: Mix) -> None:
-    """curves.png: loss, learning rate and, where there are evaluations, top-1 of raw and EMA weights, over
-    epochs, from the lines of metrics.jsonl. `mix` says what the training loss is of.
+def curves(folder: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int, cfg: Train) -> None:
+    """curves.png: loss, learning rate and, where there are evaluations, the score (top-1 or mIoU) of raw and
+    EMA weights, over epochs, from the lines of metrics.jsonl.
     """
+    key, name = SCORES[cfg.task]
     best = reader.best(records)
     figure = padded((12, 3.9) if best else (9, 3.9), 0.12)
     loss, rate, *accuracy = figure.subplots(1, 3 if best else 2)
@@ -199,22 +202,22 @@ def curves(folder: Path, records: Sequence[dict[str, Any]], steps_per_epoch: int
             look = {"marker": "." if len(points) < 3 else "", "markersize": 5, "linewidth": 1.4, **look}
             axes.plot(x, y, label=label, color=colour, **look)
 
-    series(loss, "loss", f"training{trained_on(mix)}", "grey")
+    series(loss, "loss", f"training{trained_on(cfg)}", "grey")
     series(loss, "raw_loss", "validation, raw weights", BLUE, **RAW)
     series(loss, "ema_loss", "validation, EMA weights", RED, **EMA)
     series(rate, "lr", "", "black")
     handles, labels = loss.get_legend_handles_labels()
     for axes in accuracy:
-        series(axes, "raw_top1", "", BLUE, **RAW)
-        series(axes, "ema_top1", "", RED, **EMA)
+        series(axes, f"raw_{key}", "", BLUE, **RAW)
+        series(axes, f"ema_{key}", "", RED, **EMA)
         assert best, "else there are no such axes"
         at, weights = best.step / steps_per_epoch, "EMA" if best.kind == "ema" else best.kind
         ring = {"marker": "o", "fillstyle": "none", "markersize": 14, "linestyle": "", "color": "black"}
-        handles += axes.plot([at], [best.top1], **ring)
-        labels.append(f"best top-1: {best.top1:.2f} % ({weights} weights, epoch {round(at, 2):g})")
+        handles += axes.plot([at], [best.score], **ring)
+        labels.append(f"best {name}: {best.score:.2f} % ({weights} weights, epoch {round(at, 2):g})")
         percent_ticks(axes)
     last = max((record["step"] for record in records), default=0) / steps_per_epoch
-    for axes, title in zip((loss, rate, *accuracy), ("loss", "learning rate", "top-1, %"), strict=False):
+    for axes, title in zip((loss, rate, *accuracy), ("loss", "learning rate", f"{name}, %"), strict=False):
         named(axes, title, "epoch")
         over_epochs(axes, last)
     if handles:

@@ -76,12 +76,12 @@ def choose(path: Path) -> tuple[Path, list[str]]:
 
 
 def best(run: Path, kind: str) -> tuple[Path, float]:
-    """The checkpoint of a run with the best top-1 of its raw or EMA weights (`kind`), and this top-1 in
-    percent.
+    """The checkpoint of a run with the best score of its raw or EMA weights (`kind`), and this score (top-1
+    or mIoU) in percent.
 
     Errors: Stop(MISSING, DAMAGED).
     """
-    evaluated = reader.top1(reader.metrics(run))
+    evaluated = reader.scores(reader.metrics(run))
     step = reader.best_steps(evaluated).get(kind)
     if step is None:
         raise Stop(

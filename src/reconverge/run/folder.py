@@ -239,6 +239,7 @@ class Run:
             "saved": self.saved,
             "end": self._clock.end,
             "total": self._clock.total,
+            "steps_per_epoch": self._clock.steps_per_epoch,
             "summary": summary,
             "comparison": comparison,
             "time": _now(),

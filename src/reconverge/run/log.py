@@ -15,7 +15,7 @@ from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import appending, json_line, read_text
 from reconverge.base.signals import told_by
 from reconverge.base.terminal import Progress, counted, say
-from reconverge.config.settings import Train
+from reconverge.config.settings import SCORES, Train
 from reconverge.data.loader import Feed
 from reconverge.distributed import ranks
 from reconverge.distributed.later import Later
@@ -62,8 +62,9 @@ class Log:
         """
         self._cfg, self._run, self._clock, self._world, self._feed = cfg, run, clock, world, feed
         self._samples_of = samples_of
+        self._name = SCORES[cfg.task][1]
         lines = ranks.from_rank_0(self._cut_back)
-        self._evaluated = reader.top1(lines)  # of each evaluation, by step
+        self._evaluated = reader.scores(lines)  # of each evaluation, by step
         # Step -> damaged validation images that its evaluation left out, if any.
         self._left_out = {line["step"]: line["left_out"] for line in lines if "left_out" in line}
         self._pending: list[Pending] = []
@@ -186,7 +187,7 @@ class Log:
     def metrics(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl; a number that is not finite, as fp16 has them, becomes null."""
         line = {"step": step, **values}
-        self._evaluated |= reader.top1([line])
+        self._evaluated |= reader.scores([line])
         if "left_out" in values:
             self._left_out[step] = int(values["left_out"])
         if self._metrics:
@@ -196,10 +197,11 @@ class Log:
     def evaluation(self, step: int, **values: float) -> None:
         """What was found after `step`: a line of metrics.jsonl, and one for a person."""
         self.metrics(step, **values)
-        say(evaluation_line(self._evaluated, step, self._clock.steps_per_epoch) + self._without(step))
+        line = evaluation_line(self._name, self._evaluated, step, self._clock.steps_per_epoch)
+        say(line + self._without(step))
 
     def _without(self, step: int) -> str:
-        """Beside a top-1: how many damaged images it does not count."""
+        """Beside a score: how many damaged images it does not count."""
         left_out = self._left_out.get(step, 0)
         return f" (without {counted(left_out, 'damaged image')})" if left_out else ""
 
@@ -225,25 +227,25 @@ class Log:
         return step in self._evaluated
 
     def best_steps(self) -> dict[str, int]:
-        """For each kind of weights that was evaluated, raw and ema, the first step with its best top-1."""
+        """For each kind of weights that was evaluated, raw and ema, the first step with its best score."""
         return reader.best_steps(self._evaluated)
 
-    def top1(self) -> dict[str, float]:
+    def scores(self) -> dict[str, float]:
         """Of the last step, by kind of weights; empty if it was not evaluated."""
         return self._evaluated.get(self._run.step, {})
 
     # ---- the end ----
 
     def done(self, comparison: str | None) -> int:
-        """The last lines: where it stopped, top-1 there and the best, `comparison` with the published number,
-        where everything is. status.json keeps them as its summary.
+        """The last lines: where it stopped, the score there and the best, `comparison` with the published
+        number, where everything is. status.json keeps them as its summary.
         """
         run, clock = self._run, self._clock
         part = f" of {clock.total}" if run.step < clock.total else ""
-        epochs = f" of {self._cfg.epochs}" if part else ""
-        rows = {"top-1": f"not evaluated after this step (evaluate_every={self._cfg.evaluate_every})"}
-        if top1 := self.top1():
-            rows["top-1"] = percents(top1) + self._without(run.step)
+        epochs = f" of {epoch(clock.total, clock.steps_per_epoch)}" if part else ""
+        rows = {self._name: f"not evaluated after this step (evaluate_every={self._cfg.evaluate_every})"}
+        if scores := self.scores():
+            rows[self._name] = percents(scores) + self._without(run.step)
         best = self.best_steps()
         for kind in filter(best.__contains__, KINDS):
             step = best[kind]
@@ -284,13 +286,13 @@ class Log:
                 file.close()
 
 
-# ---- results in words; top-1 in percent ----
+# ---- results in words; scores in percent ----
 
 
-def percents(top1: Mapping[str, float]) -> str:
+def percents(scores: Mapping[str, float]) -> str:
     """By kind of weights: 93.75 % EMA, 92.10 % raw. A single kind has no name."""
-    named = [f"{top1[kind]:.2f} % {name}" for kind, name in KINDS.items() if kind in top1]
-    return ", ".join(named) if len(named) > 1 else f"{next(iter(top1.values())):.2f} %"
+    named = [f"{scores[kind]:.2f} % {name}" for kind, name in KINDS.items() if kind in scores]
+    return ", ".join(named) if len(named) > 1 else f"{next(iter(scores.values())):.2f} %"
 
 
 def epoch(step: int, steps_per_epoch: int) -> str:
@@ -298,9 +300,11 @@ def epoch(step: int, steps_per_epoch: int) -> str:
     return f"{round(step / steps_per_epoch, 2):g}"
 
 
-def evaluation_line(evaluated: Mapping[int, Mapping[str, float]], step: int, steps_per_epoch: int) -> str:
-    """Of the evaluation after `step`, beside the best until then; `evaluated`: top-1 by step and kind of
-    weights.
+def evaluation_line(
+    name: str, evaluated: Mapping[int, Mapping[str, float]], step: int, steps_per_epoch: int
+) -> str:
+    """Of the evaluation after `step`, beside the best until then; `evaluated`: the score called `name` by
+    step and kind of weights.
     """
     steps = reader.best_steps(evaluated)
     kind = max(steps, key=lambda kind: (evaluated[steps[kind]][kind], -steps[kind], kind == "ema"))
@@ -308,4 +312,4 @@ def evaluation_line(evaluated: Mapping[int, Mapping[str, float]], step: int, ste
     if steps[kind] != step:
         name = f"{KINDS[kind]}, " if len(steps) > 1 else ""
         best += f" ({name}epoch {epoch(steps[kind], steps_per_epoch)})"
-    return f"epoch {epoch(step, steps_per_epoch)}  top-1 {percents(evaluated[step])}  {best}"
+    return f"epoch {epoch(step, steps_per_epoch)}  {name} {percents(evaluated[step])}  {best}"

@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 from reconverge.base.errors import Exit, Stop, reason
 from reconverge.base.files import json_lines, read_text
 from reconverge.config import compose
-from reconverge.config.settings import Train
+from reconverge.config.settings import SCORES, Train
 
 RUNS = Path("runs")
 Content = TypeVar("Content")
@@ -122,37 +122,40 @@ def _of_step(line: Any) -> dict[str, Any]:
     return line
 
 
-# ---- accuracy, from the lines of metrics.jsonl ----
+# ---- scores, from the lines of metrics.jsonl ----
 
 
-def top1(lines: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """Step of each evaluation -> top-1 in percent for each kind of weights (raw, and ema if there is one)."""
+def scores(lines: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Step of each evaluation -> score in percent (top-1 or mIoU) for each kind of weights (raw, and ema if
+    there is one).
+    """
     return {
-        line["step"]: {kind: line[f"{kind}_top1"] for kind in ("raw", "ema") if f"{kind}_top1" in line}
+        line["step"]: {kind: line[f"{kind}_{key}"] for kind in ("raw", "ema") if f"{kind}_{key}" in line}
         for line in lines
-        if "raw_top1" in line
+        for key, _ in SCORES.values()
+        if f"raw_{key}" in line
     }
 
 
 def best_steps(evaluated: Mapping[int, Mapping[str, float]]) -> dict[str, int]:
-    """For each kind of weights in the result of `top1`, the first step with its best top-1."""
+    """For each kind of weights in the result of `scores`, the first step with its best score."""
     kinds = next(iter(evaluated.values()), {})
     return {kind: max(evaluated, key=lambda step: evaluated[step][kind]) for kind in kinds}
 
 
 class Best(NamedTuple):
-    """The highest top-1 of all evaluations, by whichever weights; of equal ones the first."""
+    """The highest score of all evaluations, by whichever weights; of equal ones the first."""
 
     step: int
     kind: str  # raw or ema
-    top1: float  # percent
+    score: float  # percent
 
 
 def best(lines: Sequence[Mapping[str, Any]]) -> Best | None:
     """None if there was no evaluation."""
-    evaluated = top1(lines)
+    evaluated = scores(lines)
     found = [Best(step, kind, evaluated[step][kind]) for kind, step in best_steps(evaluated).items()]
-    return max(found, key=lambda one: one.top1, default=None)
+    return max(found, key=lambda one: one.score, default=None)
 
 
 # ---- its checkpoints ----

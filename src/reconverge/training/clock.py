@@ -31,7 +31,16 @@ class Clock:
                 f"batch={images // fitting * fitting} microbatch={fitting}",
             )
         steps_per_epoch = images // cfg.batch
-        total = steps_per_epoch * cfg.epochs
+        total = cfg.schedule_steps or steps_per_epoch * cfg.epochs
+        warmup = cfg.optim.warmup_steps
+        warmup = steps_per_epoch * cfg.optim.warmup_epochs if warmup is None else warmup
+        if warmup >= total:  # of one in steps and the other in epochs, only the number of images tells
+            raise Stop(
+                Exit.USAGE,
+                f"a warm-up of {warmup} steps in a schedule of {total} steps",
+                "a warm-up shorter than the schedule",
+                f"optim.warmup_steps={total // 15}",
+            )
 
         def every(text: str) -> int:
             return int(text.removesuffix("epoch")) * (steps_per_epoch if text.endswith("epoch") else 1)
@@ -39,7 +48,7 @@ class Clock:
         return cls(
             steps_per_epoch=steps_per_epoch,
             total=total,
-            warmup=steps_per_epoch * cfg.optim.warmup_epochs,
+            warmup=warmup,
             end=min(total, cfg.steps or total),
             save_every=every(cfg.save_every),
             evaluate_every=None if cfg.evaluate_every == "never" else every(cfg.evaluate_every),

@@ -31,6 +31,7 @@ class Datasets(NamedTuple):
 def opened(cfg: Train) -> Datasets:
     """Open the data on rank 0 first, then on the others. Errors: Stop, also if a batch exceeds the images."""
     training, validation = ranks.rank_0_first(lambda: sources.open_sources(cfg.data))
+    suitable.refuse_other_task(cfg.task, training, cfg.data.name)
     suitable.refuse_one_class(training)
     if cfg.data.on_bad_image == "stop":
         suitable.refuse_broken([training, validation])

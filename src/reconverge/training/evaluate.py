@@ -97,7 +97,7 @@ class Evaluator(NamedTuple):
         shape (N,).
         """
 
-        def look(batch: Batch) -> Tensor:
+        def look(batch: Batch, ids: np.ndarray) -> Tensor:
             pixels, found = self.normalise(batch.images), list[Tensor]()
             for model in models.values():
                 with self.world.autocast(), head.in_float32(model):

@@ -22,7 +22,15 @@ def learning_rate(optim: Optim, step: int, clock: Clock) -> float:
     rate of number i after step i (swin) or epoch i (deit), so each rate is used one step or epoch later than
     its number says, and the first rate is used twice. In deit the cosine starts at the beginning of training,
     and the warm-up replaces its first part.
+
+    poly (mmcv's PolyLrUpdaterHook of power 1): min_lr + (lr - min_lr) (1 - i / total) for i = 0..total-1; in
+    the warm-up this is multiplied by a factor that grows linearly from warmup_lr / lr to 1.
     """
+    if optim.schedule == "poly":
+        rate = optim.min_lr + (optim.lr - optim.min_lr) * (1 - step / clock.total)
+        if step < clock.warmup:
+            rate *= 1 - (1 - step / clock.warmup) * (1 - optim.warmup_lr / optim.lr)
+        return rate * clock.lr_factor
     if optim.schedule == "convnext":
         at, total, warmup, past, last = step, clock.total, clock.warmup, clock.warmup, clock.warmup - 1
     else:

@@ -23,7 +23,7 @@ class Tables(NamedTuple):
 def tables(
     images: Images,
     batch: int,
-    look: Callable[[Batch], Tensor],
+    look: Callable[[Batch, np.ndarray], Tensor],
     width: int,
     models: dict[str, nn.Module],
     world: World,
@@ -33,9 +33,9 @@ def tables(
     """A table for each model, with one row for each image in order, without damaged images if the blank of
     `images` allows that. None if `stop` says on any rank that it should stop before the end.
 
-    `look` returns the rows of a batch of up to `batch` images, float64 (N, models * width), first the columns
-    of the first model. Each image is read once for all models. Each rank fills the rows of its own images, so
-    the result does not depend on the ranks.
+    `look` gets a batch of up to `batch` images and their sample ids, and returns their rows, float64 (N,
+    models * width), first the columns of the first model. Each image is read once for all models. Each rank
+    fills the rows of its own images, so the result does not depend on the ranks.
     """
     count = len(images.source)
     batches = in_sequence(count, batch)
@@ -52,7 +52,8 @@ def tables(
             return None
         if number >= len(mine):
             continue
-        coming.append((mine[number].ids, Later(look(next(arriving)))))
+        ids = mine[number].ids
+        coming.append((ids, Later(look(next(arriving), ids))))
         if len(coming) > 1:
             _fill(table, *coming.pop(0))
     for arrived in coming:

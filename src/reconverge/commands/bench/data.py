@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from reconverge import build
+from reconverge import tasks
 from reconverge.base.errors import Exit
 from reconverge.base.terminal import counted, say
 from reconverge.config.settings import Train
@@ -32,7 +32,7 @@ def bench(cfg: Train, seconds: float, gpu: float) -> int:
     workers = default_workers(world.device) if cfg.workers is None else cfg.workers
     torch.set_num_threads(1)
     sets = datasets.opened(cfg)
-    training, order, images = sets.training, sets.order, build.augmented(cfg, sets.training)
+    training, order, images = sets.training, sets.order, tasks.of(cfg).augmented(cfg, sets.training)
     say(
         f"{cfg.data.name}: {len(training)} images; {cfg.augment.size} px, decode {cfg.data.decode},"
         f" microbatches of {cfg.microbatch}"
@@ -70,8 +70,10 @@ def _parts(cfg: Train, training: Source, microbatch: Microbatch, seconds: float)
     take much longer than others: medians would not add up. There are at least two rounds after a first one
     that warms up, and as many as `seconds` allow.
     """
-    cropping = build.augmented(replace(cfg, augment=replace(cfg.augment, auto="none", flip=0.0)), training)
-    images, samples = build.augmented(cfg, training), microbatch.ids.tolist()
+    cropping = tasks.of(cfg).augmented(
+        replace(cfg, augment=replace(cfg.augment, auto="none", flip=0.0)), training
+    )
+    images, samples = tasks.of(cfg).augmented(cfg, training), microbatch.ids.tolist()
     augmented, inside = images.sample, list[float]()
 
     def timed(epoch: int, sample: int, repeat: int) -> tuple[np.ndarray, ...]:
