@@ -271,7 +271,7 @@ def test_help_shows_groups_choices_and_examples():
         "model: convnext_atto, convnext_b",
         "model/roadmap: 00_resnet50, 01_stage_ratio",
         "deit_b, deit_s",
-        "recipe: deit, demo, finetune",
+        "recipe: ade20k, ade20k_22k, deit, demo, finetune",
         "data: ade20k, digits, folder",
         "task: classify, segment",
         "machine: auto, cpu, gpu_exact, gpu_fast",
@@ -323,7 +323,7 @@ def test_cfg_job_prints_what_would_run(compose):
 def test_shell_completion(monkeypatch):
     assert "complete" in process("-sc", "install=bash").stdout
     monkeypatch.setenv("COMP_LINE", "train.py recipe=")
-    assert process("-sc", "query=bash").stdout.split()[:3] == [
+    assert process("-sc", "query=bash").stdout.split()[2:5] == [
         "recipe=deit",
         "recipe=demo",
         "recipe=finetune",

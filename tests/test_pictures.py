@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from reconverge.config.settings import Data, Evaluate, Mix
+from reconverge.config.settings import Data, Evaluate, Mix, Train
 from reconverge.data import sources
 from reconverge.report import pictures
 from reconverge.training.evaluate import Result
@@ -43,7 +43,7 @@ def texts(figure):
 )
 def test_what_the_training_loss_is_of(given, ways, loss):
     assert pictures.mixed_by(Mix(**given)) == ways
-    assert pictures.trained_on(Mix(**given)) == loss
+    assert pictures.trained_on(Train(mix=Mix(**given))) == loss
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def lines(*evaluated, every=2, steps=40):
 def test_curves_cut_and_cover_nothing(drawn, tmp_path):
     folder = tmp_path / "my-run"
     folder.mkdir()
-    pictures.curves(folder, lines((10, 12.0, 3.0), (20, 91.0, 80.0), (40, 90.0, 100.0)), 10, Mix())
+    pictures.curves(folder, lines((10, 12.0, 3.0), (20, 91.0, 80.0), (40, 90.0, 100.0)), 10, Train(mix=Mix()))
     (figure,) = drawn
     loss, rate, accuracy = figure.axes
     assert figure.get_suptitle() == "my-run"
@@ -171,10 +171,10 @@ def test_curves_cut_and_cover_nothing(drawn, tmp_path):
 
 
 def test_curves_of_one_evaluation_and_of_none(drawn, tmp_path):
-    pictures.curves(tmp_path, lines((6, 50.0, 40.0), steps=6), 10, Mix(**PLAIN))
-    pictures.curves(tmp_path, lines(steps=6), 10, Mix(**PLAIN))
-    pictures.curves(tmp_path, [], 10, Mix())
-    pictures.curves(tmp_path, lines(steps=14), 10, Mix())
+    pictures.curves(tmp_path, lines((6, 50.0, 40.0), steps=6), 10, Train(mix=Mix(**PLAIN)))
+    pictures.curves(tmp_path, lines(steps=6), 10, Train(mix=Mix(**PLAIN)))
+    pictures.curves(tmp_path, [], 10, Train(mix=Mix()))
+    pictures.curves(tmp_path, lines(steps=14), 10, Train(mix=Mix()))
     one, none, empty, longer = drawn
     assert len(one.axes) == 3
     assert all(line.get_marker() not in ("", "None") for line in one.axes[2].lines)

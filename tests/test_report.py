@@ -143,7 +143,7 @@ def test_mean_and_deviation_over_seeds(ran):
     assert "mean ± std of 3" in said[1]
     # One that is still on its way is not averaged with those that are further.
     late = ran([{"step": 20, "raw_top1": 1.0, "ema_top1": 2.0}], "seed=3", name="s3")
-    assert numbers.row([*group, late]).top1 == row.scores
+    assert numbers.row([*group, late]).scores == row.scores
     assert "mean ± std of 3 of 4)" in summary([numbers.row([*group, late])])
 
 

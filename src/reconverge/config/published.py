@@ -130,7 +130,8 @@ def comparison(
     if not recipe.expected or recipe.noise is None:
         return None
     if cfg.model.name not in recipe.expected:
-        return f"not comparable: no {SCORES[cfg.task][1]} of {cfg.model.name} with recipe={recipe.name} is published"
+        score = SCORES[cfg.task][1]
+        return f"not comparable: no {score} of {cfg.model.name} with recipe={recipe.name} is published"
     expected = recipe.expected[cfg.model.name]
     if reasons := _reasons(cfg, total, step, training, validation, scores):
         return f"published {expected:g} %: not comparable, {'; '.join(reasons)}"
