@@ -57,7 +57,7 @@ def _faults(
     import xxhash
 
     from reconverge.base import files
-    from reconverge.data import shards
+    from reconverge.data import samples, shards
 
     source = shards.Shards(root, about, split)
     shard = source.shards[number]
@@ -81,7 +81,7 @@ def _faults(
                 )
         file.seek(0)
         try:
-            for _ in shards.samples(file, str(path)):
+            for _ in samples.read(file, str(path)):
                 pass
         except Stop as stop:
             found.append((stop.code, str(stop.args[1])))

@@ -3,11 +3,10 @@
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -15,114 +14,12 @@ import xxhash
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import ByPosition, patiently, sha256_of
 from reconverge.data import index, tar
+from reconverge.data.samples import damaged
 
 FORMAT = "reconverge-shards-1"
-IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "ppm")  # suffixes of images in shards
 FLAT = "of one colour only"  # kinds of dataset.json's "unusual", beside those of image.py
 UNREADABLE = "unreadable, at which training stops unless data.on_bad_image=substitute"
 OPEN = 64  # shards that one process keeps open
-
-
-class Sample(NamedTuple):
-    """One sample of a shard, from its members KEY.jpg and KEY.cls."""
-
-    key: str
-    label: int
-    suffix: str  # of the image; its last part, for KEY.input.jpg
-    start: int  # byte offset of the image in the shard
-    data: bytes
-
-
-Content = tuple[int, bytes]  # byte offset in the shard, bytes
-
-
-def samples(
-    file: BinaryIO, where: str, unused: Callable[[str], None] = lambda name: None
-) -> Iterator[Sample]:
-    """All samples of a shard, by webdataset's rule of names: a key ends at the first dot of the base name,
-    and the rest is the suffix. `unused` is called with the name of every member that is not used.
-
-    The image of a sample is the member with the suffix of an image, or else its only member whose suffix ends
-    so (KEY.input.jpg); the label likewise with .cls. Errors: Stop(DAMAGED), also for a sample without image
-    or label, or with several.
-    """
-    key: str | None = None
-    images: dict[str, Content] = {}
-    labels: dict[str, Content] = {}
-
-    def finished() -> Iterator[Sample]:
-        if images or labels:
-            assert key is not None
-            suffix, label = (
-                _only(images, key, where, "image", unused),
-                _only(labels, key, where, "label", unused),
-            )
-            yield Sample(key, _label(labels[label], key, where), suffix.rpartition(".")[2], *images[suffix])
-
-    for member in tar.members(file, where):
-        folder, _, name = member.name.rpartition("/")
-        stem, _, suffix = name.partition(".")
-        suffix = suffix.lower()
-        last = suffix.rpartition(".")[2]
-        kind = images if last in IMAGES else labels if last == "cls" else None
-        if not stem or kind is None:  # webdataset leaves out .hidden.jpg
-            unused(member.name)
-            continue
-        this = f"{folder}/{stem}" if folder else stem
-        if this != key or (suffix in kind and images and labels):  # the next sample may have the same key
-            yield from finished()
-            key, images, labels = this, {}, {}
-            kind = images if last in IMAGES else labels
-        if suffix in kind:
-            what = "images" if kind is images else "labels"
-            raise _damaged(f"{where}, byte {member.start}: {key} has two {what}")
-        kind[suffix] = member.start, tar.read(file, member, where)
-    yield from finished()
-
-
-def _only(members: dict[str, Content], key: str, where: str, what: str, unused: Callable[[str], None]) -> str:
-    """The suffix of the image or label of a sample. Errors: Stop(DAMAGED)."""
-    plain = [suffix for suffix in members if "." not in suffix]
-    found = plain or list(members)
-    if not found:
-        raise _damaged(f"{where}: {key} has no {'image' if what == 'image' else 'label (.cls)'}")
-    if len(found) > 1:
-        first, second = (f"{key}.{suffix}" for suffix in found[:2])
-        raise Stop(
-            Exit.DAMAGED,
-            f"{where}: {first} and {second} are two {what}s of one sample, because a key ends at the first"
-            " dot of a name",
-            f"shards as webdataset reads them: one {what} for each key",
-            "write the shards again, with keys that have no dot (2024_05_003.jpg) and one image for each key;"
-            " or unpack them to class folders",
-        )
-    for suffix in members:
-        if suffix != found[0]:
-            unused(f"{key}.{suffix}")
-    return found[0]
-
-
-def _label(content: Content, key: str, where: str) -> int:
-    start, data = content
-    text = data.strip()
-    if not text.isdigit():
-        raise _damaged(f"{where}, byte {start}: the label of {key} is {text[:20]!r}")
-    return int(text)
-
-
-def scan(
-    path: Path, number: int, examine: Callable[[Sample], None], unused: Callable[[str], None]
-) -> tuple[np.ndarray, str]:
-    """Index rows of shard `number`, and its sha256. `unused` as in samples(). Errors: Stop(DAMAGED)."""
-    rows, digest = [], sha256_of(path)
-    with open(path, "rb") as file:
-        for sample in samples(file, str(path), unused):
-            examine(sample)
-            checksum = xxhash.xxh3_64_intdigest(sample.data)
-            rows.append(
-                (number, sample.start, len(sample.data), sample.label, checksum, os.fsencode(sample.key))
-            )
-    return np.array(rows, index.row(max([len(row[-1]) for row in rows], default=1))), digest
 
 
 class Shards:
@@ -170,7 +67,7 @@ class Shards:
 
         data = patiently(read, lambda: self.where(sample))
         if len(data) != size or xxhash.xxh3_64_intdigest(data) != row["checksum"]:
-            raise _damaged(f"{self.where(sample)}: the bytes have changed since they were indexed")
+            raise damaged(f"{self.where(sample)}: the bytes have changed since they were indexed")
         return data
 
     def first_ids(self) -> np.ndarray:
@@ -229,7 +126,7 @@ def load(root: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text())
     except ValueError as error:
-        raise _damaged(f"{path}: {error}") from None
+        raise damaged(f"{path}: {error}") from None
     if about.get("format") != FORMAT:
         raise Stop(
             Exit.DAMAGED,
@@ -359,12 +256,3 @@ def notes(about: dict[str, Any], split: str) -> list[str]:
             f" JPEG quality {lossy['quality']})"
         )
     return said
-
-
-def _damaged(what: str) -> Stop:
-    return Stop(
-        Exit.DAMAGED,
-        what,
-        "shards as reconverge prepare wrote them",
-        "copy the shard again (reconverge check DIR lists every fault); or use data.on_bad_image=substitute",
-    )

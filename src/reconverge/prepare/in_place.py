@@ -10,7 +10,7 @@ from typing import Any
 from reconverge.base import imagenet
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.terminal import say
-from reconverge.data import shards
+from reconverge.data import samples
 from reconverge.prepare import indexing
 from reconverge.prepare.odd import Bomb, oddities
 
@@ -70,7 +70,7 @@ def indexed(
     report = to / "report.jsonl"
     lines: list[str] = []
 
-    def examine(split: str, sample: shards.Sample) -> None:
+    def examine(split: str, sample: samples.Sample) -> None:
         try:
             odd = oddities(sample.data, sample.suffix)
         except Bomb as bomb:
@@ -91,7 +91,7 @@ def indexed(
             raise Stop(
                 Exit.MISSING,
                 f"{len(found[split])} shards of {split} without any image",
-                f"members KEY.SUFFIX with an image ({', '.join(shards.IMAGES)}) and KEY.cls",
+                f"members KEY.SUFFIX with an image ({', '.join(samples.IMAGES)}) and KEY.cls",
                 "correct SOURCE, or write the shards again",
             )
         unused: dict[str, list[Any]] = {}
@@ -131,6 +131,6 @@ def _show_first(split: str, paths: list[Path]) -> None:
     """Print how the names of the first sample are read. Errors: Stop(DAMAGED)."""
     for path in paths:
         with open(path, "rb") as file:
-            if (one := next(shards.samples(file, str(path)), None)) is not None:
+            if (one := next(samples.read(file, str(path)), None)) is not None:
                 say(f"{split}: the first key is {one.key}, its image a .{one.suffix}, its label {one.label}")
                 return

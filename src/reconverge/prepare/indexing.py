@@ -13,7 +13,7 @@ import numpy as np
 
 from reconverge.base import files, imagenet
 from reconverge.base.terminal import Meter, say
-from reconverge.data import image, index, shards
+from reconverge.data import image, index, samples, shards
 from reconverge.prepare.odd import is_unreadable
 from reconverge.prepare.scatter import content
 
@@ -30,7 +30,7 @@ def indexed(
     work: Path,
     found: dict[str, list[str]],
     threads: ThreadPoolExecutor,
-    examine: Callable[[str, shards.Sample], None],
+    examine: Callable[[str, samples.Sample], None],
 ) -> dict[str, dict[str, Any]]:
     """Read every shard once. Writes the index of each split, and returns the facts for dataset.json."""
     made = {}
@@ -63,12 +63,12 @@ def indexed(
 
 
 def _piece(
-    to: Path, work: Path, name: str, number: int, examine: Callable[[shards.Sample], None], meter: Meter
+    to: Path, work: Path, name: str, number: int, examine: Callable[[samples.Sample], None], meter: Meter
 ) -> dict[str, Any]:
     """Index rows, sha256 and combined content hash of one shard."""
     combined = 0
 
-    def look(sample: shards.Sample) -> None:
+    def look(sample: samples.Sample) -> None:
         nonlocal combined
         combined ^= content(sample.key, sample.data)
         examine(sample)
@@ -79,7 +79,7 @@ def _piece(
         suffix = member.rpartition("/")[2].partition(".")[2]
         unused.setdefault(suffix, [0, f"{name}, {member}"])[0] += 1
 
-    rows, digest = shards.scan(to / name, number, look, count)
+    rows, digest = samples.scan(to / name, number, look, count)
     meter.add((to / name).stat().st_size, len(rows))
     return {"rows": rows, "sha256": digest, "content": combined, "unused": unused}
 
