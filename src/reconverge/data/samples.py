@@ -11,8 +11,9 @@ import xxhash
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import sha256_of
 from reconverge.data import index, tar
+from reconverge.data.image import suffixes
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "ppm")  # suffixes of images in shards
+IMAGES = {suffix[1:] for suffix in suffixes()}  # of members
 
 
 class Sample(NamedTuple):

@@ -91,7 +91,7 @@ def indexed(
             raise Stop(
                 Exit.MISSING,
                 f"{len(found[split])} shards of {split} without any image",
-                f"members KEY.SUFFIX with an image ({', '.join(samples.IMAGES)}) and KEY.cls",
+                "members KEY.jpg, or with another suffix of an image, and KEY.cls",
                 "correct SOURCE, or write the shards again",
             )
         unused: dict[str, list[Any]] = {}
