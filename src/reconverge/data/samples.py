@@ -14,71 +14,77 @@ from reconverge.data import index, tar
 from reconverge.data.image import suffixes
 
 IMAGES = {suffix[1:] for suffix in suffixes()}  # of members
-
-
-class Sample(NamedTuple):
-    """One sample of a shard, from its members KEY.jpg and KEY.cls."""
-
-    key: str
-    label: int
-    suffix: str  # of the image; its last part, for KEY.input.jpg
-    start: int  # byte offset of the image in the shard
-    data: bytes
-
+LABEL_MAP = "seg.png"  # suffix of label maps; webdataset names the parts of a sample so: KEY.jpg, KEY.seg.png
 
 Content = tuple[int, bytes]  # byte offset in the shard, bytes
 
 
+class Sample(NamedTuple):
+    """One sample of a shard, from its members KEY.jpg and KEY.cls, or KEY.jpg and KEY.seg.png."""
+
+    key: str
+    label: int  # 0 for an image with a label map
+    suffix: str  # of the image; its last part, for KEY.input.jpg
+    start: int  # byte offset of the image in the shard
+    data: bytes
+    map: Content | None = None  # the label map
+
+
 def read(
-    file: BinaryIO, where: str, unused: Callable[[str], None] = lambda name: None
+    file: BinaryIO, where: str, unused: Callable[[str], None] = lambda name: None, maps: bool = False
 ) -> Iterator[Sample]:
     """All samples of a shard, by webdataset's rule of names: a key ends at the first dot of the base name,
     and the rest is the suffix. `unused` is called with the name of every member that is not used.
 
     The image of a sample is the member with the suffix of an image, or else its only member whose suffix ends
-    so (KEY.input.jpg); the label likewise with .cls. Errors: Stop(DAMAGED), also for a sample without image
-    or label, or with several.
+    so (KEY.input.jpg); the label likewise with .cls. With `maps`, each sample has a label map KEY.seg.png
+    instead of a label. Errors: Stop(DAMAGED), also for a sample in which one is missing or occurs twice.
     """
     key: str | None = None
     images: dict[str, Content] = {}
-    labels: dict[str, Content] = {}
+    targets: dict[str, Content] = {}  # labels, or label maps
 
     def finished() -> Iterator[Sample]:
-        if images or labels:
-            assert key is not None
-            suffix, label = (
-                _only(images, key, where, "image", unused),
-                _only(labels, key, where, "label", unused),
-            )
-            yield Sample(key, _label(labels[label], key, where), suffix.rpartition(".")[2], *images[suffix])
+        if not (images or targets):
+            return
+        assert key is not None
+        suffix = _only(images, key, where, "image", unused)
+        last = suffix.rpartition(".")[2]
+        if maps:
+            of_map = targets[_only(targets, key, where, "label map", unused)]
+            yield Sample(key, 0, last, *images[suffix], of_map)
+        else:
+            label = targets[_only(targets, key, where, "label", unused)]
+            yield Sample(key, _label(label, key, where), last, *images[suffix])
 
     for member in tar.members(file, where):
         folder, _, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
         suffix = suffix.lower()
         last = suffix.rpartition(".")[2]
-        kind = images if last in IMAGES else labels if last == "cls" else None
-        if not stem or kind is None:  # webdataset leaves out .hidden.jpg
+        is_target = suffix == LABEL_MAP if maps else last == "cls"
+        if not stem or not (is_target or last in IMAGES):  # webdataset leaves out .hidden.jpg
             unused(member.name)
             continue
         this = f"{folder}/{stem}" if folder else stem
-        if this != key or (suffix in kind and images and labels):  # the next sample may have the same key
+        seen = targets if is_target else images
+        if this != key or (suffix in seen and images and targets):  # the next sample may have the same key
             yield from finished()
-            key, images, labels = this, {}, {}
-            kind = images if last in IMAGES else labels
-        if suffix in kind:
-            what = "images" if kind is images else "labels"
-            raise damaged(f"{where}, byte {member.start}: {key} has two {what}")
-        kind[suffix] = member.start, tar.read(file, member, where)
+            key, images, targets = this, {}, {}
+            seen = targets if is_target else images
+        if suffix in seen:
+            raise damaged(f"{where}, byte {member.start}: {key} has two members .{suffix}")
+        seen[suffix] = member.start, tar.read(file, member, where)
     yield from finished()
 
 
 def _only(members: dict[str, Content], key: str, where: str, what: str, unused: Callable[[str], None]) -> str:
-    """The suffix of the image or label of a sample. Errors: Stop(DAMAGED)."""
+    """The suffix of the image or the target of a sample. Errors: Stop(DAMAGED)."""
     plain = [suffix for suffix in members if "." not in suffix]
     found = plain or list(members)
     if not found:
-        raise damaged(f"{where}: {key} has no {'image' if what == 'image' else 'label (.cls)'}")
+        named = {"label": " (.cls)", "label map": f" (.{LABEL_MAP})"}.get(what, "")
+        raise damaged(f"{where}: {key} has no {what}{named}")
     if len(found) > 1:
         first, second = (f"{key}.{suffix}" for suffix in found[:2])
         raise Stop(
@@ -104,18 +110,26 @@ def _label(content: Content, key: str, where: str) -> int:
 
 
 def scan(
-    path: Path, number: int, examine: Callable[[Sample], None], unused: Callable[[str], None]
+    path: Path,
+    number: int,
+    examine: Callable[[Sample], None],
+    unused: Callable[[str], None],
+    maps: bool = False,
 ) -> tuple[np.ndarray, str]:
-    """Index rows of shard `number`, and its sha256. `unused` as in read(). Errors: Stop(DAMAGED)."""
+    """Index rows of shard `number`, and its sha256. `unused`, `maps` and errors as in read()."""
     rows, digest = [], sha256_of(path)
     with open(path, "rb") as file:
-        for sample in read(file, str(path), unused):
+        for sample in read(file, str(path), unused, maps):
             examine(sample)
-            checksum = xxhash.xxh3_64_intdigest(sample.data)
-            rows.append(
-                (number, sample.start, len(sample.data), sample.label, checksum, os.fsencode(sample.key))
+            of_map = (
+                (sample.map[0], len(sample.map[1]), xxhash.xxh3_64_intdigest(sample.map[1]))
+                if sample.map
+                else ()
             )
-    return np.array(rows, index.row(max([len(row[-1]) for row in rows], default=1))), digest
+            checksum = xxhash.xxh3_64_intdigest(sample.data)
+            of_image = number, sample.start, len(sample.data), sample.label, checksum
+            rows.append((*of_image, *of_map, os.fsencode(sample.key)))
+    return np.array(rows, index.row(max([len(row[-1]) for row in rows], default=1), maps)), digest
 
 
 def damaged(what: str) -> Stop:

@@ -48,7 +48,6 @@ def shards_below(source: Path) -> dict[str, list[Path]]:
 def indexed(
     found: dict[str, list[Path]],
     to: Path,
-    work: Path,
     dataset: str | None,
     threads: ThreadPoolExecutor,
 ) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def indexed(
                 json.dumps({"split": split, "key": sample.key, "odd": odd, "fate": "kept as it is"}) + "\n"
             )
 
-    parts = indexing.indexed(to, work, names, threads, examine)
+    parts = indexing.indexed(to, names, threads, examine)
     for split, part in parts.items():
         if not sum(part["images"]):
             raise Stop(
