@@ -333,6 +333,25 @@ def test_two_files_that_would_share_a_key_are_named(names, reconverge, tmp_path)
     assert (code, f"two images of train have the key {folder.name}/a_b" in said) == (65, True), said
 
 
+def test_images_with_any_suffix_that_training_reads_are_prepared(reconverge, tmp_path):
+    folder = tmp_path / "source" / "train" / "a"
+    folder.mkdir(parents=True)
+    forms = {".jpe": "JPEG", ".JFIF": "JPEG", ".mpo": "JPEG", ".pgm": "PPM", ".jp2": "JPEG2000"}
+    for number, (suffix, name) in enumerate(forms.items()):
+        Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30) + number).save(
+            folder / f"{number}{suffix}", name
+        )
+    shutil.copytree(folder, folder.parent / "b")
+    code, said = reconverge("prepare", tmp_path / "source", "--to", tmp_path / "made")
+    assert code == 0, said
+    assert sorted(data for _, synset, data in content(tmp_path / "made", "train") if synset == "b") == sorted(
+        path.read_bytes() for path in folder.iterdir()
+    )
+    lines = (tmp_path / "made" / "report.jsonl").read_text().splitlines()
+    odd = [(json.loads(line)["key"], json.loads(line)["odd"]) for line in lines]
+    assert odd == [(f"{name}/2_mpo", ["JPEG, named .mpo"]) for name in "ab"]
+
+
 def test_a_part_of_the_archives_is_not_taken_for_something_else(reconverge, tmp_path):
     official = archives.official(tmp_path / "official", GOOD, VAL)
     classes = tmp_path / "unpacked"

@@ -53,13 +53,15 @@ def main(arguments: argparse.Namespace) -> int:
 def _faults(
     root: Path, about: dict[str, Any], split: str, number: int, meter: Meter
 ) -> list[tuple[Exit, str]]:
-    """The faults of one shard. Its images are checked one by one only if the sha256 of the shard is wrong."""
+    """The faults of one shard. Its images and label maps are checked one by one only if the sha256 of the
+    shard is wrong.
+    """
     import xxhash
 
     from reconverge.base import files
-    from reconverge.data import shards
+    from reconverge.data import samples, shards
 
-    source = shards.Shards(root, about, split)
+    source = shards.source(root, about, split)
     shard = source.shards[number]
     path = root / shard["name"]
     try:
@@ -69,19 +71,21 @@ def _faults(
     except FileNotFoundError:
         return [(Exit.MISSING, f"{path} is missing")]
     found = []
+    parts = [("", "")] + [("label map of ", "map_")] * ("label_maps" in about)  # columns of the index
     first = int(source.images_of[:number].sum())
     with open(path, "rb") as file:
         for row in source.index.table[first : first + shard["images"]]:
-            file.seek(int(row["offset"]))
-            data = file.read(int(row["size"]))
-            if len(data) != row["size"] or xxhash.xxh3_64_intdigest(data) != row["checksum"]:
-                what = "is cut off" if len(data) != row["size"] else "has changed bytes"
-                found.append(
-                    (Exit.DAMAGED, f"{path}: {os.fsdecode(row['key'])} at byte {row['offset']} {what}")
-                )
+            for what, prefix in parts:
+                offset, size = int(row[f"{prefix}offset"]), int(row[f"{prefix}size"])
+                file.seek(offset)
+                data = file.read(size)
+                if len(data) != size or xxhash.xxh3_64_intdigest(data) != row[f"{prefix}checksum"]:
+                    fault = "is cut off" if len(data) != size else "has changed bytes"
+                    said = f"{path}: {what}{os.fsdecode(row['key'])} at byte {offset} {fault}"
+                    found.append((Exit.DAMAGED, said))
         file.seek(0)
         try:
-            for _ in shards.samples(file, str(path)):
+            for _ in samples.read(file, str(path), maps="label_maps" in about):
                 pass
         except Stop as stop:
             found.append((stop.code, str(stop.args[1])))

@@ -148,7 +148,7 @@ def _images(cfg: Train, overrides: Sequence[str]) -> tuple[int, int, str]:
 
     They come from the data if data= was given and it can be opened, and else from the published data set.
     """
-    from reconverge.data import sources
+    from reconverge.data import sources, suitable
     from reconverge.report import panel
 
     known = DATASETS.get(str(cfg.recipe.dataset))
@@ -161,6 +161,7 @@ def _images(cfg: Train, overrides: Sequence[str]) -> tuple[int, int, str]:
                     Exit.MISSING, f"data={cfg.data.name} without data.root", "a folder", "data.root=/path"
                 )
             training, validation = sources.open_sources(cfg.data)
+            suitable.refuse_other_task(cfg.task, training, cfg.data.name)
             return len(training), len(training.classes), panel.images(cfg, training, validation)
         except Stop as stop:
             if known is None or stop.code not in (Exit.MISSING, Exit.PERMISSION):

@@ -1,5 +1,5 @@
-"""Convert downloaded archives or class folders into a data set of shards. If it is interrupted, run the same
-command again to continue.
+"""Convert downloaded archives, class folders, or images with label maps into a data set of shards. If it is
+interrupted, run the same command again to continue.
 """
 
 import argparse
@@ -16,6 +16,7 @@ RANGES = {
     "resize": "16 or more (pixels)",
     "quality": "1 to 100",
     "shard-mb": "more than 0",
+    "ignore": "0 to 255, or none",
 }
 
 
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="an archive, or the folder that contains the archives or the class folders",
+        help="an archive; or the folder that contains the archives, the class folders, or images/ and maps/;"
+        " or ADEChallengeData2016",
     )
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the new data set")
     parser.add_argument(
@@ -63,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-mb", type=float, default=200.0, metavar="MB", help="approximate shard size (default: 200)"
     )
+    parser.add_argument(
+        "--ignore",
+        metavar="VALUE",
+        help="with images/ and maps/: value of pixels without a class, or none (default: 255)",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -76,6 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
         ("resize", arguments.resize, arguments.resize is None or arguments.resize >= 16),
         ("quality", arguments.quality, 1 <= arguments.quality <= 100),
         ("shard-mb", arguments.shard_mb, arguments.shard_mb > 0),
+        ("ignore", arguments.ignore, arguments.ignore in (None, "none", *map(str, range(256)))),
     ):
         if not good:
             raise Stop(
@@ -85,7 +93,12 @@ def main(arguments: argparse.Namespace) -> int:
                 f"choose another --{name}",
             )
     options = Options(
-        arguments.shard_mb, arguments.hold_out, arguments.resize, arguments.quality, arguments.drop_unreadable
+        arguments.shard_mb,
+        arguments.hold_out,
+        arguments.resize,
+        arguments.quality,
+        arguments.drop_unreadable,
+        arguments.ignore,
     )
     about = prepare(
         arguments.source.expanduser(), arguments.to.expanduser(), arguments.dataset, jobs, options
@@ -108,6 +121,7 @@ def main(arguments: argparse.Namespace) -> int:
             f"unusual files: {len(lines)}, of which unreadable: {unread}{stays}; left out:"
             f" {about['dropped']}. All are listed in report.jsonl"
         )
-    name = "shards" if about["dataset"] == "folder" else about["dataset"]
-    say(f"to train on it: python train.py data={name} data.root={arguments.to}")
+    name = about["dataset"] if about["dataset"] in ("imagenet1k", "imagenet22k") else "shards"
+    task = "task=segment " if "label_maps" in about else ""
+    say(f"to train on it: python train.py {task}data={name} data.root={arguments.to}")
     return Exit.DONE

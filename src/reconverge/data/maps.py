@@ -60,21 +60,26 @@ class Maps(listing.Listed):
         self._maps = maps
         self.values = Values(self.classes, about["values"], about["ignored_values"])
         self.pixels: list[int] = about["pixels"]  # of each class
+        self.beside: list[str] = about["beside"]  # files that are left out, see _notes
         self.notes = _notes(root, about)
 
     def map_path(self, sample: int) -> Path:
         return self._maps / f"{os.path.splitext(self.index.key(sample))[0]}.png"
 
     def target(self, sample: int) -> np.ndarray:
-        """The label map, uint8 (H, W): labels, and IGNORED. Errors: as `read`, and NOT_COMPARABLE if its
-        bytes have changed since it was listed.
+        """The label map, uint8 (H, W): labels, and IGNORED. Errors: as `read_map`."""
+        return self.values.table()[decoded(self.read_map(sample))]
+
+    def read_map(self, sample: int) -> bytes:
+        """The file of the label map. Errors: as `read`, and NOT_COMPARABLE if its bytes have changed since it
+        was listed.
         """
         path, row = self.map_path(sample), self.index.row(sample)
         where = f"{path} (map of sample {sample})"
         data = listing.content(path, int(row["map_size"]), where)
         if xxhash.xxh3_64_intdigest(data) != row["map_checksum"]:
             raise listing.changed(path, f"the bytes of {where} have changed since the folder was listed")
-        return self.values.table()[decoded(data)]
+        return data
 
 
 def decoded(data: bytes) -> np.ndarray:
@@ -125,7 +130,8 @@ def open_folders(
             Exit.USAGE,
             f"label maps of one class, {', '.join(training.classes)}, beside the ignored value {ignore}",
             "two classes or more",
-            f"ignore nothing if {ignore} is a class, too; or correct {names}",
+            f"ignore nothing if {ignore} is a class, too (data.ignore=null; --ignore none of prepare); or"
+            f" correct {names}",
         )
     if val is None:
         return training, None
@@ -143,7 +149,7 @@ def open_ade20k(root: Path, cache: Path, validation: bool = True) -> tuple[Maps,
             Exit.MISSING,
             f"no {path}",
             "the folder ADEChallengeData2016 as distributed: images/, annotations/, objectInfo150.txt",
-            "correct data.root=",
+            "correct the path (data.root=, or SOURCE of reconverge prepare)",
         )
     lines = [line.split("\t") for line in path.read_text().splitlines()[1:] if line.strip()]
     classes = [line[-1].split(",")[0].strip() for line in lines]
@@ -172,7 +178,8 @@ def _open(root: Path, maps: Path, split: str, cache: Path, known: Values | None,
                 Exit.MISSING,
                 f"no folder {folder}",
                 f"images in {root / split} and their label maps in {maps / split}",
-                "correct data.root=; without validation images: data.val=null evaluate_every=never",
+                "correct the path (data.root=, or SOURCE of reconverge prepare); to train without validation"
+                " images: data.val=null evaluate_every=never",
             )
     asked = [str(root.resolve()), str(maps.resolve()), split, known and known.__dict__, ignore]
     page = cache / VERSION / f"{sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
@@ -358,12 +365,19 @@ def _notes(root: Path, about: dict[str, Any]) -> list[str]:
             f"{split}: files left out because they are neither images nor label maps, are hidden, or are read"
             f" already: {len(about['beside'])} (the first is {about['beside'][0]})"
         )
-    empty = [name for name, pixels in zip(about["classes"], about["pixels"], strict=True) if not pixels]
+    said += notes_of_pixels(split, about["classes"], about["pixels"], about["unlabelled"])
+    said += [f"{split}: {count} images {kind}" for kind, count in about["kinds"].items()]
+    return said
+
+
+def notes_of_pixels(split: str, classes: list[str], pixels: list[int], unlabelled: int) -> list[str]:
+    """What the user should know of the pixels of a split: `pixels` of each class, and those without one."""
+    said = []
+    empty = [name for name, count in zip(classes, pixels, strict=True) if not count]
     if empty:
         some = ", ".join(empty[:5]) + (", ..." if empty[5:] else "")
-        said.append(f"{split}: no pixel of {len(empty)} of {len(about['classes'])} classes: {some}")
-    every = sum(about["pixels"]) + about["unlabelled"]
-    if about["unlabelled"]:
-        said.append(f"{split}: {about['unlabelled'] / every:.1%} of the pixels have no class and are ignored")
-    said += [f"{split}: {count} images {kind}" for kind, count in about["kinds"].items()]
+        said.append(f"{split}: no pixel of {len(empty)} of {len(classes)} classes: {some}")
+    if unlabelled:
+        share = unlabelled / (sum(pixels) + unlabelled)
+        said.append(f"{split}: {share:.1%} of the pixels have no class and are ignored")
     return said

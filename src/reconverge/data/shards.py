@@ -3,126 +3,25 @@
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.files import ByPosition, patiently, sha256_of
-from reconverge.data import index, tar
+from reconverge.data import index, maps, tar
+from reconverge.data.samples import damaged
 
 FORMAT = "reconverge-shards-1"
-IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "ppm")  # suffixes of images in shards
 FLAT = "of one colour only"  # kinds of dataset.json's "unusual", beside those of image.py
 UNREADABLE = "unreadable, at which training stops unless data.on_bad_image=substitute"
 OPEN = 64  # shards that one process keeps open
-
-
-class Sample(NamedTuple):
-    """One sample of a shard, from its members KEY.jpg and KEY.cls."""
-
-    key: str
-    label: int
-    suffix: str  # of the image; its last part, for KEY.input.jpg
-    start: int  # byte offset of the image in the shard
-    data: bytes
-
-
-Content = tuple[int, bytes]  # byte offset in the shard, bytes
-
-
-def samples(
-    file: BinaryIO, where: str, unused: Callable[[str], None] = lambda name: None
-) -> Iterator[Sample]:
-    """All samples of a shard, by webdataset's rule of names: a key ends at the first dot of the base name,
-    and the rest is the suffix. `unused` is called with the name of every member that is not used.
-
-    The image of a sample is the member with the suffix of an image, or else its only member whose suffix ends
-    so (KEY.input.jpg); the label likewise with .cls. Errors: Stop(DAMAGED), also for a sample without image
-    or label, or with several.
-    """
-    key: str | None = None
-    images: dict[str, Content] = {}
-    labels: dict[str, Content] = {}
-
-    def finished() -> Iterator[Sample]:
-        if images or labels:
-            assert key is not None
-            suffix, label = (
-                _only(images, key, where, "image", unused),
-                _only(labels, key, where, "label", unused),
-            )
-            yield Sample(key, _label(labels[label], key, where), suffix.rpartition(".")[2], *images[suffix])
-
-    for member in tar.members(file, where):
-        folder, _, name = member.name.rpartition("/")
-        stem, _, suffix = name.partition(".")
-        suffix = suffix.lower()
-        last = suffix.rpartition(".")[2]
-        kind = images if last in IMAGES else labels if last == "cls" else None
-        if not stem or kind is None:  # webdataset leaves out .hidden.jpg
-            unused(member.name)
-            continue
-        this = f"{folder}/{stem}" if folder else stem
-        if this != key or (suffix in kind and images and labels):  # the next sample may have the same key
-            yield from finished()
-            key, images, labels = this, {}, {}
-            kind = images if last in IMAGES else labels
-        if suffix in kind:
-            what = "images" if kind is images else "labels"
-            raise _damaged(f"{where}, byte {member.start}: {key} has two {what}")
-        kind[suffix] = member.start, tar.read(file, member, where)
-    yield from finished()
-
-
-def _only(members: dict[str, Content], key: str, where: str, what: str, unused: Callable[[str], None]) -> str:
-    """The suffix of the image or label of a sample. Errors: Stop(DAMAGED)."""
-    plain = [suffix for suffix in members if "." not in suffix]
-    found = plain or list(members)
-    if not found:
-        raise _damaged(f"{where}: {key} has no {'image' if what == 'image' else 'label (.cls)'}")
-    if len(found) > 1:
-        first, second = (f"{key}.{suffix}" for suffix in found[:2])
-        raise Stop(
-            Exit.DAMAGED,
-            f"{where}: {first} and {second} are two {what}s of one sample, because a key ends at the first"
-            " dot of a name",
-            f"shards as webdataset reads them: one {what} for each key",
-            "write the shards again, with keys that have no dot (2024_05_003.jpg) and one image for each key;"
-            " or unpack them to class folders",
-        )
-    for suffix in members:
-        if suffix != found[0]:
-            unused(f"{key}.{suffix}")
-    return found[0]
-
-
-def _label(content: Content, key: str, where: str) -> int:
-    start, data = content
-    text = data.strip()
-    if not text.isdigit():
-        raise _damaged(f"{where}, byte {start}: the label of {key} is {text[:20]!r}")
-    return int(text)
-
-
-def scan(
-    path: Path, number: int, examine: Callable[[Sample], None], unused: Callable[[str], None]
-) -> tuple[np.ndarray, str]:
-    """Index rows of shard `number`, and its sha256. `unused` as in samples(). Errors: Stop(DAMAGED)."""
-    rows, digest = [], sha256_of(path)
-    with open(path, "rb") as file:
-        for sample in samples(file, str(path), unused):
-            examine(sample)
-            checksum = xxhash.xxh3_64_intdigest(sample.data)
-            rows.append(
-                (number, sample.start, len(sample.data), sample.label, checksum, os.fsencode(sample.key))
-            )
-    return np.array(rows, index.row(max([len(row[-1]) for row in rows], default=1))), digest
 
 
 class Shards:
@@ -158,8 +57,14 @@ class Shards:
         """Errors: Stop(DAMAGED) if the bytes have changed since they were indexed, Stop(MISSING, PERMISSION,
         DISK).
         """
-        row = self.index.row(sample)
-        shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
+        place = self.index.row(sample)[["shard", "offset", "size", "checksum"]].item()
+        return self._verified(place, partial(self.where, sample))
+
+    def _verified(self, place: tuple[int, int, int, int], where: Callable[[], str]) -> bytes:
+        """The bytes at `place`: shard, offset, size, checksum. `where` names them in messages. Errors: as
+        `read`.
+        """
+        shard, offset, size, checksum = place
 
         def read() -> bytes:
             try:
@@ -168,9 +73,9 @@ class Shards:
                 self._files.pop(shard, None)  # a stale handle of a network file system stays unusable
                 raise
 
-        data = patiently(read, lambda: self.where(sample))
-        if len(data) != size or xxhash.xxh3_64_intdigest(data) != row["checksum"]:
-            raise _damaged(f"{self.where(sample)}: the bytes have changed since they were indexed")
+        data = patiently(read, where)
+        if len(data) != size or xxhash.xxh3_64_intdigest(data) != checksum:
+            raise damaged(f"{where()}: the bytes have changed since they were indexed")
         return data
 
     def first_ids(self) -> np.ndarray:
@@ -211,6 +116,37 @@ class Shards:
         return ByPosition(self.root / self.shards[shard]["name"])
 
 
+class MapShards(Shards):
+    """One split of images with a label map each: a source with `target` (see sources.py)."""
+
+    def __init__(self, root: Path, about: dict[str, Any], split: str):
+        super().__init__(root, about, split)
+        of_maps = about["label_maps"]
+        self.values = maps.Values(self.classes, of_maps["values"], of_maps["ignored_values"])
+        self.pixels: list[int] = about["splits"][split]["pixels"]  # of each class
+
+    def target(self, sample: int) -> np.ndarray:
+        """The label map, uint8 (H, W): labels, and maps.IGNORED. Errors: as `read_map`."""
+        return self.values.table()[maps.decoded(self.read_map(sample))]
+
+    def read_map(self, sample: int) -> bytes:
+        """The file of the label map. Errors: as `read`."""
+        place = self.index.row(sample)[["shard", "map_offset", "map_size", "map_checksum"]].item()
+        return self._verified(place, partial(self.where_map, sample))
+
+    def where_map(self, sample: int) -> str:
+        row = self.index.row(sample)
+        return (
+            f"{self.root / self.shards[row['shard']]['name']}, label map of {os.fsdecode(row['key'])} at byte"
+            f" {row['map_offset']} (sample {sample})"
+        )
+
+
+def source(root: Path, about: dict[str, Any], split: str) -> Shards:
+    """A split as a source, with label maps if dataset.json (`about`) says that the images have some."""
+    return (MapShards if "label_maps" in about else Shards)(root, about, split)
+
+
 def staged_name(shard: int) -> str:
     """File name of a shard's local copy, by number, because the shards may be in several folders."""
     return f"{shard:06d}.tar"
@@ -229,7 +165,7 @@ def load(root: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text())
     except ValueError as error:
-        raise _damaged(f"{path}: {error}") from None
+        raise damaged(f"{path}: {error}") from None
     if about.get("format") != FORMAT:
         raise Stop(
             Exit.DAMAGED,
@@ -255,8 +191,8 @@ def problems(root: Path, about: dict[str, Any]) -> list[tuple[Exit, str]]:
         asked += [threads.submit(_problem, root / name, size) for name, size in files]
         found += [problem for job in asked if (problem := job.result())]
         if not found:
-            sources = [Shards(root, about, split) for split in about["splits"]]
-            firsts = [(source, int(first)) for source in sources for first in source.first_ids()]
+            sources = [source(root, about, split) for split in about["splits"]]
+            firsts = [(one, int(first)) for one in sources for first in one.first_ids()]
             found = [
                 problem for problem in threads.map(lambda pair: pair[0].replaced(pair[1]), firsts) if problem
             ]
@@ -289,7 +225,8 @@ def _problem(path: Path, size: int) -> tuple[Exit, str] | None:
 
 
 def open_shards(root: Path, dataset: str | None, validation: bool = True) -> tuple[Shards, Shards | None]:
-    """The training split and, if `validation`, the validation split, after a check of all files.
+    """The training split and, if `validation`, the validation split, after a check of all files. They are
+    MapShards if the data set has label maps.
 
     Errors: Stop(MISSING, PERMISSION, DAMAGED) with a list of all problems; Stop(USAGE) if the data set is not
     `dataset`, or lacks a split.
@@ -311,12 +248,22 @@ def open_shards(root: Path, dataset: str | None, validation: bool = True) -> tup
                 "data.val=null evaluate_every=never to train without validation images; or reconverge prepare"
                 " with --hold-out PERCENT, which uses some of the training images for validation",
             )
-    return Shards(root, about, "train"), Shards(root, about, "val") if validation else None
+    return source(root, about, "train"), source(root, about, "val") if validation else None
 
 
 def open_evaluation(root: Path) -> Shards:
-    """The validation split, or the only split of a data set with one split. Errors: Stop, as open_shards."""
+    """The validation split, or the only split of a data set with one split, to evaluate a classifier.
+
+    Errors: as open_shards, and Stop(USAGE) for a data set of label maps.
+    """
     about = _in_place(root)
+    if "label_maps" in about:
+        raise Stop(
+            Exit.USAGE,
+            f"{root} was prepared from images with label maps",
+            "images with a label each, to evaluate a classifier",
+            "correct data.root=, or prepare a data set with labels",
+        )
     return Shards(root, about, "val" if "val" in about["splits"] else next(iter(about["splits"])))
 
 
@@ -336,10 +283,13 @@ def _in_place(root: Path) -> dict[str, Any]:
 
 
 def fingerprint(about: dict[str, Any], split: str) -> str:
-    """The hash of a split, over the classes and its index (with the checksum and label of each image)."""
-    return sha256(
-        f"{about['splits'][split]['index_sha256']} {json.dumps(about['classes'])}".encode()
-    ).hexdigest()
+    """The hash of a split, over the classes and its index (with the checksums of images and label maps, and
+    labels), and over what the values of label maps mean.
+    """
+    said = f"{about['splits'][split]['index_sha256']} {json.dumps(about['classes'])}"
+    if "label_maps" in about:
+        said += f" {json.dumps(about['label_maps'])}"
+    return sha256(said.encode()).hexdigest()
 
 
 def notes(about: dict[str, Any], split: str) -> list[str]:
@@ -351,6 +301,9 @@ def notes(about: dict[str, Any], split: str) -> list[str]:
             said.append(f"{split}: {count} images {kind}")
         elif count == part["images"]:
             said.append(f"{split}: every image is {kind}; nothing can be learned from them")
+    if "label_maps" in about:
+        names = [entry["synset"] for entry in about["classes"]]
+        said += maps.notes_of_pixels(split, names, part["pixels"], part["unlabelled"])
     if part["expected"] not in (None, part["images"]):
         said.append(f"{split}: {part['images']} images, but the published set has {part['expected']}")
     if lossy:
@@ -359,12 +312,3 @@ def notes(about: dict[str, Any], split: str) -> list[str]:
             f" JPEG quality {lossy['quality']})"
         )
     return said
-
-
-def _damaged(what: str) -> Stop:
-    return Stop(
-        Exit.DAMAGED,
-        what,
-        "shards as reconverge prepare wrote them",
-        "copy the shard again (reconverge check DIR lists every fault); or use data.on_bad_image=substitute",
-    )

@@ -22,7 +22,10 @@ from reconverge.data.shards import open_shards
 
 
 class Source(Protocol):
-    """A source with label maps also has target(sample), uint8 (H, W), instead of labels."""
+    """The images of a split. A source has label maps if it has `target`, and labels of images if it has not.
+
+    target(sample) -> uint8 (H, W): the label of each pixel, and maps.IGNORED. Its `labels` are zeros.
+    """
 
     classes: list[str]
     fingerprint: str  # hash of paths, sizes and labels of files, or of the checksums and labels in shards

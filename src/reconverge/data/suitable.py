@@ -26,7 +26,9 @@ def refuse_other_task(task: str, training: Any, name: str) -> None:
             Exit.USAGE,
             f"task={task} with data={name}, whose images have {has}",
             f"images with {needs}",
-            "task=segment" if task != SEGMENT else "data=scenes, data=maps data.root=... or data=ade20k",
+            "task=segment, or data whose images have labels"
+            if task != SEGMENT
+            else "data=scenes, data=maps data.root=..., data=ade20k, or data=shards with label maps",
         )
 
 

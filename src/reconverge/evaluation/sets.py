@@ -17,7 +17,8 @@ import numpy as np
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.terminal import say
-from reconverge.config.settings import Data, Evaluate, Suite
+from reconverge.config.settings import CLASSIFY, Data, Evaluate, Suite
+from reconverge.data import suitable
 from reconverge.data.folder import Folder, open_folder
 from reconverge.data.shards import Shards, open_evaluation
 from reconverge.data.sources import Source, open_validation, root_of
@@ -306,7 +307,9 @@ def chosen(suite: Suite, data: Data) -> list[Data]:
 def parts(data: Data, classes: list[str]) -> list[Part]:
     """The parts of the set to evaluate. `classes`: the classes of the model. Errors: Stop."""
     if data.kind != "evaluation":
-        return [Part("", open_validation(data, classes))]
+        source = open_validation(data, classes)
+        suitable.refuse_other_task(CLASSIFY, source, data.name)
+        return [Part("", source)]
     return SETS[str(data.dataset)].parts(data, classes)
 
 

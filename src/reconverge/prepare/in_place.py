@@ -10,7 +10,7 @@ from typing import Any
 from reconverge.base import imagenet
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.terminal import say
-from reconverge.data import shards
+from reconverge.data import samples
 from reconverge.prepare import indexing
 from reconverge.prepare.odd import Bomb, oddities
 
@@ -48,7 +48,6 @@ def shards_below(source: Path) -> dict[str, list[Path]]:
 def indexed(
     found: dict[str, list[Path]],
     to: Path,
-    work: Path,
     dataset: str | None,
     threads: ThreadPoolExecutor,
 ) -> dict[str, Any]:
@@ -70,7 +69,7 @@ def indexed(
     report = to / "report.jsonl"
     lines: list[str] = []
 
-    def examine(split: str, sample: shards.Sample) -> None:
+    def examine(split: str, sample: samples.Sample) -> None:
         try:
             odd = oddities(sample.data, sample.suffix)
         except Bomb as bomb:
@@ -85,13 +84,13 @@ def indexed(
                 json.dumps({"split": split, "key": sample.key, "odd": odd, "fate": "kept as it is"}) + "\n"
             )
 
-    parts = indexing.indexed(to, work, names, threads, examine)
+    parts = indexing.indexed(to, names, threads, examine)
     for split, part in parts.items():
         if not sum(part["images"]):
             raise Stop(
                 Exit.MISSING,
                 f"{len(found[split])} shards of {split} without any image",
-                f"members KEY.SUFFIX with an image ({', '.join(shards.IMAGES)}) and KEY.cls",
+                "members KEY.jpg, or with another suffix of an image, and KEY.cls",
                 "correct SOURCE, or write the shards again",
             )
         unused: dict[str, list[Any]] = {}
@@ -131,6 +130,6 @@ def _show_first(split: str, paths: list[Path]) -> None:
     """Print how the names of the first sample are read. Errors: Stop(DAMAGED)."""
     for path in paths:
         with open(path, "rb") as file:
-            if (one := next(shards.samples(file, str(path)), None)) is not None:
+            if (one := next(samples.read(file, str(path)), None)) is not None:
                 say(f"{split}: the first key is {one.key}, its image a .{one.suffix}, its label {one.label}")
                 return

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -13,33 +14,38 @@ import numpy as np
 
 from reconverge.base import files, imagenet
 from reconverge.base.terminal import Meter, say
-from reconverge.data import image, index, shards
+from reconverge.data import image, index, maps, samples, shards
+from reconverge.data.image import Undecodable
 from reconverge.prepare.odd import is_unreadable
 from reconverge.prepare.scatter import content
 
 IN1K, IN22K = imagenet.DATASETS["imagenet1k"], imagenet.DATASETS["imagenet22k"]  # the latter as of fall 2011
+ADE20K = imagenet.DATASETS["ade20k"]
 EXPECTED = {
     "imagenet1k": {"train": IN1K.training, "val": IN1K.validation},
     "fall11_whole.tar": {"train": IN22K.training},
+    "ade20k": {"train": ADE20K.training, "val": ADE20K.validation},
 }
 CLASSES = {"imagenet1k": IN1K.classes, "fall11_whole.tar": IN22K.classes, "winter21_whole.tar.gz": 19_167}
 
 
 def indexed(
     to: Path,
-    work: Path,
     found: dict[str, list[str]],
     threads: ThreadPoolExecutor,
-    examine: Callable[[str, shards.Sample], None],
+    examine: Callable[[str, samples.Sample], None],
+    with_maps: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Read every shard once. Writes the index of each split, and returns the facts for dataset.json."""
+    """Read every shard once. Writes the index of each split, and returns the facts for dataset.json.
+    `with_maps`: the samples have label maps instead of labels.
+    """
     made = {}
     with Meter(
         "indexing", sum((to / name).stat().st_size for names in found.values() for name in names)
     ) as meter:
         for split, names in found.items():
             jobs = [
-                threads.submit(_piece, to, work, name, number, partial(examine, split), meter)
+                threads.submit(_piece, to / name, name, number, partial(examine, split), with_maps, meter)
                 for number, name in enumerate(names)
             ]
             pieces = [job.result() for job in jobs]
@@ -55,6 +61,7 @@ def indexed(
                 "sha256": [piece["sha256"] for piece in pieces],
                 "images": [len(part) for part in rows],
                 "content": combined,
+                "pixels": sum(piece["pixels"] for piece in pieces),
                 "labels": max((int(part["label"].max()) + 1 for part in rows if len(part)), default=0),
                 "unused": [(suffix, *of) for piece in pieces for suffix, of in piece["unused"].items()],
                 "repeated": os.fsdecode(twice[0]) if len(twice) else None,
@@ -63,14 +70,25 @@ def indexed(
 
 
 def _piece(
-    to: Path, work: Path, name: str, number: int, examine: Callable[[shards.Sample], None], meter: Meter
+    path: Path,
+    name: str,
+    number: int,
+    examine: Callable[[samples.Sample], None],
+    with_maps: bool,
+    meter: Meter,
 ) -> dict[str, Any]:
-    """Index rows, sha256 and combined content hash of one shard."""
-    combined = 0
+    """Index rows, sha256 and combined content hash of one shard; the pixels of its label maps by value."""
+    combined, pixels = 0, np.zeros(256, np.int64)
 
-    def look(sample: shards.Sample) -> None:
-        nonlocal combined
-        combined ^= content(sample.key, sample.data)
+    def look(sample: samples.Sample) -> None:
+        nonlocal combined, pixels
+        label_map = sample.map[1] if sample.map else None
+        combined ^= content(sample.key, sample.data, label_map)
+        if label_map is not None:
+            with suppress(
+                Undecodable
+            ):  # it was decoded before, so its bytes have changed, and `content`, too
+                pixels += np.bincount(maps.decoded(label_map).ravel(), minlength=256)
         examine(sample)
 
     unused: dict[str, list[Any]] = {}  # suffix -> number of members, name of the first
@@ -79,9 +97,9 @@ def _piece(
         suffix = member.rpartition("/")[2].partition(".")[2]
         unused.setdefault(suffix, [0, f"{name}, {member}"])[0] += 1
 
-    rows, digest = shards.scan(to / name, number, look, count)
-    meter.add((to / name).stat().st_size, len(rows))
-    return {"rows": rows, "sha256": digest, "content": combined, "unused": unused}
+    rows, digest = samples.scan(path, number, look, count, with_maps)
+    meter.add(path.stat().st_size, len(rows))
+    return {"rows": rows, "sha256": digest, "content": combined, "pixels": pixels, "unused": unused}
 
 
 def about(
@@ -112,6 +130,11 @@ def about(
                 for name, images, digest in zip(part["names"], part["images"], part["sha256"], strict=True)
             ],
         }
+        if of_maps := plan.get("label_maps"):
+            splits[split] |= {
+                "pixels": part["pixels"][of_maps["values"]].tolist(),  # of each class
+                "unlabelled": int(part["pixels"][of_maps["ignored_values"]].sum()),
+            }
     classes = plan["classes"]
     if plan["expected_classes"] not in (None, len(classes)):
         say(f"note: {len(classes)} classes, but the published set has {plan['expected_classes']}")
@@ -132,6 +155,8 @@ def about(
         "classes": classes,
         "splits": splits,
     }
+    if "label_maps" in plan:
+        found["label_maps"] = plan["label_maps"]
     for split in splits:
         for note in shards.notes(found, split):
             say(f"note: {note}")

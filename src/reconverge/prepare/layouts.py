@@ -19,7 +19,7 @@ from reconverge.prepare import archives, validation_labels
 FORMS = (
     "ILSVRC2012_img_train.tar (with ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz), Kaggle's zip or"
     " its folder, train_images_*.tar.gz of Hugging Face, fall11_whole.tar, winter21_whole.tar.gz, WebDataset"
-    " shards, or train/CLASS/ and val/"
+    " shards, train/CLASS/ and val/, images/ with label maps in maps/, or ADEChallengeData2016"
 )
 
 
@@ -35,12 +35,13 @@ class Taken(NamedTuple):
     suffix: str
     name: str  # name of the file in the source
     read: Callable[[], bytes]
+    read_map: Callable[[], bytes] | None = None  # reads its label map; then `label` is 0
 
 
 @dataclass
 class Layout:
     kind: str  # description of the layout
-    dataset: str  # imagenet1k, imagenet22k or folder
+    dataset: str  # imagenet1k, imagenet22k, folder, maps or ade20k
     files: list[Path]  # the files of the source; their names and sizes identify it
     # Names of the classes in the order of labels; for a gzip stream this reads the whole source.
     classes: Callable[[], list[str]]
@@ -51,6 +52,8 @@ class Layout:
     )  # names of files that are not images, found while reading
     again: list[str] = field(default_factory=list)  # links left out, found while reading
     stream: bool = True  # read from beginning to end; otherwise file by file in any order
+    label_maps: dict[str, list[int]] | None = None  # the values of label maps, if images have them
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of each split with label maps
 
 
 def find(source: Path, dataset: str | None) -> Layout:
@@ -285,10 +288,13 @@ def _labelled(
                 f"images of the {len(classes)} classes of the training images",
                 "add the missing labels (devkit or LOC_val_solution.csv), or remove the file",
             ) from None
-        suffix = os.path.splitext(name)[1].lower()
-        yield Taken(
-            key(name) if key else _stem(name), label, {"jpeg": "jpg"}.get(suffix[1:], suffix[1:]), name, read
-        )
+        yield Taken(key(name) if key else _stem(name), label, image_suffix(name), name, read)
+
+
+def image_suffix(name: str) -> str:
+    """The suffix of an image's member in a shard."""
+    suffix = os.path.splitext(name)[1].lower()[1:]
+    return "jpg" if suffix == "jpeg" else suffix
 
 
 def _always(synset: str) -> Callable[[str], str]:
@@ -300,15 +306,19 @@ def _stem(name: str) -> str:
 
 
 def _plain(path: str, below: str) -> str:
-    """The key of a file in class folders: its path without the suffix .jpg or .jpeg. Dots become underscores,
-    because a dot ends a WebDataset key. Other suffixes stay in the key, because a.png and a.jpg are two
-    samples.
+    """The key of a file in class folders: its path without the suffix .jpg or .jpeg. Other suffixes stay in
+    the key, because a.png and a.jpg are two samples.
     """
     stem, suffix = os.path.splitext(path.removeprefix(below))
-    folder, _, name = stem.rpartition("/")
-    return f"{folder}/{name.replace('.', '_')}" + (
+    return plain_name(stem) + (
         "" if suffix.lower() in (".jpg", ".jpeg") else suffix.lower().replace(".", "_")
     )
+
+
+def plain_name(path: str) -> str:
+    """A path whose name has underscores instead of dots, because a dot ends a WebDataset key."""
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}{name.replace('.', '_')}"
 
 
 def _tar_of_tars(layout: Layout, path: Path, classes: list[str]) -> Iterator[Taken]:

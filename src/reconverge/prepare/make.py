@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -18,7 +18,8 @@ from reconverge.base import files, imagenet
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.lock import Lock
 from reconverge.base.terminal import Meter, say
-from reconverge.prepare import in_place, indexing, layouts
+from reconverge.data.samples import LABEL_MAP
+from reconverge.prepare import in_place, indexing, label_maps, layouts
 from reconverge.prepare.layouts import Layout, Taken
 from reconverge.prepare.odd import UNREADABLE, Bomb, oddities, shrunk, warnings_kept
 from reconverge.prepare.scatter import Scatter
@@ -31,6 +32,14 @@ class Options:
     resize: int | None  # largest shorter side in pixels; None: do not resize
     quality: int  # JPEG quality of resized images
     drop_unreadable: bool
+    ignore: str | None = None  # value of pixels without a class in label maps, or none; None: not given
+
+
+class Examined(NamedTuple):
+    taken: Taken
+    data: bytes  # of the image
+    target: dict[str, bytes]  # its label or label map, by suffix
+    odd: list[str]  # what is unusual about the image
 
 
 def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Options) -> dict[str, Any]:
@@ -68,22 +77,23 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
             "a folder that is not SOURCE, except for existing shards, which are indexed in their folder",
             "choose another --to",
         )
-    asked = [name for name in ("resize", "hold_out", "drop_unreadable") if getattr(options, name)]
-    if found and asked:
-        raise Stop(
-            Exit.USAGE,
-            f"{', '.join('--' + name.replace('_', '-') for name in asked)} with existing shards",
-            "no such option, because existing shards are indexed and not rewritten",
-            "leave out this option",
-        )
+    form = None if found else label_maps.form(source)
+    if dataset and (source / "train").is_dir():
+        form = None  # the class folders beside the label maps
+    _refuse_options(bool(found), form, dataset, options)
     work.mkdir(parents=True, exist_ok=True)
     lock = Lock(to / ".lock")
     try:
         with warnings_kept(), ThreadPoolExecutor(jobs) as threads:
             if found:
-                about = in_place.indexed(found, to, work, dataset, threads)
+                about = in_place.indexed(found, to, dataset, threads)
             else:
-                about = _scattered(source, to, work, dataset, jobs, threads, options)
+                layout = (
+                    label_maps.layout(form, source, work, options.ignore)
+                    if form
+                    else layouts.find(source, dataset)
+                )
+                about = _scattered(layout, to, work, jobs, threads, options)
         files.write_whole(to / "dataset.json", json.dumps(about, indent=1) + "\n")
         shutil.rmtree(work)
         return about
@@ -91,19 +101,41 @@ def prepare(source: Path, to: Path, dataset: str | None, jobs: int, options: Opt
         lock.release()
 
 
+def _refuse_options(existing: bool, form: str | None, dataset: str | None, options: Options) -> None:
+    """`existing`: the source is WebDataset shards. `form`: that of its label maps. Errors: Stop(USAGE)."""
+    others = "--hold-out, --drop-unreadable, --shard-mb and --jobs; images and label maps keep their size"
+    what, names, allowed = {
+        "shards": (
+            "existing shards",
+            ("resize", "hold_out", "drop_unreadable", "ignore"),
+            "no such option, because existing shards are indexed and not rewritten",
+        ),
+        "maps": ("label maps", ("dataset", "resize"), f"--ignore, {others}"),
+        "ade20k": ("ADE20K", ("dataset", "resize", "ignore"), f"{others}, and the value 0 is ignored"),
+        None: ("images without label maps", ("ignore",), "this option with images/ and maps/ only"),
+    }["shards" if existing else form]
+    given = asdict(options) | {"dataset": dataset}
+    asked = [{"dataset": "as"}.get(name, name) for name in names if given[name]]
+    if asked:
+        raise Stop(
+            Exit.USAGE,
+            f"{', '.join('--' + name.replace('_', '-') for name in asked)} with {what}",
+            allowed,
+            "leave out this option",
+        )
+
+
 # ---- archives and folders: the first pass writes the shards, the second pass indexes them ------------------
 
 
 def _scattered(
-    source: Path,
+    layout: Layout,
     to: Path,
     work: Path,
-    dataset: str | None,
     jobs: int,
     threads: ThreadPoolExecutor,
     options: Options,
 ) -> dict[str, Any]:
-    layout = layouts.find(source, dataset)
     plan = _plan(layout, work, options)
     say(
         f"{layout.kind}: {plan['dataset']}, {len(plan['classes'])} classes,"
@@ -125,7 +157,7 @@ def _scattered(
             scatter.abandon()
     scatter.end()
     found = {split: scatter.names(split) for split in plan["shards"]}
-    parts = indexing.indexed(to, work, found, threads, lambda split, sample: None)
+    parts = indexing.indexed(to, found, threads, lambda split, sample: None, "label_maps" in plan)
     for split, made in parts.items():
         if not sum(made["images"]):
             raise Stop(
@@ -158,7 +190,7 @@ def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
 
     Errors: Stop(USAGE) if a later start has another source or other options.
     """
-    asked = {
+    asked: dict[str, Any] = {
         "dataset": layout.dataset,
         "source": {
             "kind": layout.kind,
@@ -167,6 +199,9 @@ def _plan(layout: Layout, work: Path, options: Options) -> dict[str, Any]:
         },
         "options": asdict(options),
     }
+    if layout.label_maps:
+        asked["source"] |= {"fingerprints": layout.fingerprints}
+        asked["label_maps"] = layout.label_maps
     path = work / "plan.json"
     if path.exists():
         plan = json.loads(path.read_text())
@@ -229,10 +264,10 @@ def _scatter(
     with Meter("writing shards", sum(layout.bytes.values()) - state["read"]) as meter:
         for number in range(state["split"], len(splits)):
             split, skip = splits[number], state["taken"]
-            for taken, data, odd in _in_order(layout, split, classes, skip, jobs, threads, options):
+            for taken, data, target, odd in _in_order(layout, split, classes, skip, jobs, threads, options):
                 state["taken"] += 1
-                state["read"] += len(data)
-                meter.add(len(data))
+                state["read"] += len(data) + len(target.get(LABEL_MAP, b""))
+                meter.add(len(data) + len(target.get(LABEL_MAP, b"")))
                 drop = options.drop_unreadable and any(word.startswith((*UNREADABLE, "bomb")) for word in odd)
                 held = split not in plan["shards"] or _held_out(taken.key, split, plan, options)
                 into = "val" if held else split
@@ -249,13 +284,14 @@ def _scatter(
                 if drop:
                     state["dropped"] += 1
                 else:
-                    scatter.add(into, taken.key, taken.suffix, taken.label, data)
+                    scatter.add(into, taken.key, taken.suffix, data, target)
                 if scatter.full():
                     scatter.commit()
             state["split"], state["taken"] = number + 1, 0
             scatter.commit()
         for name in layout.ignored:
-            scatter.report({"name": name, "odd": ["no image"], "fate": "left out"})
+            odd = ["no image or label map, or hidden, or read already" if layout.label_maps else "no image"]
+            scatter.report({"name": name, "odd": odd, "fate": "left out"})
         for name in layout.again:
             odd = ["a link to a folder that is read already"]
             scatter.report({"name": name, "odd": odd, "fate": "left out"})
@@ -282,16 +318,16 @@ def _in_order(
     jobs: int,
     threads: ThreadPoolExecutor,
     options: Options,
-) -> Iterator[tuple[Taken, bytes, list[str]]]:
-    """Each sample after the first `skip`, with its bytes and a list of what is unusual about it. The threads
-    check up to `jobs` samples at the same time.
+) -> Iterator[Examined]:
+    """Each sample after the first `skip`. The threads check up to `jobs` samples at the same time.
 
     Single files are also read in the threads. A stream is read only in this thread, because it has one
     position.
     """
 
-    def examine(taken: Taken, data: bytes | None) -> tuple[Taken, bytes, list[str]]:
+    def examine(taken: Taken, data: bytes | None) -> Examined:
         data = taken.read() if data is None else data
+        target = {LABEL_MAP: taken.read_map()} if taken.read_map else {"cls": str(taken.label).encode()}
         try:
             odd = oddities(data, taken.suffix)
         except Bomb as bomb:
@@ -302,10 +338,10 @@ def _in_order(
                     "images of a size that Pillow accepts",
                     "remove the image, or add --drop-unreadable to leave it out",
                 ) from None
-            return taken, data, [f"bomb: {bomb}"]
+            return Examined(taken, data, target, [f"bomb: {bomb}"])
         if options.resize:
             taken, data = taken._replace(suffix="jpg"), shrunk(data, options.resize, options.quality)
-        return taken, data, odd
+        return Examined(taken, data, target, odd)
 
     waiting: deque[Future] = deque()
     for taken in islice(layout.splits[split](classes), skip, None):

@@ -61,10 +61,7 @@ def oddities(data: bytes, suffix: str) -> list[str]:
         return [f"unreadable: {error}"]
     found = []
     form = str(image.format)
-    if form != {"jpg": "JPEG", "tif": "TIFF", "ppm": "PPM"}.get(suffix, suffix.upper()) and (
-        form,
-        suffix,
-    ) != ("MPO", "jpg"):
+    if form != Image.registered_extensions().get(f".{suffix}") and (form, suffix) != ("MPO", "jpg"):
         found.append(f"{form}, named .{suffix}")
     if image.mode == "CMYK":
         found.append("CMYK")

@@ -13,6 +13,7 @@ import xxhash
 from webdataset.writer import TarWriter
 
 from reconverge.base import files
+from reconverge.data.samples import LABEL_MAP
 
 MEMORY = 256 << 20, 4 << 30  # smallest and largest buffer for samples before they are written, in bytes
 # Bytes that are appended to a shard at a time. With 6,000 shards on a hard disk, appending single samples
@@ -57,19 +58,21 @@ class Scatter:
     def names(self, split: str) -> list[str]:
         return [f"{split}-{number:06d}.tar" for number in range(self._shards[split])]
 
-    def add(self, split: str, key: str, suffix: str, label: int, data: bytes) -> None:
-        hashed = xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
-        name = f"{split}-{hashed % self._shards[split]:06d}.tar"
+    def add(self, split: str, key: str, suffix: str, data: bytes, target: dict[str, bytes]) -> None:
+        """Add a sample: the image KEY.suffix, and its label or label map, {suffix: content}."""
+        place = xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape")) % self._shards[split]
+        name = f"{split}-{place:06d}.tar"
         if name not in self._waiting:
             buffer = io.BytesIO()
             self._waiting[name] = (
                 buffer,
                 TarWriter(buffer, user="reconverge", group="reconverge", mtime=0, encoder=False),
             )
-        self._waiting[name][1].write({"__key__": key, suffix: data, "cls": str(label).encode()})
-        self._buffered += len(data)
+        self._waiting[name][1].write({"__key__": key, suffix: data} | target)
+        self._buffered += len(data) + sum(map(len, target.values()))
         self.state["images"][split] = self.state["images"].get(split, 0) + 1
-        self.state["content"][split] = self.state["content"].get(split, 0) ^ content(key, data)
+        hashed = content(key, data, target.get(LABEL_MAP))
+        self.state["content"][split] = self.state["content"].get(split, 0) ^ hashed
 
     def report(self, line: dict[str, Any]) -> None:
         self._report.append(json.dumps(line) + "\n")
@@ -114,8 +117,8 @@ class Scatter:
         os.sync()
 
 
-def content(key: str, data: bytes) -> int:
+def content(key: str, data: bytes, label_map: bytes | None = None) -> int:
     """A 64-bit hash of a sample. The hashes of a split are combined with exclusive or, in any order."""
-    return xxhash.xxh3_64_intdigest(
-        data, seed=xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
-    )
+    seed = xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
+    hashed = xxhash.xxh3_64_intdigest(data, seed=seed)
+    return hashed if label_map is None else hashed ^ xxhash.xxh3_64_intdigest(label_map, seed=seed ^ 1)
