@@ -400,7 +400,7 @@ def test_who_started_this_process():
     assert place(step | {"SLURM_STEP_NUM_TASKS": "1"}) == Place()
 
 
-def test_restarts_need_a_rendezvous_that_finds_together_again(digits):
+def test_restarts_need_a_rendezvous_that_finds_together_again(digits, forking):
     command = [
         sys.executable,
         "-m",
