@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault(
@@ -233,12 +234,12 @@ def reconverge(monkeypatch, capsys):
     return reconverge
 
 
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory):
-    """The socket of a process that has imported torch and timm, and makes forks of itself; see zygote.py."""
-    path = tmp_path_factory.mktemp("zygote") / "socket"
+@contextmanager
+def started_zygote(folder, without=""):
+    """The socket of a zygote that has imported all its libraries, or all but one."""
+    path = folder / "socket"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "zygote.py"), str(path), "." * 4000],
+        [sys.executable, str(ROOT / "tests" / "zygote.py"), str(path), without, "." * 4000],
         stdin=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
@@ -248,6 +249,13 @@ def zygote(tmp_path_factory):
     yield str(path)
     process.stdin.close()
     process.wait()
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    """The socket of a process that has imported torch and timm, and makes forks of itself; see zygote.py."""
+    with started_zygote(tmp_path_factory.mktemp("zygote")) as path:
+        yield path
 
 
 @pytest.fixture
