@@ -39,6 +39,7 @@ SMALL = [
     "optim.warmup_epochs=1",
     "threads=1",
     "workers=0",
+    "evaluate_every=never",  # which, with its pictures, takes half a second of CPU
 ]
 # The same for several ranks, with every kind of random number. With eight microbatches a step, two and four
 # ranks add gradients in another order than one rank.

@@ -84,9 +84,7 @@ def pretended(zygote, *arguments, **environment):
         (("deterministic=false",), {}, None),
     ],
 )
-def test_modes_are_set_before_any_group_is_made(
-    zygote, tmp_path, digits, arguments, environment, algorithm
-):
+def test_modes_are_set_before_any_group_is_made(zygote, tmp_path, digits, arguments, environment, algorithm):
     codes, said = pretended(zygote, tmp_path, digits, *arguments, GPUS="2", **environment)
     assert codes == [0, 0], said
     found = {}

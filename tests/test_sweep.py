@@ -92,7 +92,7 @@ def test_nothing_starts_after_a_signal(monkeypatch, train, capfd, digits):
 
 def test_a_sweep_goes_on_after_a_failure(train, digits, capfd, forking):
     """Whole processes: the second run is what the same command alone gives; it introduces itself in short."""
-    arguments = ["steps=2", "optim.warmup_epochs=0"]
+    arguments = ["steps=2", "optim.warmup_epochs=0", "evaluate_every=0"]
     assert train("-m", *arguments, f"data.root=nowhere,{digits}", "run=a") == Exit.MISSING
     said = capfd.readouterr().out
     rows = [line.split() for line in said[said.rindex("\nrun ") :].splitlines()[2:]]

@@ -27,7 +27,8 @@ from reconverge.base.errors import explain
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "40"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
-ARGUMENTS = ["model=timm", "model.timm=test_convnext", "run=a", "ema.decay=0.9", "steps=2", "save_every=1"]
+ARGUMENTS = ["model=timm", "model.timm=test_convnext", "run=a", "ema.decay=0.9", "steps=2", "save_every=1",
+    "evaluate_every=0"]  # fmt: skip
 
 OTHERS = [None, True, -1, 0, 10**30, float("inf"), float("nan"), "", "x" * 300, "../../canary", "/", [], {}]
 OTHERS += [[None], {"a": {}}, "${oc.env:HOME}", "\0", "!!python/object/apply:os.system [touch ran]", [[]] * 9]
