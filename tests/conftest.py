@@ -153,6 +153,14 @@ def _main(script, arguments, monkeypatch):
             signal.signal(number, handler)
 
 
+def tiny(arguments):
+    """The model of a training whose arguments name none: timm's smallest ConvNeXt. Its checkpoints have 4 MB,
+    those of convnext_atto 54.
+    """
+    named = any(argument.startswith("model") for argument in arguments)
+    return [] if named else ["model=timm", "model.timm=test_convnext"]
+
+
 def trained(folder, cache, *arguments):
     """The runs that train.py makes in a folder, for a fixture that is made once; many tests start from a
     copy.
@@ -196,7 +204,7 @@ def small(digits):
 @pytest.fixture
 def train(monkeypatch, small):
     """train.py on a few digits with these arguments, in this process: its exit code."""
-    return lambda *arguments: _main("train", [*small, *arguments], monkeypatch)
+    return lambda *arguments: _main("train", [*small, *tiny(arguments), *arguments], monkeypatch)
 
 
 @pytest.fixture
@@ -272,7 +280,8 @@ def start(small, zygote):
     processes = []
 
     def start(*arguments, script="train.py", real=False, **environment):
-        command = [str(ROOT / script), *(small if script == "train.py" else []), *arguments]
+        given = [*small, *tiny(arguments)] if script == "train.py" else []
+        command = [str(ROOT / script), *given, *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         if real:

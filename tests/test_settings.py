@@ -49,7 +49,7 @@ EFFECTS = [
     ("recipe.batch", ["recipe.batch=16"], "recipe.batch=64", "said"),
     ("recipe.dataset", ["ema.decay=0.5"], "recipe.dataset=imagenet1k", "said"),
     ("recipe.starts_from", [], "recipe.starts_from=elsewhere", "said"),
-    ("recipe.drop_path", [], "recipe.drop_path.atto=0.5", "weights"),
+    ("recipe.drop_path", ["model=convnext_atto"], "recipe.drop_path.atto=0.5", "weights"),
     ("augment.size", [], "augment.size=64", "inputs"),
     ("augment.scale", [], "augment.scale=[0.1,0.2]", "inputs"),
     ("augment.ratio", [], "augment.ratio=[0.5,0.6]", "inputs"),

@@ -67,7 +67,7 @@ def test_wandb_offline_without_a_key(train, monkeypatch, capsys):
     assert (Path("runs/a") / "tracker.log").exists()
     (stored,) = Path("runs/a/wandb").glob("offline-run-*/run-*.wandb")
     content = stored.read_bytes()
-    for part in (b"my-project", b"raw_top1", b"images_per_second", b"convnext_atto"):
+    for part in (b"my-project", b"raw_top1", b"images_per_second", b"test_convnext"):
         assert part in content
     assert json.loads(Path("runs/a/tracker-wandb.json").read_text()) == {"step": 3, "records": 2}
 
@@ -82,7 +82,7 @@ def test_settings_of_wandb_in_the_working_folder_and_in_a_run_are_not_read(train
         (folder / "settings").write_text("[default]\nentity = planted-account\nrun_notes = planted-account\n")
     assert train("run=a", "steps=2", *EVALUATED, "tracker=wandb") == 0
     (stored,) = Path("runs/a").rglob("offline-run-*/run-*.wandb")
-    assert b"convnext_atto" in stored.read_bytes()
+    assert b"test_convnext" in stored.read_bytes()
     assert b"planted-account" not in stored.read_bytes()
     assert "Loading settings" not in Path("runs/a/tracker.log").read_text()
 

@@ -24,7 +24,10 @@ def metrics(run):
 
 
 def test_trains_evaluates_and_leaves_the_folder(train, capsys):
-    assert train("steps=12", "run=a", "evaluate_every=6", "save_every=6", "log_every=2") == 0
+    assert (
+        train("model=convnext_atto", "steps=12", "run=a", "evaluate_every=6", "save_every=6", "log_every=2")
+        == 0
+    )
     folder = Path("runs/a")
     names = {path.name for path in folder.iterdir()}
     assert names == {
@@ -93,7 +96,7 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
 
 
 def test_layer_decay_is_shown_layer_by_layer(train, capsys):
-    assert train("steps=1", "run=a", "optim.layer_decay=0.5") == 0
+    assert train("model=convnext_atto", "steps=1", "run=a", "optim.layer_decay=0.5") == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("layer ")]
     assert [row.split()[1] for row in rows] == ["0", "1", "2", "3", "4", "5", "6"]
     # stem: a 4 x 4 convolution to 40 channels with its bias, and a norm; head: a norm of 320 and 10 classes
@@ -132,10 +135,8 @@ def test_a_run_that_was_not_evaluated_can_be_at_its_end(train, capsys):
 
 
 def test_the_end_compares_with_what_is_published(train, capsys):
-    assert (
-        train("steps=1", "run=a", "evaluate_every=0", "recipe=in1k", "augment.size=32", "evaluate.size=32")
-        == 0
-    )
+    given = ["model=convnext_atto", "recipe=in1k", "augment.size=32", "evaluate.size=32"]
+    assert train(*given, "steps=1", "run=a", "evaluate_every=0") == 0
     text = "not comparable: no top-1 of convnext_atto with recipe=in1k is published"
     status = json.loads(Path("runs/a/status.json").read_text())
     assert f"\n  compared  {text}\n" in status["summary"]
@@ -257,14 +258,15 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(train, small_disk, monkeypat
         ["mount", "-o", "remount,size=75m", str(small_disk)], check=True
     )  # one checkpoint of 54 MB, not two
     monkeypatch.chdir(small_disk)
-    assert train("run=a", "steps=4", "save_every=1", "evaluate_every=never") == 74
+    given = ["model=convnext_atto", "run=a", "steps=4", "save_every=1"]
+    assert train(*given) == 74
     assert re.search("24 MB free in .* for a checkpoint of 54 MB", capsys.readouterr().err)
     from reconverge.run import checkpoint
 
     path, skipped = checkpoint.newest_valid(Path("runs/a/checkpoints"))
     assert (path.name, skipped) == ("step-00000001", [])
     subprocess.run(["mount", "-o", "remount,size=400m", str(small_disk)], check=True)
-    assert train("run=a", "steps=4", "save_every=1", "evaluate_every=never") == 0
+    assert train(*given) == 0
 
 
 def test_a_broken_image_stops_with_its_name(train, digits, tmp_path, capsys):

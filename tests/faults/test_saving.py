@@ -15,7 +15,7 @@ from reconverge.run import checkpoint, reader
 
 STEPS = 24
 ARGUMENTS = [f"steps={STEPS}", "batch=4", "microbatch=4", "save_every=1", "evaluate_every=never", "workers=0",
-    "model.drop_path=0.2"]  # fmt: skip
+    "model=convnext_atto", "model.drop_path=0.2"]  # fmt: skip
 
 
 def hashes(run):
