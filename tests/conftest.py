@@ -62,6 +62,9 @@ JOB = [
 ]
 
 
+# How often a test kills, stops or races a run at random moments.
+FAULTS = int(os.environ.get("FAULTS", "10"))
+
 settings.register_profile("tests", deadline=None)  # two processes, and what they start, share the cores
 settings.load_profile("tests")
 
@@ -244,11 +247,13 @@ def reconverge(monkeypatch, capsys):
 
 
 @contextmanager
-def started_zygote(folder, without=""):
-    """The socket of a zygote that has imported all its libraries, or all but one."""
+def started_zygote(folder, without="", enter=()):
+    """The socket of a zygote that has imported all its libraries, or all but one; `enter` is a command that
+    starts it, such as nsenter.
+    """
     path = folder / "socket"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "zygote.py"), str(path), without, "." * 4000],
+        [*enter, sys.executable, str(ROOT / "tests" / "zygote.py"), str(path), without, "." * 4000],
         stdin=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
