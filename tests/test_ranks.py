@@ -178,8 +178,8 @@ def test_what_one_rank_cannot_read_stops_an_evaluation_with_its_name(train, torc
 
 @pytest.mark.parametrize("size", [4, 16])
 def test_forward_images_change_no_draw_and_weights_within_rounding(train, size):
-    assert alone(train, "run=one", "steps=4") == 0
-    assert alone(train, "run=other", "steps=4", f"forward_images={size}") == 0
+    assert alone(train, "run=one", "steps=4", *CONVNEXT) == 0
+    assert alone(train, "run=other", "steps=4", f"forward_images={size}", *CONVNEXT) == 0
     assert [step["images"] for step in record("other")] == [step["images"] for step in record("one")]
     assert [step["loss"] for step in record("other")] == pytest.approx(
         [step["loss"] for step in record("one")], rel=1e-5
@@ -199,8 +199,8 @@ def test_forward_images_are_refused_where_they_cannot_be(train, capsys):
 
 
 def test_another_forward_pass_in_mid_run_ends_r2_and_says_so(train, capsys):
-    assert alone(train, "run=a", "steps=1") == 0
-    assert alone(train, "run=a", "steps=2", "forward_images=4") == 0
+    assert alone(train, "run=a", "steps=1", *CONVNEXT) == 0
+    assert alone(train, "run=a", "steps=2", "forward_images=4", *CONVNEXT) == 0
     assert (
         "was started with forward_images=8; now forward_images=4: promise R2 is lost"
         in capsys.readouterr().out

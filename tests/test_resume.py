@@ -162,7 +162,8 @@ def kill_until_done(start, arguments, kills, seed):
     assert "took over from process" in said
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(1, 30), pytest.param(6, 42, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "steps"), [(1, 30), (6, 42)])
 def test_killed_at_random_moments_ends_with_the_same_bits(start, train, kills, steps):
     arguments = [
         *CHANCE,
@@ -468,7 +469,7 @@ def test_a_save_below_a_damaged_newer_checkpoint_is_the_one_that_stays(whole, tr
     assert bits("a") == expected(whole)
 
 
-@pytest.mark.parametrize("save_every", ["2", "0"])
+@pytest.mark.parametrize("save_every", [pytest.param("2", marks=pytest.mark.slow), "0"])
 def test_what_was_trained_is_saved_although_an_evaluation_fails(train, digits, tmp_path, capsys, save_every):
     """A validation image that cannot be read ends the run; mended, it goes on from that step."""
     shutil.copytree(digits, tmp_path / "set")

@@ -369,6 +369,7 @@ def debug(monkeypatch, digits, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_debug_overfit_drives_the_loss_to_nothing(monkeypatch, digits):
     assert debug(monkeypatch, digits, "debug=overfit", "steps=60", "optim.warmup_epochs=0") == 0
     losses = [
