@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault(
@@ -38,6 +39,7 @@ SMALL = [
     "optim.warmup_epochs=1",
     "threads=1",
     "workers=0",
+    "evaluate_every=never",  # which, with its pictures, takes half a second of CPU
 ]
 # The same for several ranks, with every kind of random number. With eight microbatches a step, two and four
 # ranks add gradients in another order than one rank.
@@ -59,6 +61,9 @@ JOB = [
     "recipe.name=mine",
 ]
 
+
+# How often a test kills, stops or races a run at random moments.
+FAULTS = int(os.environ.get("FAULTS", "10"))
 
 settings.register_profile("tests", deadline=None)  # two processes, and what they start, share the cores
 settings.load_profile("tests")
@@ -151,6 +156,14 @@ def _main(script, arguments, monkeypatch):
             signal.signal(number, handler)
 
 
+def tiny(arguments):
+    """The model of a training whose arguments name none: timm's smallest ConvNeXt. Its checkpoints have 4 MB,
+    those of convnext_atto 54.
+    """
+    named = any(argument.startswith("model") for argument in arguments)
+    return [] if named else ["model=timm", "model.timm=test_convnext"]
+
+
 def trained(folder, cache, *arguments):
     """The runs that train.py makes in a folder, for a fixture that is made once; many tests start from a
     copy.
@@ -194,7 +207,7 @@ def small(digits):
 @pytest.fixture
 def train(monkeypatch, small):
     """train.py on a few digits with these arguments, in this process: its exit code."""
-    return lambda *arguments: _main("train", [*small, *arguments], monkeypatch)
+    return lambda *arguments: _main("train", [*small, *tiny(arguments), *arguments], monkeypatch)
 
 
 @pytest.fixture
@@ -233,12 +246,14 @@ def reconverge(monkeypatch, capsys):
     return reconverge
 
 
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory):
-    """The socket of a process that has imported torch and timm, and makes forks of itself; see zygote.py."""
-    path = tmp_path_factory.mktemp("zygote") / "socket"
+@contextmanager
+def started_zygote(folder, without="", enter=()):
+    """The socket of a zygote that has imported all its libraries, or all but one; `enter` is a command that
+    starts it, such as nsenter.
+    """
+    path = folder / "socket"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "zygote.py"), str(path), "." * 4000],
+        [*enter, sys.executable, str(ROOT / "tests" / "zygote.py"), str(path), without, "." * 4000],
         stdin=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
@@ -248,6 +263,13 @@ def zygote(tmp_path_factory):
     yield str(path)
     process.stdin.close()
     process.wait()
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    """The socket of a process that has imported torch and timm, and makes forks of itself; see zygote.py."""
+    with started_zygote(tmp_path_factory.mktemp("zygote")) as path:
+        yield path
 
 
 @pytest.fixture
@@ -263,7 +285,8 @@ def start(small, zygote):
     processes = []
 
     def start(*arguments, script="train.py", real=False, **environment):
-        command = [str(ROOT / script), *(small if script == "train.py" else []), *arguments]
+        given = [*small, *tiny(arguments)] if script == "train.py" else []
+        command = [str(ROOT / script), *given, *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         if real:

@@ -42,6 +42,7 @@ def test_a_smaller_last_pass_leaves_the_others_their_graph(train, taken):
     assert taken == ["(16, 3, 32, 32)", "(8, 3, 32, 32)"] * 4
 
 
+@pytest.mark.slow
 def test_the_bench_compiles_each_batch_size_in_the_same_way(reconverge, taken):
     """Ten of them: torch would go on without compiling after eight."""
     job = ["model=timm", "model.timm=test_convnext", "compile=true", "threads=1", "--phase", "inference"]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import JOB, ROOT
+from zygote import Forked
 
 from reconverge.base.errors import Exit, explain
 from reconverge.distributed import libraries
@@ -51,26 +52,26 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def two_ranks(program, tmp_path, digits, *arguments, **environment):
-    """Two ranks of train.py, started by `program`."""
+def two_ranks(zygote, program, tmp_path, digits, *arguments, **environment):
+    """Two ranks of train.py, started by `program`, as forks."""
     script = tmp_path / "program.py"
     script.write_text(program)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, str(script), str(ROOT / "train.py"), *JOB, f"data.root={digits}", "run=a"]
+    command = [str(script), str(ROOT / "train.py"), *JOB, f"data.root={digits}", "run=a", *arguments]
     shared = {name: value for name, value in os.environ.items() if not name.startswith(("NCCL", "CUBLAS"))}
     shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return [
-        subprocess.Popen([*command, *arguments], env=shared | {"RANK": rank, "LOCAL_RANK": rank}, **pipes)
+        Forked(zygote, command, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}, **pipes)
         for rank in "01"
     ]
 
 
-def pretended(*arguments, **environment):
+def pretended(zygote, *arguments, **environment):
     """The exit codes and the outputs of two ranks with PRETENDED GPUs."""
-    ranks = two_ranks(PRETENDED, *arguments, "device=cuda", **environment)
+    ranks = two_ranks(zygote, PRETENDED, *arguments, "device=cuda", **environment)
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
     return [rank.returncode for rank in ranks], said
 
@@ -83,8 +84,8 @@ def pretended(*arguments, **environment):
         (("deterministic=false",), {}, None),
     ],
 )
-def test_modes_are_set_before_any_group_is_made(tmp_path, digits, arguments, environment, algorithm):
-    codes, said = pretended(tmp_path, digits, *arguments, GPUS="2", **environment)
+def test_modes_are_set_before_any_group_is_made(zygote, tmp_path, digits, arguments, environment, algorithm):
+    codes, said = pretended(zygote, tmp_path, digits, *arguments, GPUS="2", **environment)
     assert codes == [0, 0], said
     found = {}
     for line in said[0].splitlines():
@@ -97,8 +98,8 @@ def test_modes_are_set_before_any_group_is_made(tmp_path, digits, arguments, env
     assert found == {"gloo": modes, "nccl": modes}
 
 
-def test_two_ranks_on_one_gpu_are_refused(tmp_path, digits):
-    codes, said = pretended(tmp_path, digits, GPUS="1")
+def test_two_ranks_on_one_gpu_are_refused(zygote, tmp_path, digits):
+    codes, said = pretended(zygote, tmp_path, digits, GPUS="1")
     assert codes == [2, 2], said
     assert f"ranks 0, 1 have the same GPU: GPU-0000-0 on host {socket.gethostname()}" in said[0]
     assert "given" not in said[1]  # once
@@ -262,14 +263,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("blocks", ["the group", pytest.param("everything", marks=pytest.mark.slow)])
-def test_a_rank_ends_within_seconds_although_its_group_never_shuts_down(tmp_path, digits, blocks):
+@pytest.mark.slow  # it waits for the answers of ranks that are gone
+@pytest.mark.parametrize("blocks", ["the group", "everything"])
+def test_a_rank_ends_within_seconds_although_its_group_never_shuts_down(zygote, tmp_path, digits, blocks):
     """Rank 1 is killed. Rank 0 names it, leaves its status and its exit code, and ends with 69."""
     left = tmp_path / "exit"
     job = ["epochs=100", "steps=500", "save_every=0", "evaluate_every=never"]
     job += ["debug.profile=500"] * (blocks == "everything")
     waiting = {"BLOCKS": blocks, "RECONVERGE_EXIT_FILE": str(left)}
-    ranks = two_ranks(BLOCKING, tmp_path, digits, *job, **waiting)
+    ranks = two_ranks(zygote, BLOCKING, tmp_path, digits, *job, **waiting)
     try:
         for line in ranks[0].stdout:
             if line.startswith("step 2/"):
@@ -280,7 +282,8 @@ def test_a_rank_ends_within_seconds_although_its_group_never_shuts_down(tmp_path
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
+            rank.wait()
+            rank.stdout.close()
     assert ranks[0].returncode == 69, said
     assert time.monotonic() - killed < 30
     assert said.count("rank 1 of 2 was lost") == 2  # with the traceback

@@ -28,7 +28,8 @@ def exported(digits, tmp_path_factory, cache):
     from reconverge.evaluation import export
     from reconverge.run.reader import opened
 
-    runs = trained(tmp_path_factory.mktemp("exported"), cache, *MODEL, "steps=2", f"data.root={digits}")
+    given = [*MODEL, "steps=2", "evaluate_every=0", f"data.root={digits}"]
+    runs = trained(tmp_path_factory.mktemp("exported"), cache, *given)
     of = opened(runs / "a")
     weights = export.choose(runs / "a", of, None, False, 1)
     for form in FORMS:

@@ -266,6 +266,7 @@ def test_a_recipe_for_pre_training_and_one_for_fine_tuning_make_a_chain(halves, 
         f"data.root={halves}/high",
         "augment.size=48",
         "evaluate.size=48",
+        "evaluate_every=0",
         "ema.decay=null",
     ]
     assert run(*fine, "run=high", "init=runs/parent", "optim.warmup_epochs=0", "augment.erase=0") == 0

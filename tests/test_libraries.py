@@ -11,7 +11,8 @@ from itertools import zip_longest
 import library_numbers
 import published_engine
 import pytest
-from conftest import ROOT
+from conftest import ROOT, started_zygote
+from zygote import Forked
 
 REAL = sys.executable  # other tests put a fork in its place
 
@@ -92,27 +93,38 @@ def test_inc0_is_not_increasing_whatever_timm_makes_of_it():
 def installed(version, kept):
     """The folder of this version of timm; None if pip cannot get it here."""
     folder = os.path.join(kept, version)
-    install = [REAL, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"timm=={version}"]
+    install = [REAL, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", folder]
+    install += [f"timm=={version}"]
     if os.path.isdir(folder) or not subprocess.run(install, capture_output=True, timeout=300).returncode:
         return folder
     return None
 
 
-def printed(folder, script, *arguments):
-    path = os.pathsep.join([folder, str(ROOT / "src"), str(ROOT / "tests")])
-    done = subprocess.run(
-        [REAL, str(ROOT / "tests" / script), *arguments],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def printed(tmp_path):
+    """printed(folder, script, *arguments): what this script prints under the timm in this folder, as a fork
+    of a process that has imported torch but no timm.
+    """
+
+    def printed(folder, script, *arguments):
+        path = os.pathsep.join([folder, str(ROOT / "src"), str(ROOT / "tests")])
+        process = Forked(
+            without_timm,
+            [str(ROOT / "tests" / script), *arguments],
+            environment=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err[-2000:]
+        return out
+
+    with started_zygote(tmp_path, without="timm") as without_timm:
+        yield printed
 
 
 @pytest.mark.slow
-def test_every_timm_gives_the_same_numbers(tmp_path):
+def test_every_timm_gives_the_same_numbers(tmp_path, printed):
     """All that pip can install mix and erase 300 microbatches alike; some, the oldest among them, are asked
     for everything else. RECONVERGE_TIMMS may name a folder that has them already, by version.
     """

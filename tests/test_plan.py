@@ -113,7 +113,7 @@ def test_fine_tuning_shows_its_layers_and_what_departs_with_its_source(plan):
 
 
 def test_a_plan_says_what_the_run_will_say(plan, train, small, capsys):
-    arguments = [*small, "optim.layer_decay=0.5", "steps=1", "run=a"]
+    arguments = [*small, "model=convnext_atto", "optim.layer_decay=0.5", "steps=1", "run=a"]
     _, planned, _ = plan(*arguments)
     assert train(*arguments) == 0
     said = {line[:12].strip(): line[13:] for line in capsys.readouterr().out.splitlines()}

@@ -80,8 +80,9 @@ def test_two_ranks_give_the_bits_of_one_by_tree(train, torchrun):
     """R4, and R3: weights, EMA, moments, running statistics, losses, norms, evaluation, and the images of
     each step.
     """
-    assert alone(train, "run=one", "steps=3", "reduce=tree", *RESNET) == 0
-    code, said = torchrun(2, "run=two", "steps=3", "reduce=tree", "workers=1", *RESNET)
+    given = ["steps=3", "reduce=tree", "evaluate_every=0", *RESNET]
+    assert alone(train, "run=one", *given) == 0
+    code, said = torchrun(2, "run=two", *given, "workers=1")
     assert code == 0, said
     assert record("two") == record("one")
     assert metrics("two") == metrics("one")
@@ -177,8 +178,8 @@ def test_what_one_rank_cannot_read_stops_an_evaluation_with_its_name(train, torc
 
 @pytest.mark.parametrize("size", [4, 16])
 def test_forward_images_change_no_draw_and_weights_within_rounding(train, size):
-    assert alone(train, "run=one", "steps=4") == 0
-    assert alone(train, "run=other", "steps=4", f"forward_images={size}") == 0
+    assert alone(train, "run=one", "steps=4", *CONVNEXT) == 0
+    assert alone(train, "run=other", "steps=4", f"forward_images={size}", *CONVNEXT) == 0
     assert [step["images"] for step in record("other")] == [step["images"] for step in record("one")]
     assert [step["loss"] for step in record("other")] == pytest.approx(
         [step["loss"] for step in record("one")], rel=1e-5
@@ -198,8 +199,8 @@ def test_forward_images_are_refused_where_they_cannot_be(train, capsys):
 
 
 def test_another_forward_pass_in_mid_run_ends_r2_and_says_so(train, capsys):
-    assert alone(train, "run=a", "steps=1") == 0
-    assert alone(train, "run=a", "steps=2", "forward_images=4") == 0
+    assert alone(train, "run=a", "steps=1", *CONVNEXT) == 0
+    assert alone(train, "run=a", "steps=2", "forward_images=4", *CONVNEXT) == 0
     assert (
         "was started with forward_images=8; now forward_images=4: promise R2 is lost"
         in capsys.readouterr().out
@@ -400,7 +401,7 @@ def test_who_started_this_process():
     assert place(step | {"SLURM_STEP_NUM_TASKS": "1"}) == Place()
 
 
-def test_restarts_need_a_rendezvous_that_finds_together_again(digits):
+def test_restarts_need_a_rendezvous_that_finds_together_again(digits, forking):
     command = [
         sys.executable,
         "-m",

@@ -50,7 +50,7 @@ def stream(root, window, ranks=1, workers=0, start=0, repeats=1):
     return found
 
 
-@pytest.mark.parametrize("window", ["all", "2"])
+@pytest.mark.parametrize("window", [pytest.param("all", marks=pytest.mark.slow), "2"])
 def test_every_layout_sees_the_same_images_in_the_same_order(window, shards):
     reference = stream(shards, window)
     assert sorted(reference) == [(step, number) for step in range(STEPS) for number in range(8)]

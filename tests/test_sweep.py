@@ -87,12 +87,12 @@ def test_nothing_starts_after_a_signal(monkeypatch, train, capfd, digits):
     monkeypatch.setattr(signals, "told_to_stop", lambda: True)
     assert train("-m", "seed=0,1") == Exit.PREEMPTED
     assert not Path("runs").exists()
-    assert f"convnext_atto-demo-{digits.name}-s1  not started\n" in capfd.readouterr().out
+    assert f"test_convnext-demo-{digits.name}-s1  not started\n" in capfd.readouterr().out
 
 
 def test_a_sweep_goes_on_after_a_failure(train, digits, capfd, forking):
     """Whole processes: the second run is what the same command alone gives; it introduces itself in short."""
-    arguments = ["steps=2", "optim.warmup_epochs=0"]
+    arguments = ["steps=2", "optim.warmup_epochs=0", "evaluate_every=0"]
     assert train("-m", *arguments, f"data.root=nowhere,{digits}", "run=a") == Exit.MISSING
     said = capfd.readouterr().out
     rows = [line.split() for line in said[said.rindex("\nrun ") :].splitlines()[2:]]

@@ -12,6 +12,8 @@ import pytest
 from reconverge.config.settings import Tracker
 from reconverge.run import tracker
 
+EVALUATED = ["log_every=1", "evaluate_every=0"]
+
 
 def scalars(folder):
     """What a reader of event files sees: {tag: {step: value}}."""
@@ -57,7 +59,7 @@ def test_tensorboard_mirrors_every_number_once_through_a_resume(train):
 def test_wandb_offline_without_a_key(train, monkeypatch, capsys):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert train("run=a", "steps=3", "log_every=1", "tracker=wandb", "tracker.project=my-project") == 0
+    assert train("run=a", "steps=3", *EVALUATED, "tracker=wandb", "tracker.project=my-project") == 0
     assert (
         "wandb records offline, no login was found (wandb login); wandb sync runs/a/wandb/offline-* uploads"
         in capsys.readouterr().out
@@ -65,7 +67,7 @@ def test_wandb_offline_without_a_key(train, monkeypatch, capsys):
     assert (Path("runs/a") / "tracker.log").exists()
     (stored,) = Path("runs/a/wandb").glob("offline-run-*/run-*.wandb")
     content = stored.read_bytes()
-    for part in (b"my-project", b"raw_top1", b"images_per_second", b"convnext_atto"):
+    for part in (b"my-project", b"raw_top1", b"images_per_second", b"test_convnext"):
         assert part in content
     assert json.loads(Path("runs/a/tracker-wandb.json").read_text()) == {"step": 3, "records": 2}
 
@@ -78,9 +80,9 @@ def test_settings_of_wandb_in_the_working_folder_and_in_a_run_are_not_read(train
     for folder in (Path("wandb"), Path("runs/a/wandb"), Path(".wandb"), Path("runs/a/.wandb")):
         folder.mkdir()
         (folder / "settings").write_text("[default]\nentity = planted-account\nrun_notes = planted-account\n")
-    assert train("run=a", "steps=2", "log_every=1", "tracker=wandb") == 0
+    assert train("run=a", "steps=2", *EVALUATED, "tracker=wandb") == 0
     (stored,) = Path("runs/a").rglob("offline-run-*/run-*.wandb")
-    assert b"convnext_atto" in stored.read_bytes()
+    assert b"test_convnext" in stored.read_bytes()
     assert b"planted-account" not in stored.read_bytes()
     assert "Loading settings" not in Path("runs/a/tracker.log").read_text()
 
@@ -91,7 +93,7 @@ def test_a_dead_server_neither_delays_nor_breaks_the_run(start):
     offline.
     """
     dead = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    process = start("run=a", "steps=4", "log_every=1", "tracker=wandb", **dead)
+    process = start("run=a", "steps=4", *EVALUATED, "tracker=wandb", **dead)
     assert process.wait(120) == 0
     status = json.loads(Path("runs/a/status.json").read_text())
     assert status["reason"] == "done"

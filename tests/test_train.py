@@ -24,7 +24,10 @@ def metrics(run):
 
 
 def test_trains_evaluates_and_leaves_the_folder(train, capsys):
-    assert train("steps=12", "run=a", "evaluate_every=6", "save_every=6", "log_every=2") == 0
+    assert (
+        train("model=convnext_atto", "steps=12", "run=a", "evaluate_every=6", "save_every=6", "log_every=2")
+        == 0
+    )
     folder = Path("runs/a")
     names = {path.name for path in folder.iterdir()}
     assert names == {
@@ -93,7 +96,7 @@ def test_trains_evaluates_and_leaves_the_folder(train, capsys):
 
 
 def test_layer_decay_is_shown_layer_by_layer(train, capsys):
-    assert train("steps=1", "run=a", "optim.layer_decay=0.5") == 0
+    assert train("model=convnext_atto", "steps=1", "run=a", "optim.layer_decay=0.5") == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("layer ")]
     assert [row.split()[1] for row in rows] == ["0", "1", "2", "3", "4", "5", "6"]
     # stem: a 4 x 4 convolution to 40 channels with its bias, and a norm; head: a norm of 320 and 10 classes
@@ -127,12 +130,13 @@ def test_without_validation_images_nothing_is_evaluated_and_the_end_says_so(
 def test_a_run_that_was_not_evaluated_can_be_at_its_end(train, capsys):
     assert train("run=a", "steps=2", "evaluate_every=never") == 0
     capsys.readouterr()
-    assert train("run=a", "steps=3") == 0
+    assert train("run=a", "steps=3", "evaluate_every=0") == 0
     assert re.search(r"^epoch 0.43  top-1 .* EMA, .* raw  best ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_end_compares_with_what_is_published(train, capsys):
-    assert train("steps=1", "run=a", "recipe=in1k", "augment.size=32", "evaluate.size=32") == 0
+    given = ["model=convnext_atto", "recipe=in1k", "augment.size=32", "evaluate.size=32"]
+    assert train(*given, "steps=1", "run=a", "evaluate_every=0") == 0
     text = "not comparable: no top-1 of convnext_atto with recipe=in1k is published"
     status = json.loads(Path("runs/a/status.json").read_text())
     assert f"\n  compared  {text}\n" in status["summary"]
@@ -141,10 +145,10 @@ def test_the_end_compares_with_what_is_published(train, capsys):
 
 
 def test_again_says_finished(train, capsys):
-    assert train("steps=2", "run=a") == 0
+    assert train("steps=2", "run=a", "evaluate_every=0") == 0
     before = weights("a")
     capsys.readouterr()
-    assert train("steps=2", "run=a") == 0
+    assert train("steps=2", "run=a", "evaluate_every=0") == 0
     said = capsys.readouterr().out
     assert "a is finished: step 2 of 28, epoch 0.29 of 4\n  top-1 " in said
     assert said.endswith("run=NAME starts a new run; remove runs/a to repeat this one\n")
@@ -206,7 +210,7 @@ def test_the_suppressed_step_is_found_at_the_log_interval(train, capsys):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_train(train, precision):
-    assert train("run=a", "steps=4", f"precision={precision}", "log_every=1") == 0
+    assert train("run=a", "steps=4", "evaluate_every=0", f"precision={precision}", "log_every=1") == 0
     assert all(math.isfinite(record["loss"]) for record in metrics("a") if "loss" in record)
     scaler = json.loads(Path("runs/a/checkpoints/step-00000004/state.json").read_text())["scaler"]
     assert bool(scaler) == (precision == "fp16")
@@ -254,14 +258,15 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(train, small_disk, monkeypat
         ["mount", "-o", "remount,size=75m", str(small_disk)], check=True
     )  # one checkpoint of 54 MB, not two
     monkeypatch.chdir(small_disk)
-    assert train("run=a", "steps=4", "save_every=1", "evaluate_every=never") == 74
+    given = ["model=convnext_atto", "run=a", "steps=4", "save_every=1"]
+    assert train(*given) == 74
     assert re.search("24 MB free in .* for a checkpoint of 54 MB", capsys.readouterr().err)
     from reconverge.run import checkpoint
 
     path, skipped = checkpoint.newest_valid(Path("runs/a/checkpoints"))
     assert (path.name, skipped) == ("step-00000001", [])
     subprocess.run(["mount", "-o", "remount,size=400m", str(small_disk)], check=True)
-    assert train("run=a", "steps=4", "save_every=1", "evaluate_every=never") == 0
+    assert train(*given) == 0
 
 
 def test_a_broken_image_stops_with_its_name(train, digits, tmp_path, capsys):
@@ -322,7 +327,7 @@ def test_images_of_which_the_model_leaves_nothing_are_refused_before_the_first_s
     assert f"{name}=31 with this model: " in said.err
     assert f"change   {name}=32" in said.err
     assert "step 1" not in said.out
-    assert train(f"{name}=32", "run=a", "steps=1") == 0
+    assert train(f"{name}=32", "run=a", "steps=1", "evaluate_every=0") == 0
 
 
 def test_a_model_that_the_meta_device_cannot_run_is_not_refused_for_its_size():
@@ -355,7 +360,7 @@ def debug(monkeypatch, digits, *arguments):
     return _main(
         "train",
         [
-            *[item for item in SMALL if not item.startswith("epochs")],
+            *[item for item in SMALL if not item.startswith(("epochs", "evaluate_every"))],
             f"data.root={digits}",
             "epochs=40",
             *arguments,
@@ -364,6 +369,7 @@ def debug(monkeypatch, digits, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_debug_overfit_drives_the_loss_to_nothing(monkeypatch, digits):
     assert debug(monkeypatch, digits, "debug=overfit", "steps=60", "optim.warmup_epochs=0") == 0
     losses = [
@@ -408,7 +414,7 @@ def test_a_trace_that_the_end_cuts_short_is_written_or_not_but_ends_well(train, 
 
 
 def test_an_evaluation_that_is_not_finite_stops(train, capsys):
-    assert train("run=a", "steps=1", "precision=fp16", "model.layer_scale=1e8") == 70
+    assert train("run=a", "steps=1", "evaluate_every=0", "precision=fp16", "model.layer_scale=1e8") == 70
     assert "the evaluation of the raw weights has the loss nan" in capsys.readouterr().err
 
 
@@ -435,7 +441,7 @@ def test_class_names_may_be_anything(train, digits, tmp_path):
     shutil.copytree(digits, root)
     for split in ("train", "val"):
         (root / split / "3").rename(root / split / "$x^$ _{} 猫")
-    assert train("run=a", "steps=1", f"data.root={root}") == 0
+    assert train("run=a", "steps=1", "evaluate_every=0", f"data.root={root}") == 0
 
 
 def test_a_file_where_a_folder_is_wanted(train, capsys):

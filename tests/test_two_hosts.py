@@ -7,12 +7,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, require
+from conftest import FORK, ROOT, SMALL, require, started_zygote
+from zygote import Forked
 
 pytestmark = pytest.mark.slow
 JOB = [
@@ -59,45 +60,40 @@ def names(tmp_path_factory):
 
 
 @pytest.fixture
-def on_both(names, digits, tmp_path):
-    """Start a command on each host, with {number} for 0 and 1: their processes, whose output goes to the
-    files out-0 and out-1.
-    """
-    processes = []
+def zygotes(names, tmp_path):
+    """The sockets of a zygote on each host."""
     hosts = tmp_path / "hosts"
     hosts.write_text(
         "127.0.0.1 localhost\n"
         + "".join(f"10.77.0.{number} {name}\n" for number, name in enumerate(names, 1))
     )
+    with ExitStack() as stack:
+        sockets = []
+        for name in names:
+            (tmp_path / name).mkdir()
+            enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "-m", "-u", "sh", "-c", ENTER, "-"]
+            enter += [str(hosts), name]
+            sockets.append(stack.enter_context(started_zygote(tmp_path / name, enter=enter)))
+        yield sockets
+
+
+@pytest.fixture
+def on_both(zygotes, digits):
+    """Start a command on each host as a fork, with {number} for 0 and 1: their processes, whose output goes
+    to the files out-0 and out-1.
+    """
+    processes = []
 
     def on_both(*launcher, train=(), **environment):
-        for number, name in enumerate(names):
+        for number, zygote in enumerate(zygotes):
             own = {key: value.format(number=number) for key, value in environment.items()}
-            enter = [
-                "nsenter",
-                f"--net=/run/netns/{name}",
-                "unshare",
-                "-m",
-                "-u",
-                "sh",
-                "-c",
-                ENTER,
-                "-",
-                str(hosts),
-                name,
-            ]
+            own |= {"GLOO_SOCKET_IFNAME": "veth", "OMP_NUM_THREADS": "1", "RECONVERGE_ZYGOTE": zygote}
             with open(f"out-{number}", "w") as out:
-                process = subprocess.Popen(
-                    [
-                        *enter,
-                        sys.executable,
-                        *launcher,
-                        str(ROOT / "train.py"),
-                        *train,
-                        *JOB,
-                        f"data.root={digits}",
-                    ],
-                    env=os.environ | {"GLOO_SOCKET_IFNAME": "veth", "OMP_NUM_THREADS": "1"} | own,
+                process = Forked(
+                    zygote,
+                    [*launcher, str(ROOT / "train.py"), *train, *JOB, f"data.root={digits}"],
+                    environment=os.environ | own,
+                    executable=FORK,
                     stdout=out,
                     stderr=subprocess.STDOUT,
                 )
@@ -195,7 +191,9 @@ def test_hosts_train_together_through_a_short_cut_a_long_one_and_a_killed_rank(n
         "--rdzv-endpoint=10.77.0.1:29572",
         "--rdzv-id=killed",
     ]
-    both = on_both("-m", "torch.distributed.run", *c10d, "--max-restarts=1", train=["run=killed"])
+    forking = {"PET_RDZV_BACKEND": "c10d"}  # the ranks, whose parent is the zygote, cannot read torchrun's
+    torchrun = ["-m", "torch.distributed.run", *c10d, "--max-restarts=1"]
+    both = on_both(*torchrun, train=["run=killed"], **forking)
     wait_for("\nstep 12/")
     (victim,) = children(both[1])
     os.kill(victim, signal.SIGKILL)

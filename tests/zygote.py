@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """A process that has imported torch and timm, and forks for each test that needs a process of its own.
 
-Nearly all of the time of a short train.py are its imports. `python tests/zygote.py SOCKET` imports them
-once; whoever connects says what is to run, as `python` would be told, and hands over three descriptors. A
-fork runs it, in a session of its own if that is asked for, with its own pid, folder, environment, command
-line in /proc, signals, exit code and global generators. Its parent is the zygote, whoever asked. Nothing of
-reconverge is imported before the fork: any checkout can be run.
+Nearly all of the time of a short train.py are its imports. `python tests/zygote.py SOCKET WITHOUT PADDING`
+imports them once, all but the library WITHOUT if that is not empty; whoever connects says what is to run, as
+`python` would be told, and hands over three descriptors. A fork runs it, in a session of its own if that is
+asked for, with its own pid, folder, environment, command line in /proc, signals, exit code and global
+generators. Its parent is the zygote, whoever asked. Nothing of reconverge is imported before the fork: any
+checkout can be run.
 
 `Forked` is the client for tests, with the interface of subprocess.Popen. tests/python is one for programs
 that start a Python of their own (torchrun, by PYTHON_EXEC; verify and selftest, by sys.executable).
@@ -38,18 +39,20 @@ MODULES = (
 )  # fmt: skip
 
 
-def preload():
+def preload(without):
     sys.modules["wandb"] = None
     for name in MODULES:
-        importlib.import_module(name)
+        if name.partition(".")[0] != without:
+            importlib.import_module(name)
+    assert without not in sys.modules
     del sys.modules["wandb"]
     gc.collect()
     gc.freeze()
 
 
-def serve(path):
+def serve(path, without):
     """Until standard input is closed. In a fork this returns what it is to run."""
-    preload()
+    preload(without)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening.bind(path)
     listening.listen(64)
@@ -287,7 +290,7 @@ def end(code):
 def main():
     if Path(sys.argv[0]).name != "zygote.py":
         as_python()
-    job = serve(sys.argv[1])
+    job = serve(*sys.argv[1:3])
     try:
         run(*job)
     except SystemExit as ended:

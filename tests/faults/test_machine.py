@@ -18,7 +18,7 @@ from conftest import ROOT, weights
 KINDS = ("model", "ema", "optimizer")
 
 
-@pytest.mark.parametrize("hours", [-48, 48])
+@pytest.mark.parametrize("hours", [-48, pytest.param(48, marks=pytest.mark.slow)])
 def test_a_clock_that_jumps_changes_nothing(train, monkeypatch, hours):
     """Between two steps and between two starts. Times are recorded, but decide nothing."""
     settings = ["steps=4", "save_every=2", "log_every=1", "evaluate_every=0"]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, weights
+from conftest import FAULTS, ROOT, weights
 
 WORDS = "from reconverge.base import streams; streams.secure(); import os, sys\n"
 TRAIN = ["steps=60", "epochs=10", "save_every=0", "evaluate_every=never", "log_every=1"]
@@ -76,7 +76,7 @@ def test_signals_at_random_moments_lose_no_checkpoint(start, train, repeated):
     """
     assert train(*TRAIN, "run=whole") == 0
     moments = random.Random(repeated)
-    for number in range(25):
+    for number in range(FAULTS):
         name = moments.choice([signal.SIGTERM, signal.SIGINT])
         before = sorted(Path("runs/a/checkpoints").glob("step-*"))
         process = start(*TRAIN, "run=a", "copy_ahead=false")
