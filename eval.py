@@ -26,6 +26,8 @@ def main() -> int:
     cfg = compose.composed(Path(__file__).parent / "conf", "eval", Eval, overrides)
     rules.evaluation(cfg)
     run = None if reader.is_timms(cfg.checkpoint) else reader.opened(Path(cfg.checkpoint))
+    if run is not None:
+        rules.refuse_segmenters(run.cfg.task, "eval.py")
     data = cfg.data
     if cfg.suite.name == "none" and cfg.images is None:
         data = rules.evaluation_data(data, run.cfg.data if run else None, overrides)

@@ -46,7 +46,8 @@ def test_the_step_reaches_no_other_rooms_but_for_pictures_and_sweeps():
     assert rooms - set(DECIDES) == {"report", "commands"}
     looking = {name for name in reached if room(name) in ONLY_LOOKS}
     assert looking == {
-        "reconverge.report", "reconverge.report.panel", "reconverge.report.pictures",
+        "reconverge.report", "reconverge.report.map_pictures",
+        "reconverge.report.panel", "reconverge.report.pictures",
         "reconverge.commands", "reconverge.commands.sweep",
     }  # fmt: skip
 

@@ -279,7 +279,7 @@ def test_help_shows_groups_choices_and_examples():
         "debug: overfit, profile, short, synthetic",
     ):
         assert part in done.stdout
-    assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 7
+    assert done.stdout.count("python train.py") - done.stdout.count("python train.py -sc") - 1 == 9
     for part in (
         "== The network: model.* ==",
         "== The machine preset: machine.* ==",

@@ -42,6 +42,7 @@ MODELS = {
     "ft_in1k_384": "convnext_b", "in1k_iso": "convnext_iso_s", "in1k_roadmap": "roadmap/03_depthwise",
     "deit": "deit_s", "swin": "swin_t", "swin_in22k": "swin_t", "swin_ft_in1k_384": "swin_b_384",
     "swin_ft_in22k_in1k_224": "swin_b", "swin_ft_in22k_in1k_384": "swin_b_384",
+    "ade20k_22k": "convnext_b",
 }  # fmt: skip
 
 
@@ -54,7 +55,8 @@ MODELS = {
 )
 def test_a_preset_changes_only_the_machine_under_every_recipe(compose, name):
     for recipe in sorted(path.stem for path in (ROOT / "conf/recipe").iterdir()):
-        arguments = [f"model={MODELS.get(recipe, 'convnext_t')}", f"recipe={recipe}"]
+        task = "segment" if recipe in ("ade20k", "ade20k_22k", "scenes") else "classify"
+        arguments = [f"task={task}", f"model={MODELS.get(recipe, 'convnext_t')}", f"recipe={recipe}"]
         plain, preset = values(compose(*arguments)), values(compose(*arguments, f"machine={name}"))
         assert {key for key in plain if plain[key] != preset[key]} <= {"machine.name", *HARDWARE}
         assert preset["machine.name"] == name

@@ -13,7 +13,12 @@ from reconverge.base.errors import Stop
 from reconverge.config import published
 from reconverge.training.clock import Clock
 
-RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
+# Those of segmentation are in test_segment.py.
+RECIPES = sorted(
+    path.stem
+    for path in (ROOT / "conf" / "recipe").glob("*.yaml")
+    if "task" not in yaml.safe_load(path.read_text())["recipe"]
+)
 MODELS = {
     str(path.relative_to(ROOT / "conf" / "model").with_suffix("")): yaml.safe_load(path.read_text())
     for path in sorted((ROOT / "conf" / "model").rglob("*.yaml"))
@@ -302,7 +307,7 @@ def test_the_tables_of_a_recipe_have_the_same_sizes_and_its_header_says_what_the
         if tables.get("expected"):
             assert f"noise band: {tables['noise']}" in header
             assert "published hardware: " in header
-        assert len(text.splitlines()) <= 66  # one screen
+        assert len(text.splitlines()) <= 68  # one screen
         assert max(map(len, text.splitlines())) <= 140
 
 

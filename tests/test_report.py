@@ -138,14 +138,14 @@ def test_mean_and_deviation_over_seeds(ran):
     assert row.speed == [200, 7.5, 2]
     assert row.data_wait == pytest.approx([20, 0.75, 0.2])
     # mean 93, deviations -3, -1, 4: (9 + 1 + 16) / 2 = 13; mean 92, deviations -1, -1, 2: 6 / 2 = 3
-    said = summary([row]).splitlines()
+    said = summary([row], "top-1").splitlines()
     assert "93.00 ± 3.61" in said[1]
     assert "92.00 ± 1.73" in said[1]
     assert "mean ± std of 3" in said[1]
     # One that is still on its way is not averaged with those that are further.
     late = ran([{"step": 20, "raw_top1": 1.0, "ema_top1": 2.0}], "seed=3", name="s3")
     assert numbers.row([*group, late]).scores == row.scores
-    assert "mean ± std of 3 of 4)" in summary([numbers.row([*group, late])])
+    assert "mean ± std of 3 of 4)" in summary([numbers.row([*group, late])], "top-1")
 
 
 def test_curves_of_several_seeds(ran):
@@ -250,7 +250,7 @@ def test_the_best_evaluation(ran):
     assert reader.best(lines) == (20, "raw", 80.0)
     assert reader.best(lines[:2]) == (10, "ema", 70.0)
     assert reader.best(lines[1:2]) is None
-    said = summary([numbers.row([ran(lines)])]).splitlines()
+    said = summary([numbers.row([ran(lines)])], "top-1").splitlines()
     assert said[0].split("  ")[-1] == "best top-1"  # neither published nor a speed: no columns of dashes
     assert said[1].split() == ["a", "30", "80.00", "75.00", "80.00"]
 

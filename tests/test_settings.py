@@ -122,6 +122,16 @@ ELSEWHERE = {
     "data.native": (
         "test_native.py: the same weights and another line in the panel; on refuses to start without it"
     ),
+    **{
+        key: "test_segment.py: task=segment alone reads it"
+        for key, _, checks in flat(Train())
+        if checks["task"] == "segment"
+    },
+    "task": "test_segment.py: a segmenter is trained",
+    "recipe.task": "test_segment.py: a recipe of another task is refused",
+    "recipe.peak_lr": "test_segment.py: the recipes of ADE20K for every size",
+    "schedule_steps": "test_segment.py: the schedule in steps",
+    "optim.warmup_steps": "test_segment.py: the schedule in steps",
     "data.max_substitutes": "test_shards.py: one too many stops the run",
     "tracker.project": "test_tracker.py: the offline file names it",
 }

@@ -98,18 +98,18 @@ def test_a_table_leaves_out_columns_without_any_entry():
 
 def test_the_line_of_an_evaluation_says_what_the_best_is_if_it_is_another():
     found = {9: {"raw": 92.0, "ema": 94.1}}
-    assert evaluation_line(found, 9, 1) == "epoch 9  top-1 94.10 % EMA, 92.00 % raw  best 94.10 %"
+    assert evaluation_line("top-1", found, 9, 1) == "epoch 9  top-1 94.10 % EMA, 92.00 % raw  best 94.10 %"
     found[25] = {"raw": 92.1, "ema": 93.75}
-    assert evaluation_line(found, 25, 2) == (
+    assert evaluation_line("top-1", found, 25, 2) == (
         "epoch 12.5  top-1 93.75 % EMA, 92.10 % raw  best 94.10 % (EMA, epoch 4.5)"
     )
     found[26] = {"raw": 95.0, "ema": 94.1}
-    assert evaluation_line(found, 26, 2).endswith("best 95.00 %")
+    assert evaluation_line("top-1", found, 26, 2).endswith("best 95.00 %")
     found[27] = {"raw": 95.0, "ema": 95.0}  # as good as before: the first one counts
-    assert evaluation_line(found, 27, 2).endswith("best 95.00 % (raw, epoch 13)")
+    assert evaluation_line("top-1", found, 27, 2).endswith("best 95.00 % (raw, epoch 13)")
 
 
 def test_without_ema_there_is_one_number_without_a_name():
     found = {3: {"raw": 50.0}, 4: {"raw": 40.0}}
-    assert evaluation_line(found, 4, 1) == "epoch 4  top-1 40.00 %  best 50.00 % (epoch 3)"
+    assert evaluation_line("top-1", found, 4, 1) == "epoch 4  top-1 40.00 %  best 50.00 % (epoch 3)"
     assert percents({"raw": 40.0}) == "40.00 %"

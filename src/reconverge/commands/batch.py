@@ -9,6 +9,7 @@ from typing import Any
 from reconverge.base import chance
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.terminal import say
+from reconverge.config import rules
 from reconverge.data import native
 from reconverge.run import reader
 from reconverge.run.reader import Opened
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     run = reader.opened(arguments.run)
+    rules.refuse_segmenters(run.cfg.task, "reconverge batch")
     cfg, data = run.cfg, datasets.opened(run.cfg)
     _refuse_other_data(run, data)
     training, clock, order = data.training, data.clock, data.order

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.terminal import say
+from reconverge.config import rules
 from reconverge.run.reader import opened
 
 FORMS = ("timm", "safetensors", "onnx", "pt2")
@@ -72,6 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
         return Exit.DONE
 
     of = opened(arguments.path)
+    rules.refuse_segmenters(of.cfg.task, "reconverge export")
     folder = arguments.out or of.folder / f"export-{arguments.to}"
     if folder.exists() and any(folder.iterdir()) and not (folder / "export.json").exists():
         raise Stop(

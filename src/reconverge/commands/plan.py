@@ -12,7 +12,7 @@ from reconverge.base import terminal
 from reconverge.base.errors import Exit, Stop
 from reconverge.base.imagenet import DATASETS
 from reconverge.config import compose, presets, published, rules
-from reconverge.config.settings import Train
+from reconverge.config.settings import SEGMENT, Train
 from reconverge.training.clock import Clock
 
 if TYPE_CHECKING:  # they import torch
@@ -73,8 +73,8 @@ def main(arguments: argparse.Namespace) -> int:
             "--picture plan.png",
         )
 
+    from reconverge import tasks
     from reconverge.distributed.ranks import block, worlds
-    from reconverge.models import create
     from reconverge.report import panel, pictures
     from reconverge.training import batch_norm, optim
     from reconverge.training.passes import Passes
@@ -84,8 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
     ranks, tree = arguments.ranks, cfg.reduce == "tree"
     mine = block(clock.microbatches, 0, ranks, tree, cfg.microbatch)
     passes = Passes(len(mine), cfg.microbatch, cfg.forward_images, tree)
-    net = create.on_meta(cfg.model, classes)
-    create.refuse_sizes(net, {"augment.size": cfg.augment.size, "evaluate.size": cfg.evaluate.size})
+    net = tasks.of(cfg).on_meta(cfg, classes)
     groups = optim.parameter_groups(net, cfg.optim)
 
     def rate(step: int) -> float:
@@ -97,7 +96,7 @@ def main(arguments: argparse.Namespace) -> int:
         "ranks": f"{ranks}; possible (ranks x microbatches of each rank): {', '.join(sizes)}",
         "lr at steps": "; ".join(rates),
         **panel.preset(cfg),
-        **_cost(cfg, net, passes, ranks, classes, cfg.batch * clock.end),
+        **({} if cfg.task == SEGMENT else _cost(cfg, net, passes, ranks, classes, cfg.batch * clock.end)),
         "time": _time(speed, ranks, cfg.batch * clock.end),
         "picture": str(picture),
     }
@@ -156,7 +155,7 @@ def _images(cfg: Train, overrides: Sequence[str]) -> tuple[int, int, str]:
     reason = "no data= was given"
     if named or known is None:
         try:
-            if cfg.data.kind in ("folder", "shards") and cfg.data.root is None:
+            if cfg.data.kind in ("folder", "shards", "maps", "ade20k") and cfg.data.root is None:
                 raise Stop(
                     Exit.MISSING, f"data={cfg.data.name} without data.root", "a folder", "data.root=/path"
                 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from reconverge.base import files
 from reconverge.base.errors import Exit, Stop, explain
 from reconverge.base.terminal import mean_and_std, say, table
+from reconverge.config.settings import SCORES
 
 if TYPE_CHECKING:  # it imports torch
     from reconverge.report.numbers import Row
@@ -34,7 +35,8 @@ def main(arguments: argparse.Namespace) -> int:
     runs = numbers.read(arguments.runs)
     path = arguments.to or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
     _write(path, page.html(runs))
-    say(summary([numbers.row(group) for group in numbers.groups(runs)]))
+    names = list(dict.fromkeys(SCORES[run.cfg.task][1] for run in runs))
+    say(summary([numbers.row(group) for group in numbers.groups(runs)], " or ".join(names)))
     say(f"{path}")
     if arguments.open and not webbrowser.open(path.resolve().as_uri()):
         say("no browser was found to open it")
@@ -55,12 +57,12 @@ def _write(path: Path, text: str) -> None:
         ) from None
 
 
-def summary(rows: Sequence["Row"]) -> str:
+def summary(rows: Sequence["Row"], score: str) -> str:
     """A row a group of runs, with mean ± (sample) standard deviation over its seeds; without the columns in
-    which no row has anything.
+    which no row has anything. `score`: top-1 or mIoU.
     """
-    heads = ["run", "step", "raw top-1", "EMA top-1", "best top-1", "published", "left out", "images/s",
-        "data-wait, %"]  # fmt: skip
+    heads = ["run", "step", f"raw {score}", f"EMA {score}", f"best {score}", "published", "left out",
+        "images/s", "data-wait, %"]  # fmt: skip
     lines = []
     for row in rows:
         name = row.runs[0]

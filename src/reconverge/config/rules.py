@@ -58,6 +58,17 @@ def _task(cfg: Train) -> None:
         check_segment(cfg.segment)
 
 
+def refuse_segmenters(task: str, what: str) -> None:
+    """For what only knows classifiers. Errors: Stop(USAGE)."""
+    if task == SEGMENT:
+        raise Stop(
+            Exit.USAGE,
+            f"{what} with a run of task=segment",
+            f"runs of task=classify: {what} cannot read segmenters yet",
+            "the run's own evaluation: evaluate_every= (metrics.jsonl, predictions.png, outcomes.npz)",
+        )
+
+
 def check_segment(segment: Segment) -> None:
     """Errors: Stop(USAGE)."""
     for key, pair, fitting in (
@@ -125,7 +136,8 @@ def _batch(cfg: Train) -> None:
 
 
 def _images(cfg: Train) -> None:
-    for key, size in (("augment.size", cfg.augment.size), ("evaluate.size", cfg.evaluate.size)):
+    evaluated = {} if cfg.task == SEGMENT else {"evaluate.size": cfg.evaluate.size}
+    for key, size in ({"augment.size": cfg.augment.size} | evaluated).items():
         if cfg.model.image_size not in (None, size):
             raise Stop(
                 Exit.USAGE,

@@ -12,7 +12,7 @@ import numpy as np
 
 from reconverge.base.errors import Exit, Stop
 from reconverge.config.setting import flat
-from reconverge.config.settings import Train
+from reconverge.config.settings import CLASSIFY, Train
 from reconverge.run import predictions, reader
 from reconverge.run.predictions import OfClass, Predictions
 
@@ -27,7 +27,7 @@ class Ran(NamedTuple):
     records: list[dict[str, Any]]  # the lines of metrics.jsonl
     status: dict[str, Any]
     environment: dict[str, Any]
-    newest: "Newest | None"  # None: no evaluation has left its outcomes.npz
+    newest: "Newest | None"  # None: no evaluation of a classifier has left its outcomes.npz
 
 
 class Newest(NamedTuple):
@@ -73,7 +73,8 @@ def _read(path: Path) -> Ran:
         )
     status, environment = reader.status(folder), reader.environment(folder, "packages", "promises")
     path = folder / "outcomes.npz"
-    newest = reader.as_written(path, lambda: _newest(path, len(classes))) if path.exists() else None
+    there = path.exists() and cfg.task == CLASSIFY
+    newest = reader.as_written(path, lambda: _newest(path, len(classes))) if there else None
     return Ran(folder.name, folder, cfg, classes, reader.metrics(folder), status, environment, newest)
 
 

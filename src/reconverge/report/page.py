@@ -15,7 +15,7 @@ import torch
 from reconverge.base import imagenet
 from reconverge.base.errors import Stop
 from reconverge.base.terminal import mean_and_std
-from reconverge.config.settings import Data
+from reconverge.config.settings import SCORES, Data
 from reconverge.data import sources, transforms
 from reconverge.data.image import Undecodable
 from reconverge.report import charts, numbers, pictures
@@ -31,7 +31,6 @@ IMAGES, CLASSES, PAIRS, MATRIX = 12, 30, 20, 30
 # weights', factor.
 CHARTS: list[tuple[str, str, str | None, float]] = [
     ("validation loss", "raw_loss", "ema_loss", 1),
-    ("top-1, %", "raw_top1", "ema_top1", 1),
     ("learning rate", "lr", None, 1),
     ("gradient norm", "grad_norm", None, 1),
     ("images/s", "images_per_second", None, 1),
@@ -46,9 +45,12 @@ def html(runs: Sequence[Ran]) -> str:
     # What the training loss is of, where it is the same in all runs.
     trained_on = {pictures.trained_on(run.cfg) for run in runs}
     loss = "training loss" + (trained_on.pop() if len(trained_on) == 1 else "")
+    # top-1 or mIoU, for the tasks of these runs
+    known = dict.fromkeys(SCORES[run.cfg.task] for run in runs)
+    scores = [(f"{name}, %", f"raw_{key}", f"ema_{key}", 1.0) for key, name in known]
     drawn = {
         title: charts.curves(groups, title, raw, ema, scale)
-        for title, raw, ema, scale in [(loss, "loss", None, 1), *CHARTS]
+        for title, raw, ema, scale in [(loss, "loss", None, 1), CHARTS[0], *scores, *CHARTS[1:]]
     }
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -68,6 +70,8 @@ def html(runs: Sequence[Ran]) -> str:
         differing=numbers.differing(runs),
         points=charts.POINTS,
         thinned=any(len(run.records) > charts.POINTS for run in runs),
+        score=" or ".join(name for _, name in known),
+        heading=" or ".join(name for _, name in known).replace("top-1", "Top-1"),
         percent=mean_and_std,
         shown=_shown,
     )
@@ -79,6 +83,7 @@ def _run(run: Ran, anchor: str) -> dict[str, Any]:
         "name": run.name,
         "anchor": anchor,
         "status": run.status,
+        "score": SCORES[run.cfg.task][1],
         "evaluated": evaluated
         and {
             "scores": evaluated[1],

@@ -310,6 +310,6 @@ def evaluation_line(
     kind = max(steps, key=lambda kind: (evaluated[steps[kind]][kind], -steps[kind], kind == "ema"))
     best = f"best {evaluated[steps[kind]][kind]:.2f} %"
     if steps[kind] != step:
-        name = f"{KINDS[kind]}, " if len(steps) > 1 else ""
-        best += f" ({name}epoch {epoch(steps[kind], steps_per_epoch)})"
+        by = f"{KINDS[kind]}, " if len(steps) > 1 else ""
+        best += f" ({by}epoch {epoch(steps[kind], steps_per_epoch)})"
     return f"epoch {epoch(step, steps_per_epoch)}  {name} {percents(evaluated[step])}  {best}"
