@@ -65,14 +65,18 @@ def test_a_run_evaluates_draws_and_says_its_miou(segment, drawn, capsys):
     with np.load("runs/a/outcomes.npz") as file:  # all six images are kept
         predicted = {int(name.rpartition("/")[2]): file[name] for name in file if "/shown/" in name}
         confusion = file["raw/confusion"]
-    truth = [np.asarray(Image.open(path)) for path in sorted((drawn / "maps" / "val").glob("*.png"))]
+    truth = []
+    for path in sorted((drawn / "maps" / "val").glob("*.png")):
+        with Image.open(path) as image:
+            truth.append(np.asarray(image))
     assert sorted(predicted) == list(range(6))
     expected = slow_scores([(predicted[number], truth[number]) for number in range(6)], 6)
     found = [line[f"raw_{name}"] for name in ("miou", "pixel_accuracy", "mean_accuracy")]
     assert found == pytest.approx(expected)
     assert confusion.sum() == sum(one.size for one in truth)
     for name in ("first_batch", "predictions", "curves"):
-        assert min(Image.open(f"runs/a/{name}.png").size) > 200
+        with Image.open(f"runs/a/{name}.png") as picture:
+            assert min(picture.size) > 200
 
 
 def test_a_run_that_stops_and_goes_on_has_the_bits_of_one_that_does_not(segment):
