@@ -1,7 +1,6 @@
 """Training of segmenters: task=segment on some of the bundled scenes, as folders of images and label maps."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from conftest import _main, weights
 from PIL import Image
 
+from reconverge.config import published
 from reconverge.config.settings import Optim
 from reconverge.data import scenes
 from reconverge.training.clock import Clock
@@ -59,7 +59,7 @@ def slow_scores(pairs, classes):
 def test_a_run_evaluates_draws_and_says_its_miou(segment, drawn, capsys):
     assert segment("run=a", "steps=2", "evaluate_every=0") == 0
     said = capsys.readouterr().out
-    assert "UPerNet on timm/test_convnext" in said or "UPerNet on" in said
+    assert "UPerNet on test_convnext, " in said
     (line,) = evaluated("a")
     assert f"mIoU      {line['raw_miou']:.2f} %" in said
     with np.load("runs/a/outcomes.npz") as file:  # all six images are kept
@@ -100,9 +100,22 @@ def test_two_ranks_give_the_bits_and_the_miou_of_one_by_tree(segment, drawn, lau
     assert weights("one") == weights("two")
 
 
+def test_what_does_not_know_segmenters_says_so(segment, evaluate, reconverge, capsys):
+    assert segment("run=a", "steps=1") == 0
+    assert evaluate("checkpoint=runs/a") == 2
+    assert "eval.py does not know segmenters yet" in capsys.readouterr().err
+    commands = (
+        ["export", "runs/a", "--to", "timm"],
+        ["batch", "runs/a", "--step", "1"],
+        ["bench", "model", "task=segment"],
+    )
+    for command in commands:
+        code, said = reconverge(*command)
+        assert (code, "does not know segmenters yet" in said) == (2, True)
+
+
 def test_views_change_the_evaluation_alone(segment):
     assert segment("run=plain", "steps=1", "evaluate_every=0") == 0
-    shutil.copytree("runs/plain", "runs/seen")
     views = ["segment.window=64", "segment.stride=40", "segment.scales=[0.75,1.25]", "segment.flip=true"]
     assert segment("run=other", "steps=1", "evaluate_every=0", *views) == 0
     assert weights("plain") == weights("other")
@@ -155,7 +168,8 @@ SIZES = {"ade20k": (512, 2048, 341), "ade20k_22k": (640, 2560, 426)}
 
 @pytest.mark.parametrize(("recipe", "model"), PUBLISHED)
 def test_the_recipe_is_as_published(recipe, model, compose):
-    cfg = compose("task=segment", f"recipe={recipe}", f"model={model}", "data=ade20k", "data.root=/data")
+    given = ["task=segment", f"recipe={recipe}", f"model={model}", "data=ade20k", "data.root=/data"]
+    cfg = compose(*given)
     lr, drop_path, miou = PUBLISHED[recipe, model]
     crop, longest, stride = SIZES[recipe]
     optim, segment = cfg.optim, cfg.segment
@@ -168,6 +182,11 @@ def test_the_recipe_is_as_published(recipe, model, compose):
     assert (segment.resize, segment.scale, segment.distort) == ([longest, crop], [0.5, 2.0], True)
     assert (segment.window, segment.stride, segment.scales, segment.flip) == (crop, stride, [1.0], False)
     assert segment.channels == 512
+    assert published.departures(cfg) == []
+    changed = compose(*given, "segment.scales=[0.5,1.0]", "segment.window=0", "segment.stride=0")
+    assert {key for key, *_ in published.departures(changed)} == {
+        "segment.scales", "segment.window", "segment.stride",
+    }  # fmt: skip
 
 
 def test_the_schedule_in_steps(segment):

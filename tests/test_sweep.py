@@ -47,7 +47,7 @@ def test_the_table_has_mean_and_deviation_of_what_only_the_seed_tells_apart():
         sweep.Result("d", ["lr=2", "seed=0"], 0, {"raw": 10.0}),
         sweep.Result("e", ["lr=2", "seed=1"], None, {}),
     ]
-    header, *rows = [row.split() for row in sweep.summary(results).splitlines()]
+    header, *rows = [row.split() for row in sweep.summary(results, "top-1").splitlines()]
     assert header[:2] == ["run", "exit"]
     assert rows == [
         ["a", "0", "80.00", "81.00"],
@@ -64,8 +64,8 @@ def test_a_table_of_runs_without_ema_has_no_column_for_it():
         sweep.Result("a", ["seed=0"], 0, {"raw": 80.0}),
         sweep.Result("b", ["seed=1"], 0, {"raw": 82.0}),
     ]
-    assert "EMA" not in sweep.summary(results)
-    assert "raw top-1" in sweep.summary(results)
+    assert "EMA" not in sweep.summary(results, "top-1")
+    assert "raw top-1" in sweep.summary(results, "top-1")
 
 
 def test_what_is_varied_is_named():

@@ -17,6 +17,7 @@ from reconverge.base.errors import Exit, Stop
 from reconverge.base.launcher import HERE
 from reconverge.base.terminal import mean_and_std, say, table
 from reconverge.config import compose, rules
+from reconverge.config.settings import SCORES, Train
 from reconverge.run import reader
 
 
@@ -43,7 +44,8 @@ def run(overrides: Sequence[str]) -> int:
             "launch/local.sh -m ... or launch/seeds.sh 0 1 2 -- ... for runs of several ranks each",
         )
     combinations = compose.combinations(overrides)
-    runs = names(combinations, [composed(combination) for combination in combinations])
+    configs = [composed(combination) for combination in combinations]
+    runs = names(combinations, [cfg.run for cfg in configs])
     own = shlex.split(os.environ.get("RECONVERGE_LAUNCHER", "")) or [sys.executable, str(ROOT / "train.py")]
     results = []
     for number, (name, combination) in enumerate(zip(runs, combinations, strict=True), 1):
@@ -56,16 +58,17 @@ def run(overrides: Sequence[str]) -> int:
             evaluated = reader.scores(reader.metrics(reader.RUNS / name))
             scores = evaluated[max(evaluated)] if evaluated else {}
         results.append(Result(name, combination, code, scores))
-    say(f"\n{summary(results)}")
+    scores_of = dict.fromkeys(SCORES[cfg.task][1] for cfg in configs)
+    say(f"\n{summary(results, ' or '.join(scores_of))}")
     codes = [Exit.PREEMPTED if result.code is None else result.code for result in results]
     return next((code for code in codes if code != Exit.DONE), Exit.DONE)
 
 
-def composed(combination: list[str]) -> str:
-    """The name of its run. Errors: Stop(USAGE) as train.py would refuse it."""
+def composed(combination: list[str]) -> Train:
+    """Its settings. Errors: Stop(USAGE) as train.py would refuse it."""
     cfg = compose.of_training(combination)
     rules.check(cfg)
-    return cfg.run
+    return cfg
 
 
 def names(combinations: Sequence[Sequence[str]], runs: Sequence[str]) -> list[str]:
@@ -113,8 +116,10 @@ def _whole_process(command: list[str], brief: bool) -> int:
                 handed_on = True
 
 
-def summary(results: Sequence[Result]) -> str:
-    """A row a run; after runs that differ only in the seed, their mean and (sample) standard deviation."""
+def summary(results: Sequence[Result], score: str) -> str:
+    """A row a run, with its `score` (top-1 or mIoU); after runs that differ only in the seed, their mean and
+    (sample) standard deviation.
+    """
     rows: list[list[str]] = []
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
@@ -128,4 +133,4 @@ def summary(results: Sequence[Result]) -> str:
         if len(finished) > 1:
             cells = [mean_and_std([scores.get(kind) for scores in finished]) for kind in ("raw", "ema")]
             rows.append([f"mean ± std of {len(finished)}", "", *cells])
-    return table(["run", "exit", "raw top-1", "EMA top-1"], rows)
+    return table(["run", "exit", f"raw {score}", f"EMA {score}"], rows)

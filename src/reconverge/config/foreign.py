@@ -7,7 +7,9 @@ WORDS = {
     "learning_rate base_lr": "optim.lr={value}",
     "wd": "optim.weight_decay={value}",
     "epoch num_epochs n_epochs nepochs max_epochs num_train_epochs": "epochs={value}",
-    "max_steps num_steps n_steps iterations iters max_iters": "steps={value}",
+    "max_steps num_steps n_steps iterations iters max_iters": (
+        "steps={value}, or schedule_steps={value} for the length of the schedule"
+    ),
     "batch_size bs batchsize train_batch_size per_device_train_batch_size": (
         "batch={value}, the images of one step over all ranks"
     ),
@@ -21,8 +23,8 @@ WORDS = {
     ),
     "momentum nesterov": "optim.betas=[0.9,0.999]: AdamW is the only optimizer",
     "sched scheduler lr_scheduler lr_schedule": (
-        "optim.warmup_epochs=, optim.min_lr= or epochs=: the schedule is always a linear warm-up and a cosine"
-        " decay"
+        "optim.warmup_epochs=, optim.min_lr= or epochs=: the schedule is a linear warm-up and a cosine decay"
+        " (with optim.schedule=poly a linear one)"
     ),
     "warmup warmup_steps warmup_epoch": "optim.warmup_epochs=, in whole epochs",
     "clip_grad grad_clip max_norm max_grad_norm clip_grad_norm gradient_clip_val": "optim.clip={value}",

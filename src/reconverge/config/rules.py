@@ -63,9 +63,9 @@ def refuse_segmenters(task: str, what: str) -> None:
     if task == SEGMENT:
         raise Stop(
             Exit.USAGE,
-            f"{what} with a run of task=segment",
-            f"runs of task=classify: {what} cannot read segmenters yet",
-            "the run's own evaluation: evaluate_every= (metrics.jsonl, predictions.png, outcomes.npz)",
+            f"{what} with task=segment",
+            f"task=classify: {what} does not know segmenters yet",
+            "what the run itself writes: metrics.jsonl, predictions.png, outcomes.npz (evaluate_every=)",
         )
 
 

@@ -157,13 +157,13 @@ class Segment:
         help="training images are resized by a random factor between these two as well")
     distort: bool = setting(True, source="mmsegmentation's PhotoMetricDistortion", task=SEGMENT,
         help="random changes of brightness, contrast, saturation and hue of training images")
-    window: int = setting(0, low=0, source="Table 7: 512, or 640", unit="pixels", free=True, task=SEGMENT,
+    window: int = setting(0, low=0, source="Table 7: 512, or 640", unit="pixels", task=SEGMENT,
         help="evaluation: side of windows that slide over the image; 0: the whole image at once")
-    stride: int = setting(0, low=0, source="Table 7: 341, or 426", unit="pixels", free=True, task=SEGMENT,
+    stride: int = setting(0, low=0, source="Table 7: 341, or 426", unit="pixels", task=SEGMENT,
         help="evaluation: distance between two windows")
-    scales: list[float] = setting([1.0], source="Table 4: 0.5 to 1.75", free=True, task=SEGMENT,
+    scales: list[float] = setting([1.0], source="Table 4: 0.5 to 1.75", task=SEGMENT,
         help="evaluation: the image is looked at in each of these sizes, and probabilities are averaged")
-    flip: bool = setting(False, source="Table 4: true", free=True, task=SEGMENT,
+    flip: bool = setting(False, source="Table 4: true", task=SEGMENT,
         help="evaluation: look at each size in a mirror, too")
 
 

@@ -35,8 +35,6 @@ class Result(NamedTuple):
     mean_accuracy: float  # percent
     loss: float  # cross-entropy, mean over the labelled pixels of all images
     images: int
-    iou: np.ndarray  # float64 (classes,): percent; NaN for a class that does not occur
-    accuracy: np.ndarray  # float64 (classes,): percent; or NaN
     areas: np.ndarray  # int64 (images, 3, classes): areas.areas of each image
     confusion: np.ndarray  # int64 (classes, classes): pixels by label (row) and prediction (column)
     losses: np.ndarray  # float64 (images,): cross-entropy, mean over the labelled pixels; 0 without any
@@ -133,8 +131,6 @@ def _result(
         found.mean_accuracy,
         float(table[:, -1].sum() / max(1, labelled.sum())),
         len(table),
-        found.iou,
-        found.accuracy,
         of_images,
         confusions,
         table[:, -1] / labelled.clip(1),

@@ -18,6 +18,7 @@ from reconverge import build
 from reconverge.base import chance
 from reconverge.base.errors import Exit, explain
 from reconverge.base.terminal import counted, say
+from reconverge.config import rules
 from reconverge.config.settings import Train
 from reconverge.distributed.world import World, default_threads
 from reconverge.models import create, drop_path, throughput
@@ -33,6 +34,7 @@ def bench(cfg: Train, batches: list[int], seconds: float, phases: list[str], jso
     `batches`: batch sizes, tried in this order until one does not fit into memory. `seconds`: measuring time
     of each. Prints a Markdown table.
     """
+    rules.refuse_segmenters(cfg.task, "reconverge bench model")
     world = World(cfg.device, cfg.precision, cfg.deterministic)
     world.set_threads(cfg.threads or default_threads(world.device, 0))
     sizes = {"inference": cfg.evaluate.size, "training": cfg.augment.size}
